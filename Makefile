@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine with Python 3.10 or newer:
+#   make run    environment, packages, then the market maker
+#   make test   environment, packages, then all tests
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: run test bench lint clean
+run: $(VENV)/ready
+	$(PY) marketmaker.py
+
+test: $(VENV)/ready
+	$(PY) -m pytest
+
+bench: $(VENV)/ready
+	$(PY) tests/bench.py
+
+lint: $(VENV)/ready
+	$(PY) -m pip install --quiet ruff && $(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__ data/__pycache__
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@

@@ -1,0 +1,1142 @@
+"""What the exchange tells us: Bybit's public messages, the order book, recordings.
+
+Three lines from Bybit's public socket (linear BTCUSDT, 2026-08-09, shortened; source:
+the public capture in bmoscon/cryptofeed, branch v3):
+
+  {"topic":"orderbook.200.BTCUSDT","type":"delta","ts":1786310818170,"data":{"s":
+   "BTCUSDT","b":[["65114.20","6.054"],["65101.00","0"]],"a":[],"u":15076953,
+   "seq":753843900402},"cts":1786310818166}
+  {"topic":"publicTrade.BTCUSDT","type":"snapshot","ts":1786310819681,"data":[{"T":
+   1786310819680,"s":"BTCUSDT","S":"Sell","v":"0.004","p":"65114.20",...}]}
+  {"topic":"tickers.BTCUSDT","type":"delta","data":{"symbol":"BTCUSDT","markPrice":
+   "65117.43"},"cs":753843915209,"ts":1786310818183}
+
+A book row carries the whole size now resting at its price; "0" deletes the level.
+`S` is the taker's side: a "Sell" can fill a bid. `u` counts the book's messages: a
+missing number is a lost message, and a book that lost one is worth nothing.
+
+Two clocks. recv_ns is when we received a message (ns since the epoch, never
+decreasing); exch_ns is when the matching engine acted (`cts` of the book, `T` of a
+trade). Prices are integer ticks, sizes are base coin (BTC).
+
+The order of the file is the path of the data: message -> parser -> slice of columns ->
+order book; then where messages come from: a recording, or the live socket. One rule
+makes a live session and its replay the same: both are a sequence of stamped lines, and
+everything after the stamp is a function of these lines.
+
+What this module does not do: it knows nothing of quoting, sends no order, holds no key.
+Sources: Bybit's V5 documentation (bybit-exchange.github.io/docs/v5, read 2026-07);
+hftbacktest's collector for the form of a recording's lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import logging
+import math
+import queue
+import signal
+import ssl
+import statistics
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from decimal import Decimal, DecimalException
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import websocket
+
+NS = 1_000_000_000  # nanoseconds in a second
+MS = 1_000_000  # nanoseconds in a millisecond
+BID, ASK = 1, -1  # side: +1 buys, -1 sells
+SIDES = (BID, ASK)
+
+WS_URL = "wss://stream.bybit.com/v5/public/{category}"
+REST_URL = "https://api.bybit.com/v5/market/instruments-info?category={}&symbol={}"
+USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
+DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
+
+CONNECT_S, RECV_S = 10.0, 1.0  # socket time-outs
+PING_S = 5.0  # an idle socket may be cut after 10 s (sources differ, so be early)
+WATCHDOG_S = 10.0  # without any frame: reconnect
+BOOK_WATCHDOG_S = 60.0  # without a book message (a renamed topic looks like this)
+BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min allowed
+HEALTHY_S = 60.0  # a connection that lived so long resets the backoff
+ARGS_PER_REQUEST = 10  # spot's limit of topics in one subscribe request
+MAX_QUEUED = 50_000  # messages waiting for the main thread; more = book lost
+MAX_MESSAGE = 4 << 20  # bytes; a snapshot of 1000 levels has about 60 kB
+MAX_CLOCK_GAP_NS = 86_400 * NS  # exchange time further than this from ours is nonsense
+MAX_TICK = 2**31 - 1
+MAX_SIZE = 1e15  # base coin
+FLUSH_S = 0.5  # a recording is on disk after so long
+
+
+class UserError(Exception):
+    """Something the user can mend: one clear line with value, rule and remedy."""
+
+
+# ---- Instrument --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """What is traded. Steps are kept as the exchange's text, so that they stay exact."""
+
+    symbol: str = "BTCUSDT"
+    category: str = "linear"  # or spot
+    tick_text: str = "0.1"  # USDT
+    lot_text: str = "0.001"  # base coin, the quantity step
+    min_qty: float = 0.001  # base coin
+
+    def __post_init__(self) -> None:
+        for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text)):
+            try:
+                sound = 0 < float(text) < math.inf
+            except ValueError:
+                sound = False
+            if not sound:
+                raise UserError(f"{flag} {text!r} must be a number above 0, such as 0.1")
+
+    @property
+    def tick_size(self) -> float:
+        return float(self.tick_text)
+
+    @property
+    def lot_size(self) -> float:
+        return float(self.lot_text)
+
+    @property
+    def digits(self) -> int:
+        """Decimals of a price."""
+        return max(0, -Decimal(self.tick_text).normalize().as_tuple().exponent)
+
+
+BUILT_IN = {  # Bybit's instruments-info, 2025; asked again at every live start
+    ("BTCUSDT", "linear"): Instrument(),
+    ("BTCUSDT", "spot"): Instrument("BTCUSDT", "spot", "0.1", "0.000001", 0.000011),
+}
+
+
+def known_instrument(
+    symbol: str, category: str, tick_text: str | None = None, lot_text: str | None = None
+) -> Instrument:
+    """From the built-in table, or from --tick-size and --lot-size."""
+    known = BUILT_IN.get((symbol, category))
+    if known is None and not (tick_text and lot_text):
+        raise UserError(
+            f"the steps of {symbol} ({category}) are not known: give --tick-size and --lot-size"
+        )
+    known = known or Instrument(symbol, category, tick_text, lot_text, 0.0)
+    return Instrument(
+        symbol, category, tick_text or known.tick_text, lot_text or known.lot_text, known.min_qty
+    )
+
+
+def fetch_instrument(symbol: str, category: str) -> Instrument:
+    """Ask Bybit's public REST endpoint. OSError when it cannot be reached."""
+    url = REST_URL.format(category, urllib.parse.quote(symbol))
+    request = urllib.request.Request(url, headers=USER_AGENT)
+    context = ssl.create_default_context()
+    with urllib.request.urlopen(request, timeout=CONNECT_S, context=context) as response:
+        body = response.read(MAX_MESSAGE)
+    return parse_instrument(body, symbol, category)
+
+
+def parse_instrument(body: bytes | str, symbol: str, category: str) -> Instrument:
+    """The steps out of an instruments-info answer; linear and spot name them differently."""
+    try:
+        (found,) = json.loads(body)["result"]["list"]
+        lot = found["lotSizeFilter"]
+        step = lot.get("qtyStep") or lot["basePrecision"]
+        tick = found["priceFilter"]["tickSize"]
+        return Instrument(symbol, category, tick, step, float(lot["minOrderQty"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"Bybit knows no {category} symbol {symbol}: check --symbol and --category"
+        ) from None
+
+
+# ---- Messages and slices -----------------------------------------------------------
+
+DELTA, SNAPSHOT, TRADES, TICKER = "delta", "snapshot", "trades", "ticker"
+LOST, CONTROL, REFUSED = "lost", "control", "refused"
+NO_ROWS: tuple[list[int], list[float]] = ([], [])
+
+
+class Message(NamedTuple):
+    """One parsed line. A level is side x price tick: on both sides larger is better."""
+
+    kind: str
+    recv_ns: int
+    exch_ns: int = 0
+    bids: tuple[list[int], list[float]] = NO_ROWS  # levels, sizes
+    asks: tuple[list[int], list[float]] = NO_ROWS
+    trades: list[tuple[int, int, int, float, bool]] = []  # rows of TRADE
+    fields: dict[str, Any] = {}  # ticker values, a control line, the reason of a loss
+
+
+TRADE = np.dtype(
+    [("exch_ns", "i8"), ("side", "i1"), ("tick", "i8"), ("size", "f8"), ("rpi", "?")]
+)  # side is the taker's
+
+
+class Rows(NamedTuple):
+    """Book rows of one side, in order, as columns."""
+
+    level: np.ndarray  # int64
+    size: np.ndarray  # float64, base coin; 0 deletes
+    end: np.ndarray  # (messages,): how many rows up to and including each message
+
+
+class Slice(NamedTuple):
+    """What came between two decisions: book and trade messages in order, as columns."""
+
+    recv_ns: np.ndarray  # (messages,)
+    exch_ns: np.ndarray  # (messages,)
+    is_book: np.ndarray  # (messages,): a book message, not trades
+    rows: dict[int, Rows]  # by side
+    trades: np.ndarray  # of TRADE
+    trade_end: np.ndarray  # (messages,)
+
+    def __len__(self) -> int:
+        return len(self.exch_ns)
+
+
+def build_slice(messages: list[Message]) -> Slice:
+    """Columns from parsed book and trade messages."""
+
+    def ends(counts: Iterable[int]) -> np.ndarray:
+        return np.cumsum(np.fromiter(counts, np.int64, len(messages)))
+
+    def rows(sides: list[tuple[list[int], list[float]]]) -> Rows:
+        end = ends(len(levels) for levels, _ in sides)
+        level = np.fromiter(chain.from_iterable(s[0] for s in sides), np.int64, end[-1])
+        size = np.fromiter(chain.from_iterable(s[1] for s in sides), np.float64, end[-1])
+        return Rows(level, size, end)
+
+    return Slice(
+        np.array([m.recv_ns for m in messages], np.int64),
+        np.array([m.exch_ns for m in messages], np.int64),
+        np.array([m.kind != TRADES for m in messages], bool),
+        {BID: rows([m.bids for m in messages]), ASK: rows([m.asks for m in messages])},
+        np.array(list(chain.from_iterable(m.trades for m in messages)), TRADE),
+        ends(len(m.trades) for m in messages),
+    )
+
+
+def span(end: np.ndarray, start: int, stop: int) -> slice:
+    """The rows of messages start..stop-1, given how many rows each message ends at."""
+    return slice(end[start - 1] if start else 0, end[stop - 1] if stop else 0)
+
+
+# ---- Order book --------------------------------------------------------------------
+
+LADDER_WIDTH = 1 << 20  # levels: 104,858 USDT of ticks of 0.1; memory only where touched
+SCAN = 256  # levels looked at once when the best level was deleted
+
+
+class Ladder:
+    """One side of the book: sizes in an array indexed by level = side x price tick.
+
+    A better price has the larger level on either side, so everything is written once.
+    What lies beyond the worst level shown is unknown, not zero.
+    """
+
+    def __init__(self, width: int = LADDER_WIDTH) -> None:
+        self.width = width
+        self.beyond = 0  # rows out of the array's reach, left out
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every level (zeros are only given memory when written to)."""
+        self.sizes = np.zeros(self.width)
+        self.origin = 0  # level of index 0
+        self.best: int | None = None  # level
+        self._low = self.width  # no occupied index is lower
+
+    def set(self, levels: np.ndarray, sizes: np.ndarray) -> None:
+        """Set sizes at levels; the later of two rows for one level wins."""
+        if not len(levels):
+            return
+        index = levels - self.origin
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= self.width:
+            levels, sizes = self._refit(levels, sizes)
+            return self.set(levels, sizes)
+        self.sizes[index] = sizes
+        self._low = min(self._low, low)
+        if self.best is not None:
+            high = max(high, self.best - self.origin)
+        self.best = self._occupied_from(high)
+
+    def _refit(self, levels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bring the market to the array's middle; leave out rows that still do not fit."""
+        market = int(levels.max()) if self.best is None else self.best
+        shift = market - self.width // 2 - self.origin
+        if abs(shift) > self.width // 4 or self.best is None:
+            moved = np.zeros(self.width)
+            kept = max(self.width - abs(shift), 0)
+            old, new = max(shift, 0), max(-shift, 0)
+            moved[new : new + kept] = self.sizes[old : old + kept]
+            self.sizes, self.origin = moved, self.origin + shift
+            self._low = max(self._low - shift, 0)
+        fits = (levels >= self.origin) & (levels < self.origin + self.width)
+        self.beyond += int(len(levels) - fits.sum())
+        return levels[fits], sizes[fits]
+
+    def _occupied_from(self, index: int) -> int | None:
+        """The best occupied level at or below an index."""
+        if self.sizes[index]:
+            return self.origin + index
+        stop, chunk = index, SCAN
+        while stop > self._low:
+            start = max(stop - chunk, 0)
+            found = np.flatnonzero(self.sizes[start:stop])
+            if len(found):
+                return self.origin + start + int(found[-1])
+            stop, chunk = start, chunk * 4
+        return None
+
+    def worst(self) -> int | None:
+        """The worst level shown: the edge of the visible window."""
+        if self.best is None:
+            return None
+        top = self.best - self.origin
+        self._low += int(np.argmax(self.sizes[self._low : top + 1] > 0))
+        return self.origin + self._low
+
+    def is_visible(self, level: int) -> bool:
+        """Whether the feed shows this level (perhaps as empty)."""
+        worst = self.worst()
+        return worst is not None and level >= worst
+
+    def size_at(self, level: int) -> float:
+        """Size resting at a level, base coin; 0 where none is shown."""
+        index = level - self.origin
+        return float(self.sizes[index]) if 0 <= index < self.width else 0.0
+
+    def depth(self, floor: float) -> float:
+        """Size resting at levels >= floor, base coin."""
+        if self.best is None:
+            return 0.0
+        start = max(math.ceil(floor) - self.origin, 0)
+        return float(self.sizes[start : self.best - self.origin + 1].sum())
+
+    def occupied(self) -> tuple[np.ndarray, np.ndarray]:
+        """Levels and sizes, best first."""
+        if self.best is None:
+            return np.zeros(0, np.int64), np.zeros(0)
+        index = np.flatnonzero(self.sizes[self._low : self.best - self.origin + 1])[::-1]
+        index = index + self._low
+        return index + self.origin, self.sizes[index]
+
+
+class OrderBook:
+    """Both ladders, and the exchange time that they show."""
+
+    def __init__(self, width: int = LADDER_WIDTH) -> None:
+        self.ladders = {BID: Ladder(width), ASK: Ladder(width)}
+        self.exch_ns = 0  # cts of the last message applied
+
+    def clear(self) -> None:
+        for ladder in self.ladders.values():
+            ladder.clear()
+
+    def apply(self, piece: Slice, start: int = 0, stop: int | None = None) -> None:
+        """Apply the rows of a slice's messages start..stop-1, both sides."""
+        stop = len(piece) if stop is None else stop
+        if start >= stop:
+            return
+        for side, ladder in self.ladders.items():
+            level, size, end = piece.rows[side]
+            rows = span(end, start, stop)
+            ladder.set(level[rows], size[rows])
+        book_ns = piece.exch_ns[start:stop][piece.is_book[start:stop]]
+        if len(book_ns):
+            self.exch_ns = int(book_ns[-1])
+
+    def best(self, side: int) -> int | None:
+        """The market's best price on a side, in ticks."""
+        level = self.ladders[side].best
+        return None if level is None else side * level
+
+    @property
+    def fault(self) -> str:
+        """Why there is no mid price: one-sided, crossed, or empty for nothing."""
+        bid, ask = self.ladders[BID].best, self.ladders[ASK].best
+        if bid is None or ask is None:
+            return "book one-sided"
+        return "book crossed" if bid >= -ask else ""
+
+    @property
+    def mid_ticks(self) -> float:
+        """(best bid + best ask) / 2 in ticks; nan while the book has a fault."""
+        return math.nan if self.fault else (self.ladders[BID].best - self.ladders[ASK].best) / 2
+
+    def depth(self, side: int, band_bps: float) -> float:
+        """Base coin resting within band_bps of the mid on a side."""
+        mid = self.mid_ticks
+        return 0.0 if mid != mid else self.ladders[side].depth(mid * (side - band_bps * 1e-4))
+
+
+# ---- Parser: Bybit's letters become messages ---------------------------------------
+
+
+class OffGrid(ValueError):
+    """A price that is not a multiple of the tick size."""
+
+
+class TickTable(dict):
+    """Price text -> ticks, exactly, whatever the form: "64474.1" and "64474.10" agree.
+
+    A dict, because the same few thousand prices come again and again.
+    """
+
+    LIMIT = 200_000  # texts remembered
+
+    def __init__(self, tick_text: str) -> None:
+        self.tick = Decimal(tick_text)
+
+    def __missing__(self, text: str) -> int:
+        if type(text) is not str:
+            raise TypeError(f"price {text!r} is not a text")
+        try:
+            ticks = Decimal(text) / self.tick
+            if not 1 <= ticks <= MAX_TICK:
+                raise ValueError(f"price {text[:40]} is out of range")
+        except DecimalException:
+            raise ValueError(f"price {text[:40]!r} is not a number") from None
+        if ticks != int(ticks):
+            raise OffGrid(
+                f"price {text[:40]} is not a multiple of the tick {self.tick}: check --tick-size"
+            )
+        if len(self) >= self.LIMIT:
+            self.clear()
+        self[text] = int(ticks)
+        return int(ticks)
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+TAKER_SIDE = {"Buy": BID, "Sell": ASK}
+TICKER_FIELDS = {  # Bybit's name: ours
+    "lastPrice": "last_price",
+    "markPrice": "mark_price",
+    "indexPrice": "index_price",
+    "usdIndexPrice": "index_price",
+    "fundingRate": "funding_rate",
+}
+
+
+def book_topic(depth: int, symbol: str) -> str:
+    return f"orderbook.{depth}.{symbol}"
+
+
+class Parser:
+    """Lines to messages; keeps the book's `u` and counts what it sees.
+
+    No line makes it raise, but one: a first snapshot off the price grid is a wrong
+    --tick-size and ends in a UserError.
+    """
+
+    def __init__(self, instrument: Instrument, depth: int = 200) -> None:
+        self.instrument = instrument
+        self.ticks = TickTable(instrument.tick_text)
+        symbol = instrument.symbol
+        self.handlers = {
+            book_topic(depth, symbol): self._book,
+            f"publicTrade.{symbol}": self._trades,
+            f"tickers.{symbol}": self._ticker,
+        }
+        self.counts: Counter[str] = Counter()
+        self.problem = ""  # the newest malformed message or gap, in words
+        self.last_u: int | None = None  # None: no book that can be vouched for
+        self._loss_told = False  # said once until the next snapshot or connection
+        self._had_book = False
+
+    def parse(self, recv_ns: int, text: str, from_exchange: bool = False) -> Message | None:
+        """A line's message; None for what carries nothing (acks, pongs, other topics)."""
+        handler: Callable[[int, dict], Message | None] | None = None
+        try:
+            message = _decode(text)
+            topic = message.get("topic")
+            if topic is None:
+                handler = self._operation if from_exchange or message.get("op") != "local" else self._control
+            else:
+                handler = self.handlers.get(topic, self._ignored)
+            return handler(recv_ns, message)
+        except MALFORMED as error:
+            return self._malformed(recv_ns, error, handler)
+
+    def _malformed(self, recv_ns: int, error: Exception, handler: Any) -> Message | None:
+        if isinstance(error, OffGrid) and handler == self._book and not self._had_book:
+            raise UserError(str(error))
+        self.counts["malformed"] += 1
+        self.problem = f"malformed message: {type(error).__name__}: {str(error)[:100]}"
+        return self._lose(recv_ns, self.problem) if handler == self._book else None
+
+    def _lose(self, recv_ns: int, reason: str) -> Message | None:
+        """From here to the next snapshot the book is worth nothing."""
+        self.last_u, self.problem = None, reason
+        if self._loss_told:
+            return None
+        self._loss_told = True
+        self.counts["losses"] += 1
+        return Message(LOST, recv_ns, fields={"reason": reason})
+
+    def _time(self, ms: int, recv_ns: int) -> int:
+        if type(ms) is not int or not -MAX_CLOCK_GAP_NS < ms * MS - recv_ns < MAX_CLOCK_GAP_NS:
+            raise ValueError(f"exchange time {str(ms)[:30]} is more than a day from our clock")
+        return ms * MS
+
+    def _book(self, recv_ns: int, message: dict) -> Message | None:
+        self.counts["book"] += 1
+        data = message["data"]
+        u, kind = data["u"], message["type"]
+        if type(u) is not int or not 0 <= u < 2**63:
+            raise ValueError(f"u {str(u)[:30]} is not a count")
+        exch_ns = self._time(message["cts"] if "cts" in message else message["ts"], recv_ns)
+        if kind == SNAPSHOT or u == 1:  # u == 1: the service restarted
+            kind = SNAPSHOT
+        elif kind != DELTA:
+            raise ValueError(f"type {str(kind)[:30]!r} of a book message is not known")
+        elif self.last_u is None:
+            self.counts["before snapshot"] += 1
+            return self._lose(recv_ns, "delta before a snapshot")
+        elif u <= self.last_u:
+            self.counts["repeated"] += 1
+            return None
+        elif u != self.last_u + 1:
+            self.counts["gaps"] += 1
+            return self._lose(recv_ns, f"gap in u: {u} after {self.last_u}")
+        bids, asks = self._rows(data["b"], BID), self._rows(data["a"], ASK)
+        self.last_u, self._loss_told, self._had_book = u, False, True
+        return Message(kind, recv_ns, exch_ns, bids, asks)
+
+    def _rows(self, rows: list, side: int) -> tuple[list[int], list[float]]:
+        """Levels and sizes of one side; raises unless every row is sound."""
+        if not rows:
+            return NO_ROWS
+        if set(map(type, rows)) != {list}:
+            raise TypeError("a book row is not a list")
+        ticks, texts = self.ticks, [size for _, size in rows]
+        "".join(texts)  # raises unless all are texts
+        sizes = list(map(float, texts))
+        if not (sum(sizes) < MAX_SIZE and min(sizes) >= 0):  # nan and inf fail the sum
+            raise ValueError("a book row's size is out of range")
+        return [side * ticks[price] for price, _ in rows], sizes
+
+    def _trades(self, recv_ns: int, message: dict) -> Message | None:
+        self.counts["trades"] += 1
+        trades = []
+        for trade in message["data"]:
+            if trade.get("BT"):  # a block trade is negotiated outside the book
+                self.counts["block trades"] += 1
+                continue
+            size, exch_ns = trade["v"], self._time(trade["T"], recv_ns)
+            if type(size) is not str or not 0 < (size := float(size)) < MAX_SIZE:
+                raise ValueError(f"trade size {str(size)[:30]} is out of range")
+            side, tick = TAKER_SIDE[trade["S"]], self.ticks[trade["p"]]
+            trades.append((exch_ns, side, tick, size, trade.get("RPI") is True))
+        if not trades:
+            return None
+        return Message(TRADES, recv_ns, trades[-1][0], trades=trades)
+
+    def _ticker(self, recv_ns: int, message: dict) -> Message:
+        """Linear deltas carry the changed fields only; spot has no mark and no funding."""
+        self.counts["tickers"] += 1
+        data, fields = message["data"], {}
+        for theirs, ours in TICKER_FIELDS.items():
+            text = data.get(theirs)
+            if text is None or text == "":
+                continue
+            value = float(text) if type(text) is str else math.nan
+            if not math.isfinite(value) or (value <= 0 and ours != "funding_rate"):
+                raise ValueError(f"ticker's {theirs} {str(text)[:30]!r} is out of range")
+            fields[ours] = value
+        return Message(TICKER, recv_ns, self._time(message["ts"], recv_ns), fields=fields)
+
+    def _operation(self, recv_ns: int, message: dict) -> Message | None:
+        """Acks and pongs; only a refusal is passed on."""
+        if message.get("ret_msg") == "pong" or message.get("op") == "pong":
+            self.counts["pongs"] += 1
+        elif message.get("success") is False:
+            self.counts["refusals"] += 1
+            return Message(REFUSED, recv_ns, fields={"reason": str(message.get("ret_msg"))})
+        elif message.get("success") is True:
+            self.counts["acks"] += 1
+        else:
+            raise ValueError("neither a topic nor an operation")
+        return None
+
+    def _control(self, recv_ns: int, message: dict) -> Message | None:
+        """A line of our own in a recording: what is not in the exchange's messages."""
+        event = message["event"]
+        if event == "raw":
+            return self.parse(recv_ns, message["text"], from_exchange=True)
+        if event == "lost":
+            self.last_u, self._loss_told = None, False
+            return Message(LOST, recv_ns, fields={"reason": str(message["reason"])})
+        return Message(CONTROL, recv_ns, fields=message)
+
+    def _ignored(self, recv_ns: int, message: dict) -> None:
+        self.counts["ignored"] += 1
+
+
+# ---- Recording and replay ----------------------------------------------------------
+
+
+def control_line(event: str, **fields: Any) -> str:
+    """A line of our own, marked so that no message of the exchange is taken for one."""
+    return json.dumps({"op": "local", "event": event, **fields}, separators=(",", ":"))
+
+
+def sound_line(payload: bytes) -> str:
+    """The text of a received message, escaped if it could not stand on a line as it is."""
+    try:
+        text = payload.decode()
+        if "\n" not in text and '"local"' not in text:
+            return text
+    except UnicodeDecodeError:
+        text = payload.decode("utf-8", "surrogateescape")
+    return control_line("raw", text=text)
+
+
+class Recorder:
+    """Appends lines `<recv_ns> <text>` to a gzip file, one gzip member a flush.
+
+    Every member is complete, so a killed process leaves a file that any gzip reads, short
+    of the lines since the last flush. A failing disk stops the recording and nothing else.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        try:
+            self.file = open(path, "xb")  # never overwrites
+        except FileExistsError:
+            raise UserError(f"{path} exists and is not overwritten: choose another name") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        self.clock, self.lines, self.since, self.failure = clock, [], 0.0, ""
+
+    def write(self, recv_ns: int, text: str) -> None:
+        if not self.lines:
+            self.since = self.clock()
+        self.lines.append(f"{recv_ns} {text}\n")
+        self.flush(min_age_s=FLUSH_S)
+
+    def flush(self, min_age_s: float = 0.0) -> None:
+        """Put lines on disk if the oldest has waited for min_age_s."""
+        if not self.lines or self.clock() - self.since < min_age_s:
+            return
+        member = gzip.compress("".join(self.lines).encode(), compresslevel=1)
+        self.lines.clear()
+        try:
+            if not self.failure:
+                self.file.write(member)
+                self.file.flush()
+        except OSError as error:
+            self.failure = f"recording stopped: {error.strerror}"
+
+    def close(self) -> None:
+        self.flush()
+        try:
+            self.file.close()
+        except OSError as error:
+            self.failure = self.failure or f"recording stopped: {error.strerror}"
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(recv_ns, text) of every line of a recording, up to a cut if it has one.
+
+    UserError for a file that is no recording; a cut-off end is a warning.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") as file:
+            while line := file.readline(2 * MAX_MESSAGE):
+                number += 1
+                if not line.endswith(b"\n"):
+                    raise EOFError
+                stamp, _, text = line[:-1].partition(b" ")
+                yield int(stamp), text.decode("utf-8", "replace")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if number == 0 and not isinstance(error, EOFError):
+            raise UserError(f"{path} is not a gzip recording: make one with feed.py record") from None
+        logging.warning("%s is cut off after line %d: read up to there", path, number)
+    except ValueError:
+        raise UserError(
+            f"{path}, line {number}: does not begin with a receive time in ns: not a recording"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+class Header(NamedTuple):
+    """What a recording's first lines say of it."""
+
+    start: dict[str, Any]  # the start line's fields; empty without one
+    symbol: str
+    depths: set[int]
+
+
+def peek(path: Path, lines: int = 2000) -> Header:
+    """Look at the first lines: the start line, the symbol, the depths present."""
+    start: dict[str, Any] = {}
+    symbols: list[str] = []
+    depths: set[int] = set()
+    for _, (_, text) in zip(range(lines), read_lines(path)):
+        try:
+            message = _decode(text)
+            if message.get("op") == "local" and message["event"] == "start":
+                start = start or message
+            kind, _, rest = message.get("topic", "").partition(".")
+            if kind == "orderbook":
+                depth, _, symbol = rest.partition(".")
+                depths.add(int(depth))
+                symbols.append(symbol)
+        except MALFORMED:
+            continue
+    symbol = start.get("symbol") or (symbols[0] if symbols else "BTCUSDT")
+    return Header(start, symbol, depths)
+
+
+def parser_of_recording(
+    path: Path, tick_text: str | None, lot_text: str | None, depth: int | None
+) -> tuple[Parser, Header]:
+    """A parser that fits a file: the flags first, then its start line, then the table."""
+    header = peek(path)
+    start = header.start
+    instrument = known_instrument(
+        header.symbol,
+        start.get("category", "linear"),
+        tick_text or start.get("tick_size"),
+        lot_text or start.get("lot_size"),
+    )
+    if depth and depth not in header.depths:
+        raise UserError(f"{path} has no depth {depth}: it has {sorted(header.depths)}")
+    return Parser(instrument, depth or start.get("depth") or max(header.depths, default=200)), header
+
+
+def replay(path: Path, parser: Parser) -> Iterator[Message]:
+    """The messages of a recording: a file is a slower exchange."""
+    last_ns = 0
+    for recv_ns, text in read_lines(path):
+        last_ns = max(recv_ns, last_ns)  # a stamp never goes back
+        message = parser.parse(last_ns, text)
+        if message is not None:
+            yield message
+
+
+# ---- Live feed ---------------------------------------------------------------------
+
+
+class FeedProblem(Exception):
+    """What ends a connection: the next one is tried."""
+
+
+def session_clock() -> Callable[[], int]:
+    """Wall time at the start plus monotonic time since: ns that never decrease."""
+    offset = time.time_ns() - time.monotonic_ns()
+    return lambda: offset + time.monotonic_ns()
+
+
+def limit_frames(ws: websocket.WebSocket) -> None:
+    """Refuse a frame by its announced length, before memory is taken for it."""
+    read = ws.frame_buffer.recv_strict
+
+    def bounded(length: int) -> bytes:
+        if length > MAX_MESSAGE:
+            raise FeedProblem(f"a frame of {length} bytes, more than {MAX_MESSAGE}")
+        return read(length)
+
+    ws.frame_buffer.recv_strict = bounded
+
+
+class LiveFeed:
+    """One thread that receives, stamps, records, parses and enqueues.
+
+    It alone pings, reconnects and subscribes. What it cannot vouch for becomes a LOST
+    message; nothing received is dropped. Iterate with `queue`; control lines of the main
+    thread go through `emit` too, so that the recording is the session.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        parser: Parser,
+        recorder: Recorder | None = None,
+        clock_ns: Callable[[], int] | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.url, self.parser, self.recorder = url, parser, recorder
+        self.clock_ns = clock_ns or session_clock()
+        self.rng = rng or np.random.default_rng()
+        self.queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.stopping = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.fatal = ""  # a configuration error: no retry
+        self.resync_reason = ""  # set by the main thread to ask for a new snapshot
+        self.connected, self.reconnects = False, 0
+        self.last_frame_ns = self.last_book_ns = 0
+
+    # One function stamps, records and enqueues, under one lock, in this order.
+    def emit(self, text: str) -> Message | None:
+        """Take one line into the session: from the exchange, or a control line."""
+        with self.lock:
+            recv_ns = self.clock_ns()
+            if self.recorder:
+                self.recorder.write(recv_ns, text)
+            message = self.parser.parse(recv_ns, text)
+            if message is not None:
+                self.queue.put(message)
+            return message
+
+    def start(self, ws: websocket.WebSocket) -> None:
+        """Go on alone with a connected socket."""
+        self.thread = threading.Thread(target=self._run, args=(ws,), name="feed", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end, and wait for it; the queue then holds all it received."""
+        self.stopping.set()
+        if self.thread:
+            self.thread.join()
+
+    def flush(self) -> None:
+        """Put on disk what has waited; called now and then by the main thread."""
+        with self.lock:
+            if self.recorder:
+                self.recorder.flush(min_age_s=FLUSH_S)
+
+    def connect(self) -> websocket.WebSocket:
+        ws = websocket.create_connection(
+            self.url, timeout=CONNECT_S, skip_utf8_validation=True, header=USER_AGENT
+        )
+        ws.settimeout(RECV_S)
+        limit_frames(ws)
+        return ws
+
+    def _run(self, ws: websocket.WebSocket | None) -> None:
+        attempt = 0
+        while not self.stopping.is_set():
+            born_ns = self.clock_ns()
+            reason = self._serve_connection(ws)
+            ws = None
+            if self.stopping.is_set() or self.fatal:
+                return
+            if reason:
+                self.emit(control_line("lost", reason=reason))
+            attempt = 0 if self.clock_ns() - born_ns > HEALTHY_S * NS else attempt + 1
+            self._wait(attempt)
+            self.reconnects += 1
+
+    def _wait(self, attempt: int) -> None:
+        """Capped, jittered backoff; and a consumer that is behind catches up first."""
+        first, longest = BACKOFF_S
+        delay = min(first * 2 ** min(attempt, 30), longest) * self.rng.uniform(0.5, 1.0)
+        self.stopping.wait(delay)
+        while self.queue.qsize() > MAX_QUEUED // 2 and not self.stopping.wait(RECV_S / 10):
+            pass
+
+    def _serve_connection(self, ws: websocket.WebSocket | None) -> str:
+        """Connect if need be, receive until it ends; why it ended, empty if it never began."""
+        began = ws is not None
+        try:
+            ws = ws or self.connect()
+            began = self.connected = True
+            self._subscribe(ws)
+            self._receive(ws)
+            return ""
+        except UserError as error:
+            self.fatal = str(error)
+            self.queue.put(Message(REFUSED, self.clock_ns(), fields={"reason": self.fatal}))
+            return ""
+        except (FeedProblem, websocket.WebSocketException, OSError) as error:
+            reason = str(error) or type(error).__name__
+            self.parser.problem = f"connection: {reason[:100]}"
+            return reason[:200] if began else ""
+        finally:
+            self.connected = False
+            if ws is not None:
+                ws.abort() if not self.stopping.is_set() else ws.close(timeout=1)
+                ws.shutdown()
+
+    def _subscribe(self, ws: websocket.WebSocket) -> None:
+        topics = list(self.parser.handlers)
+        for number, first in enumerate(range(0, len(topics), ARGS_PER_REQUEST)):
+            args = topics[first : first + ARGS_PER_REQUEST]
+            ws.send(json.dumps({"req_id": str(number), "op": "subscribe", "args": args}))
+
+    def _receive(self, ws: websocket.WebSocket) -> None:
+        """Blocking loop of one connection; raises what ends it."""
+        self.resync_reason = ""
+        now = pinged = self.last_frame_ns = self.last_book_ns = self.clock_ns()
+        while not self.stopping.is_set():
+            if now - pinged >= PING_S * NS:
+                ws.send('{"req_id":"ping","op":"ping"}')
+                pinged = now
+            try:
+                opcode, payload = ws.recv_data(control_frame=True)
+                self.last_frame_ns = self.clock_ns()
+                self._take(opcode, payload)
+            except websocket.WebSocketTimeoutException:
+                self.flush()
+            now = self.clock_ns()
+            self._check(now)
+
+    def _take(self, opcode: int, payload: bytes) -> None:
+        """One frame: a message goes into the session; what spoils the connection raises."""
+        if opcode == websocket.ABNF.OPCODE_CLOSE:
+            code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 1005
+            raise FeedProblem(f"closed by the exchange (code {code})")
+        if opcode not in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
+            return  # protocol ping and pong
+        message = self.emit(sound_line(payload))
+        if message is None:
+            return
+        if message.kind in (DELTA, SNAPSHOT):
+            self.last_book_ns = message.recv_ns
+        elif message.kind == LOST:
+            raise FeedProblem(f"resync after: {message.fields['reason']}")
+        elif message.kind == REFUSED:
+            self._judge_refusal(message.fields["reason"])
+
+    def _judge_refusal(self, reason: str) -> None:
+        if "already subscribed" in reason:
+            return
+        if "handler not found" in reason or "args size" in reason:
+            raise UserError(
+                f"the exchange refused: {reason[:200]}: check --symbol (upper case), --category "
+                "and --depth"
+            )
+        raise FeedProblem(f"refused: {reason[:100]}")
+
+    def _check(self, now_ns: int) -> None:
+        """The watchdogs, on receive time."""
+        if self.resync_reason:
+            raise FeedProblem(f"resync: {self.resync_reason}")
+        if now_ns - self.last_frame_ns > WATCHDOG_S * NS:
+            raise FeedProblem(f"nothing received for {WATCHDOG_S:g} s")
+        if now_ns - self.last_book_ns > BOOK_WATCHDOG_S * NS:
+            raise FeedProblem(f"no book message for {BOOK_WATCHDOG_S:g} s")
+        if self.queue.qsize() > MAX_QUEUED:
+            raise FeedProblem(f"{MAX_QUEUED} messages wait: the program cannot keep up")
+
+
+def open_feed(
+    instrument: Instrument,
+    depth: int,
+    url: str | None = None,
+    record: Path | None = None,
+    clock_ns: Callable[[], int] | None = None,
+    **start: Any,
+) -> LiveFeed:
+    """A started feed whose first line is the control line `start`.
+
+    OSError or WebSocketException where the exchange cannot be reached.
+    """
+    url = url or WS_URL.format(category=instrument.category)
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise UserError(f"--url {url} is no WebSocket address: it begins with wss://")
+    feed = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
+    socket = feed.connect()
+    feed.recorder = Recorder(record) if record else None
+    steps = dict(tick_size=instrument.tick_text, lot_size=instrument.lot_text)
+    names = dict(symbol=instrument.symbol, category=instrument.category, depth=depth)
+    feed.emit(control_line("start", **names, **steps, **start))
+    feed.start(socket)
+    return feed
+
+
+def live_instrument(
+    symbol: str, category: str, tick_text: str | None, lot_text: str | None, url: str | None
+) -> Instrument:
+    """Asked from Bybit at a live start; from the flags or the table elsewhere."""
+    if url or (tick_text and lot_text):
+        return known_instrument(symbol, category, tick_text, lot_text)
+    try:
+        return fetch_instrument(symbol, category)
+    except OSError:
+        return known_instrument(symbol, category, tick_text, lot_text)
+
+
+# ---- Command line: record, info ----------------------------------------------------
+
+
+def run_record(options: argparse.Namespace) -> None:
+    """Record the live feed to a file, for --minutes or until Ctrl-C."""
+    steps = (options.tick_size, options.lot_size, options.url)
+    instrument = live_instrument(options.symbol, options.category, *steps)
+    try:
+        feed = open_feed(instrument, options.depth, options.url, options.file)
+    except (OSError, websocket.WebSocketException) as error:
+        raise UserError(f"the exchange cannot be reached ({error}): check the network") from None
+    try:
+        record_until(feed, time.monotonic() + options.minutes * 60, stop_signal())
+    finally:
+        feed.stop()
+        feed.emit(control_line("end"))
+        feed.recorder.close()
+    print(f"{options.file}: {dict(feed.parser.counts)}")
+
+
+def record_until(feed: LiveFeed, end_s: float, stop: threading.Event) -> None:
+    """Keep the queue empty and say every 10 s how it goes."""
+    told = 0.0
+    while (now := time.monotonic()) < end_s and not stop.wait(min(FLUSH_S, end_s - now)):
+        feed.flush()
+        while not feed.queue.empty():
+            feed.queue.get()
+        if feed.fatal or feed.recorder.failure:
+            raise UserError(feed.fatal or feed.recorder.failure)
+        if now - told >= 10:
+            told = now
+            counts = feed.parser.counts
+            print(
+                f"{counts['book']} book, {counts['trades']} trade, {counts['tickers']} ticker "
+                f"messages; {counts['gaps']} gaps, {feed.reconnects} reconnects",
+                flush=True,
+            )
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """Print what one wants to know of a recording."""
+    flags = (options.tick_size, options.lot_size, options.depth)
+    parser, header = parser_of_recording(options.file, *flags)
+    facts = measure_recording(replay(options.file, parser), parser)
+    kind = "SYNTHETIC, made by a simulator" if header.start.get("synthetic") else "recorded"
+    instrument = parser.instrument
+    print(f"{options.file}: {instrument.symbol} {instrument.category}, {kind}")
+    for label, value in facts.items():
+        print(f"  {label:<34}{value}")
+
+
+def measure_recording(messages: Iterable[Message], parser: Parser) -> dict[str, str]:
+    """One pass over messages: the facts of a recording, label -> text."""
+    book, kinds, lags, spreads = OrderBook(), Counter(), [], []
+    crossed, first_ns, last_ns, mids, trades, losses = 0, None, 0, {}, [], []
+    for message in messages:
+        first_ns, last_ns = first_ns or message.recv_ns, message.recv_ns
+        kinds[message.kind] += 1
+        if message.kind == LOST:
+            losses.append(message.fields["reason"])
+        if message.kind not in (DELTA, SNAPSHOT, TRADES):
+            continue
+        lags.append((message.recv_ns - message.exch_ns) / MS)
+        trades.extend(trade[3] for trade in message.trades)
+        if message.kind == SNAPSHOT:
+            book.clear()
+        book.apply(build_slice([message]))
+        crossed += message.kind != TRADES and bool(book.fault)
+        if not book.fault:
+            spreads.append(book.best(ASK) - book.best(BID))
+            mids[message.recv_ns // NS] = book.mid_ticks
+    seconds = (last_ns - (first_ns or 0)) / NS
+    counts, rate = parser.counts, 1 / max(seconds, 1e-9)
+    facts = {
+        "first message, UTC": time.strftime("%F %T", time.gmtime((first_ns or 0) // NS)),
+        "span, s": f"{seconds:.1f}",
+        "book messages": f"{counts['book']} ({kinds[SNAPSHOT]} snapshots), "
+        f"{counts['book'] * rate:.1f}/s",
+        "trade messages": f"{counts['trades']}, {counts['trades'] * rate:.1f}/s",
+        "ticker messages": f"{counts['tickers']}, {counts['tickers'] * rate:.1f}/s",
+        "other: acks, pongs, topics not used": f"{counts['acks']}, {counts['pongs']}, "
+        f"{counts['ignored']}",
+        "malformed, repeated, gaps in u": f"{counts['malformed']}, {counts['repeated']}, "
+        f"{counts['gaps']}",
+        "book lost": f"{len(losses)}" + (f" (last: {losses[-1]})" if losses else ""),
+        "crossed or one-sided books": f"{crossed}",
+    }
+    if trades:
+        facts["trades, base coin each"] = (
+            f"{len(trades)}, {len(trades) * rate:.1f}/s, median {statistics.median(trades):g}"
+        )
+    if lags:
+        low, mid, high = np.percentile(lags, [1, 50, 99])
+        facts["receive - exchange time, ms"] = f"median {mid:.0f}, 1 % {low:.0f}, 99 % {high:.0f}"
+    if spreads:
+        facts["spread, ticks"] = f"median {statistics.median(spreads):g}, mean {np.mean(spreads):.2f}"
+    if len(mids) > 2:
+        returns = 1e4 * np.diff(np.log(list(mids.values())))
+        facts["volatility, bps/sqrt(s)"] = f"{math.sqrt(np.mean(returns**2)):.3f}"
+    return facts
+
+
+def add_market_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that every command on a market shares."""
+    parser.add_argument("--symbol", default="BTCUSDT", help="upper case, as Bybit writes it")
+    parser.add_argument("--category", default="linear", choices=("linear", "spot"))
+    parser.add_argument("--depth", type=int, choices=DEPTHS, help="levels a side (default 200)")
+    parser.add_argument("--tick-size", help="price step, USDT (asked from Bybit otherwise)")
+    parser.add_argument("--lot-size", help="quantity step, base coin (as above)")
+    parser.add_argument("--url", help="another WebSocket address than Bybit's")
+
+
+class Arguments(argparse.ArgumentParser):
+    """Errors in one line, without the usage of every flag."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message}: {self.prog} --help lists what there is\n")
+
+
+def stop_signal() -> threading.Event:
+    """An event that Ctrl-C and SIGTERM set, so that a loop ends where it chooses to."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def exit_cleanly(run: Callable[[], None]) -> int:
+    """Run a command: 0, or 2 and one line on stderr for an error the user can mend."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:  # the reader of our output has gone (| head)
+        sys.stdout = None
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """python feed.py record|info; the exit status."""
+    parser = Arguments(prog="feed.py", description="Record Bybit, inspect a file.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    record = commands.add_parser("record", help="record the live feed to FILE")
+    record.add_argument("file", type=Path, metavar="FILE")
+    record.add_argument("--minutes", type=float, default=math.inf, help="default: until Ctrl-C")
+    add_market_flags(record)
+    record.set_defaults(run=run_record)
+    info = commands.add_parser("info", help="what FILE, a recording, holds")
+    info.add_argument("file", type=Path, metavar="FILE")
+    for flag, kind in (("--tick-size", str), ("--lot-size", str), ("--depth", int)):
+        info.add_argument(flag, type=kind)
+    info.set_defaults(run=run_info)
+    options = parser.parse_args(arguments)
+    return exit_cleanly(lambda: options.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

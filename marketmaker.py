@@ -1,0 +1,1291 @@
+"""From market to quote: state, decision, paper fills, display. No order is ever sent.
+
+The loop, the same for the live socket, a recording and the backtest:
+
+  for every message:
+      let the exchange match it against our paper orders
+      show it to the book
+      if a decision is due:  measure the market, solve the program, quote, log
+
+Between two decisions our orders do not move, so messages are gathered into slices and
+applied as columns; single messages are looked at only where they touch our price. A
+slice ends at a decision, at every whole second (the volatility's grid), and at whatever
+changes the rules: a snapshot, a lost book, a control line.
+
+When is a decision made? At the first message that is due, with that message applied;
+its time is that message's recv_ns, and the next is due one optimization interval later.
+At once: after a loss, at the snapshot that ends it, when the book falls silent, when
+parameters change. Guards are judged at every slice's end; one that trips or clears
+makes the next message decide. A fill does not; the next decision sees it. No decision
+reads a clock.
+
+How paper orders fill, with the direction of each rule's bias:
+
+  - An order decided at t (our clock) stands on the exchange from t + order_latency until
+    its cancel arrives, as late. Only events of that time (exchange clock) can fill it,
+    whenever we hear of them. Realistic.
+  - Post-only and the inventory limit are judged again at arrival. Realistic.
+  - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
+    displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
+    behind us: pessimistic.
+  - A trade through our price, or the opposite best reaching it, fills the whole order.
+    Optimistic in size, since our order would have taken part of that volume only.
+  - `touch`: any trade at our price fills the whole order: optimistic. `through`: only
+    the rule before: pessimistic.
+  - We move no price and take no volume from others: optimistic.
+
+Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
+spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
+Not modelled: funding, our own impact on the market, exchange outages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import queue
+import shutil
+import statistics
+import sys
+import threading
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import websocket
+from scipy.optimize import linprog
+
+import feed
+from feed import ASK, BID, MS, NS, SIDES, Instrument, Message, OrderBook, Slice, UserError
+from optimize import (
+    FIELDS,
+    Distances,
+    Parameters,
+    change_parameters,
+    choose_distances,
+    get_optimization_frequency,
+)
+
+WINDOW_S = 60  # of the volatility and the liquidity
+WARMUP_RETURNS = 10  # no quote before so many 1 s returns
+NEVER = 2**63 - 1  # ns
+LATE_NS = 10 * NS  # no trade is heard of later than this
+SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
+SAMPLE_SPEED = 10.0
+MAX_LAG_MS = 2000.0  # a longer lag is shown as a warning
+TICK_S = 0.1  # how long the main thread waits for a message before it looks around
+
+
+# ---- State -------------------------------------------------------------------------
+
+
+class Fill(NamedTuple):
+    """One fill of a paper order."""
+
+    time_ns: int  # exchange time
+    recv_ns: int  # when we came to know
+    side: int  # +1 we bought, -1 we sold
+    price: float  # USDT
+    qty: float  # base coin
+    fee: float  # USDT, positive = paid
+    mid_price: float  # USDT, as known just before the message that told of the fill
+    queue_ahead: float  # base coin, at the fill
+    queue_at_arrival: float  # base coin
+    is_taker: bool = False
+
+
+@dataclass
+class State:
+    """What is known of the market, and our simulated account. nan = not known yet."""
+
+    time_ns: int = 0  # receive time of the last decision
+    # the market
+    best_bid: float = math.nan  # USDT
+    best_ask: float = math.nan  # USDT
+    mid_price: float = math.nan  # USDT, (best_bid + best_ask) / 2; the last good one
+    bid_depth: float = math.nan  # base coin within depth_band_bps of the mid
+    ask_depth: float = math.nan
+    volatility: float = math.nan  # bps/sqrt(s), over the last minute
+    ema_volatility: float = math.nan  # bps/sqrt(s)
+    liquidity: float = math.nan  # million USDT traded per bp of mid movement
+    last_price: float = math.nan  # USDT, from the ticker, like the next three
+    mark_price: float = math.nan
+    index_price: float = math.nan
+    funding_rate: float = math.nan  # per funding period
+    recent_trades: deque = field(default_factory=deque)  # (recv_ns, M USDT, TRADE rows)
+    returns_bps: deque = field(default_factory=lambda: deque(maxlen=WINDOW_S))
+    grid_mid: float = math.nan  # the mid at the last whole second
+    volatility_ns: int = 0  # when ema_volatility was last renewed
+    # our account
+    inventory: float = 0.0  # base coin
+    cash: float = 0.0  # USDT
+    fees_paid: float = 0.0  # USDT
+    spread_captured: float = 0.0  # USDT, sum of side (mid - price) qty
+    revaluation: float = 0.0  # USDT, sum of inventory x change of the mid
+    peak_net: float = 0.0  # USDT
+    fills: int = 0
+    turnover: float = 0.0  # USDT
+
+    @property
+    def equity(self) -> float:
+        """cash + inventory x mid, USDT: the net result, since we start with nothing."""
+        return self.cash + (self.inventory * self.mid_price if self.inventory else 0.0)
+
+    @property
+    def gross(self) -> float:
+        """Result before fees, USDT."""
+        return self.equity + self.fees_paid
+
+    @property
+    def residual(self) -> float:
+        """net - (spread captured + revaluation - fees): nothing but rounding, USDT."""
+        return self.equity - (self.spread_captured + self.revaluation - self.fees_paid)
+
+    def revalue(self, mid_price: float) -> None:
+        """A new mid: the inventory changes its worth."""
+        if self.inventory:
+            self.revaluation += self.inventory * (mid_price - self.mid_price)
+        self.mid_price = mid_price
+
+    def settle(self, fill: Fill) -> None:
+        """Book one fill.
+
+        By hand: mid 100, buy 1 at 99 with a fee of 0.1: cash -99.1, captured 1. The mid
+        rises to 104: revaluation 4. Sell 1 at 105 with a fee of 0.1: cash 5.8, captured 2.
+        Net 5.8 = captured 2 + revaluation 4 - fees 0.2.
+        """
+        self.cash -= fill.side * fill.qty * fill.price + fill.fee
+        self.inventory = round(self.inventory + fill.side * fill.qty, 9)
+        self.fees_paid += fill.fee
+        self.spread_captured += fill.side * (fill.mid_price - fill.price) * fill.qty
+        self.turnover += fill.qty * fill.price
+        self.fills += 1
+
+
+class Quote(NamedTuple):
+    """What we want to stand in the book: price and quantity by side, None = nothing."""
+
+    bid_price: float | None = None  # USDT
+    bid_qty: float = 0.0  # base coin
+    ask_price: float | None = None
+    ask_qty: float = 0.0
+    source: str = "none"  # lp, last_good, default, none
+    reason: str = ""  # why not lp, or why a side is missing
+
+
+# ---- Measuring ---------------------------------------------------------------------
+
+
+def exponential_average(previous: float, value: float, dt_s: float, half_life_s: float) -> float:
+    """EMA over uneven steps: the new value weighs 1 - 2^(-dt/half_life).
+
+    >>> exponential_average(1.0, 3.0, dt_s=30, half_life_s=30)
+    2.0
+    """
+    if math.isnan(previous):
+        return value
+    return value + (previous - value) * 2 ** (-dt_s / half_life_s)
+
+
+def update_measures(state: State, second_ns: int, tick_size: float, half_life_s: float) -> None:
+    """One whole second of receive time has passed: volatility, its EMA, liquidity.
+
+    volatility = root mean square of the 1 s log returns of the mid in the window;
+    liquidity = turnover of the window / sum of the absolute returns (at least a tick).
+    """
+    previous, state.grid_mid = state.grid_mid, state.mid_price
+    if math.isnan(previous):
+        return
+    returns = state.returns_bps
+    returns.append(1e4 * math.log(state.mid_price / previous))
+    while state.recent_trades and state.recent_trades[0][0] < second_ns - WINDOW_S * NS:
+        state.recent_trades.popleft()
+    if len(returns) < WARMUP_RETURNS:
+        return
+    dt_s = (second_ns - state.volatility_ns) / NS
+    state.volatility = math.sqrt(math.fsum(r * r for r in returns) / len(returns))
+    state.ema_volatility = exponential_average(
+        state.ema_volatility, state.volatility, dt_s, half_life_s
+    )
+    state.volatility_ns = second_ns
+    moved_bps = max(math.fsum(map(abs, returns)), 1e4 * tick_size / state.mid_price)
+    state.liquidity = math.fsum(entry[1] for entry in state.recent_trades) / moved_bps
+
+
+def restart_measures(state: State) -> None:
+    """The grid begins anew after a loss or a silence; the EMA is kept."""
+    state.grid_mid = state.volatility = state.liquidity = math.nan
+    state.returns_bps.clear()
+    state.recent_trades.clear()
+
+
+# ---- Paper exchange ----------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Order:
+    """A paper order. It lives on the exchange in (arrival_ns, cancel_ns]."""
+
+    side: int
+    level: int  # side x price tick
+    qty: float  # base coin, as sent
+    arrival_ns: int  # exchange time
+    cancel_ns: int = NEVER
+    remaining: float = 0.0
+    queue_ahead: float = math.inf  # base coin; inf where nothing can be seen
+    queue_at_arrival: float = math.inf
+    eaten: float = 0.0  # of the queue, by trades since arrival
+    has_arrived: bool = False
+
+    def lives_at(self, exch_ns: int) -> bool:
+        """Market data go before orders at equal times."""
+        return self.has_arrived and self.arrival_ns < exch_ns <= self.cancel_ns
+
+
+class PaperExchange:
+    """Matches the market's events, on the exchange's clock, against our orders.
+
+    `orders` holds all that an event may still meet, past ones included: a trade can be
+    heard of after its order was replaced. `sent` is the last order sent to each side that
+    as far as we know still stands. peer_rules is for comparison with hftbacktest: an order
+    fills whole or not at all, and a level that leaves the window counts as cancelled.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        instrument: Instrument,
+        state: State,
+        participation: float = 1.0,
+        peer_rules: bool = False,
+    ) -> None:
+        self.parameters, self.instrument, self.state = parameters, instrument, state
+        self.participation, self.peer_rules = participation, peer_rules
+        self.latency_ns = round((parameters.order_latency_ms - parameters.clock_offset_ms) * MS)
+        self.orders: dict[int, list[Order]] = {BID: [], ASK: []}
+        self.sent: dict[int, Order | None] = {BID: None, ASK: None}
+        self.flatten_ns = NEVER  # arrival of an order that closes the inventory
+        self.trade_ns = 0  # exchange time of the last trade heard of
+        self.fills: list[Fill] = []
+        self.counts: Counter[str] = Counter()
+
+    # -- orders
+
+    def send(self, side: int, level: int | None, qty: float, time_ns: int) -> None:
+        """Ask for one order at a level (None: for none), decided at time_ns.
+
+        Unchanged against the last one sent, the order keeps its place. Otherwise cancel
+        and new order arrive at one instant.
+        """
+        standing = self.sent[side]
+        if standing is not None and (standing.level, standing.qty) == (level, qty):
+            return
+        arrival_ns = time_ns + self.latency_ns
+        if standing is not None:
+            standing.cancel_ns, self.sent[side] = arrival_ns, None
+        if level is not None:
+            order = Order(side, level, qty, arrival_ns, remaining=qty)
+            self.orders[side].append(order)
+            self.sent[side] = order
+            self.counts["sent"] += 1
+
+    def flatten(self, time_ns: int) -> None:
+        """Send a taker order that closes the inventory, unless one is under way."""
+        if self.flatten_ns == NEVER and self.state.inventory:
+            self.flatten_ns = time_ns + self.latency_ns
+
+    def _drop(self, order: Order) -> None:
+        self.orders[order.side].remove(order)
+        if self.sent[order.side] is order:
+            self.sent[order.side] = None
+
+    # -- where a slice touches us
+
+    def touched(self, piece: Slice) -> list[int]:
+        """The messages of a slice that can matter to an order; in order."""
+        marks = [self._first_after(piece, self.flatten_ns)]
+        trades = piece.trades
+        for side, orders in self.orders.items():
+            if not orders:
+                continue
+            levels = {order.level for order in orders}
+            own, facing, top = piece.rows[side], piece.rows[-side], max(levels)
+            for level in levels:
+                marks.append(own.end.searchsorted(np.flatnonzero(own.level == level), "right"))
+            reaching = np.flatnonzero((facing.level >= -top) & (facing.size > 0))
+            marks.append(facing.end.searchsorted(reaching, "right"))
+            if len(trades):
+                hit = (trades["side"] == -side) & (side * trades["tick"] <= top)
+                marks.append(piece.trade_end.searchsorted(np.flatnonzero(hit), "right"))
+            marks += [
+                self._first_after(piece, order.arrival_ns)
+                for order in orders
+                if not order.has_arrived
+            ]
+        return np.unique(np.concatenate(marks)).tolist()
+
+    @staticmethod
+    def _first_after(piece: Slice, exch_ns: int) -> np.ndarray:
+        """The first message that is later than exch_ns on the exchange, if there is one."""
+        return np.flatnonzero(piece.exch_ns > exch_ns)[:1]
+
+    # -- one message at a time
+
+    def arrive(self, exch_ns: int, recv_ns: int, book: OrderBook) -> None:
+        """Orders that arrive before exch_ns meet the book as it stood at their arrival."""
+        if self.flatten_ns < exch_ns:
+            self._walk_the_book(recv_ns, book)
+        for order in [o for orders in self.orders.values() for o in orders]:
+            if order.has_arrived or order.arrival_ns >= exch_ns:
+                continue
+            order.has_arrived = True
+            ladder, facing = book.ladders[order.side], book.ladders[-order.side].best
+            inventory = order.side * self.state.inventory + order.qty
+            if facing is not None and facing >= -order.level:
+                self.counts["refused: would take"] += 1
+                self._drop(order)
+            elif inventory > self.parameters.max_inventory + self.instrument.lot_size / 2:
+                self.counts["refused: inventory limit"] += 1
+                self._drop(order)
+            elif ladder.is_visible(order.level):
+                order.queue_ahead = order.queue_at_arrival = ladder.size_at(order.level)
+
+    def meet_book(self, exch_ns: int, recv_ns: int, book: OrderBook) -> None:
+        """A book message, just applied: does it reach our price, or shorten our queue?"""
+        for side, orders in self.orders.items():
+            ladder, facing = book.ladders[side], book.ladders[-side].best
+            for order in list(orders):
+                if order.has_arrived and exch_ns <= order.arrival_ns:
+                    # subtle: a row from before the arrival, heard of after a later trade
+                    if ladder.is_visible(order.level):
+                        shown = ladder.size_at(order.level)
+                        order.queue_ahead = max(shown - order.eaten, 0.0)
+                elif not order.lives_at(exch_ns):
+                    continue
+                elif facing is not None and facing >= -order.level:
+                    self._fill(order, order.remaining, exch_ns, recv_ns)
+                elif self.peer_rules or ladder.is_visible(order.level):
+                    order.queue_ahead = min(order.queue_ahead, ladder.size_at(order.level))
+
+    def meet_trades(self, trades: np.ndarray, recv_ns: int, book: OrderBook) -> None:
+        """Trades, one after the other: through our price, or at it."""
+        model = self.parameters.fill_model
+        for exch_ns, taker, tick, size, is_rpi in trades.tolist():
+            side = -taker
+            for order in self.orders[side]:
+                beyond = order.level - side * tick  # above 0: the trade went through
+                if beyond < 0 or not order.lives_at(exch_ns):
+                    continue
+                if beyond > 0 or (model == "touch" and not is_rpi):
+                    self._fill(order, order.remaining, exch_ns, recv_ns)
+                elif model == "queue" and not is_rpi and exch_ns > book.exch_ns:
+                    self._eat(order, size, exch_ns, recv_ns)  # else: in the size shown
+                break  # one order lives at a time, and a volume fills us once
+
+    def _eat(self, order: Order, size: float, exch_ns: int, recv_ns: int) -> None:
+        """A trade at our price: first the queue ahead, then us."""
+        ahead, lot = order.queue_ahead, self.instrument.lot_size
+        left = size - ahead
+        order.queue_ahead = max(-left, 0.0)
+        order.eaten += size
+        if left >= lot / 2:
+            share = floor_to_lot(left * self.participation, lot)
+            qty = order.remaining if self.peer_rules else min(order.remaining, share)
+            if qty > 0:
+                self._fill(order, qty, exch_ns, recv_ns, ahead)
+
+    def _fill(
+        self, order: Order, qty: float, exch_ns: int, recv_ns: int, ahead: float | None = None
+    ) -> None:
+        price = order.side * order.level * self.instrument.tick_size
+        ahead = order.queue_ahead if ahead is None else ahead
+        queues = (ahead, order.queue_at_arrival)
+        self._settle(exch_ns, recv_ns, order.side, price, qty, *queues)
+        order.remaining = round(order.remaining - qty, 9)
+        if order.remaining <= 0:
+            self._drop(order)
+
+    def _settle(
+        self, exch_ns: int, recv_ns: int, side: int, price: float, qty: float, *rest: Any
+    ) -> None:
+        """The one place where a fill is made; rest: queue ahead, at arrival, is_taker."""
+        p, is_taker = self.parameters, len(rest) > 2
+        fee = price * qty * (p.taker_fee_bps if is_taker else p.maker_fee_bps) * 1e-4
+        fill = Fill(exch_ns, recv_ns, side, price, qty, fee, self.state.mid_price, *rest)
+        self.state.settle(fill)
+        self.fills.append(fill)
+
+    def _walk_the_book(self, recv_ns: int, book: OrderBook) -> None:
+        """The taker order arrives: level by level until the inventory is closed."""
+        arrival_ns, self.flatten_ns = self.flatten_ns, NEVER
+        inventory = self.state.inventory
+        side = -1 if inventory > 0 else 1
+        left = abs(inventory)
+        for level, size in zip(*map(np.ndarray.tolist, book.ladders[-side].occupied())):
+            qty = min(left, size)
+            if qty < self.instrument.lot_size / 2:
+                break
+            price = -side * level * self.instrument.tick_size
+            self._settle(arrival_ns, recv_ns, side, price, qty, 0.0, 0.0, True)
+            left = round(left - qty, 9)
+
+    def retire(self, recv_ns: int, book_ns: int) -> None:
+        """Forget past orders that no event can meet any more."""
+        passed = max(min(self.trade_ns, book_ns), recv_ns - LATE_NS)
+        for side, orders in self.orders.items():
+            if len(orders) > 1 or (orders and self.sent[side] is None):
+                self.orders[side] = [order for order in orders if order.cancel_ns > passed]
+
+
+def floor_to_lot(qty: float, lot_size: float) -> float:
+    """The largest multiple of the lot that is not above qty.
+
+    >>> floor_to_lot(0.0129, 0.001)
+    0.012
+    """
+    return round(math.floor(qty / lot_size + 1e-9) * lot_size, 9)
+
+
+# ---- The market maker --------------------------------------------------------------
+
+
+class MarketMaker:
+    """The loop's body: messages in, decisions out. Holds book, state, orders and log."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        instrument: Instrument,
+        log: TextIO | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        solver: Callable = linprog,
+        **exchange: Any,
+    ) -> None:
+        self.parameters, self.instrument = parameters, instrument
+        self.overrides = dict(overrides or {})  # parameters that a recording cannot change
+        self.solver, self.log = solver, log
+        self.state, self.book = State(), OrderBook()
+        self.exchange = PaperExchange(parameters, instrument, self.state, **exchange)
+        self.quote, self.distances = Quote(), None
+        self.last_good: tuple[int, Distances] | None = None  # (time_ns, distances)
+        self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
+        self.counts: Counter[str] = Counter()  # decisions by source and by reason
+        self.pending: list[Message] = []  # the slice that is being gathered
+        self.due_ns = 0  # the next decision
+        self.second_ns = 0  # the next whole second of receive time
+        self.book_recv_ns = 0  # when the last book message was received
+        self.first_ns = self.last_ns = self.messages = 0
+        self.lags: deque[int] = deque(maxlen=300)  # receive minus exchange time, ns
+        self.lost = "no book yet"  # why the book cannot be trusted; empty: it can
+        self.guard_shown = "book lost"
+        self.is_stale = False
+        self.is_stopped = False  # by max_drawdown_usdt, for good
+        if log:
+            log.write(",".join(LOG_COLUMNS) + "\n")
+
+    # -- time and messages
+
+    def take(self, message: Message) -> None:
+        """One message: gather it, and decide if that is due."""
+        self.pass_time(message.recv_ns)
+        self.messages += 1
+        kind, now_ns = message.kind, message.recv_ns
+        if kind in (feed.DELTA, feed.TRADES, feed.TICKER):
+            at_once = False
+            if kind == feed.TICKER:
+                vars(self.state).update(message.fields)
+            else:
+                self.pending.append(message)
+                if kind == feed.DELTA:
+                    self.book_recv_ns, at_once = now_ns, self.is_stale
+                    self.lags.append(now_ns - message.exch_ns)
+            if at_once or now_ns >= self.due_ns:
+                self.flush()
+                self.decide(now_ns)
+            return
+        self.flush()
+        if kind == feed.SNAPSHOT:
+            self._take_snapshot(message)
+        elif kind == feed.LOST and not self.lost:
+            self.lost = message.fields["reason"]
+            restart_measures(self.state)
+            self.decide(now_ns)
+        elif kind == feed.CONTROL and message.fields["event"] == "params":
+            self._change_parameters(message)
+
+    def _take_snapshot(self, message: Message) -> None:
+        """The whole book anew; after a loss it decides at once."""
+        self.book_recv_ns = message.recv_ns
+        self.advance(feed.build_slice([message]), is_snapshot=True)
+        was_away, self.lost = self.lost or self.is_stale, ""
+        if was_away or message.recv_ns >= self.due_ns:
+            self.decide(message.recv_ns)
+
+    def _change_parameters(self, message: Message) -> None:
+        changes = {**message.fields["parameters"], **self.overrides}
+        try:
+            parameters = change_parameters(
+                self.parameters, changes, self.instrument.lot_size, running=True
+            )
+        except (ValueError, TypeError) as error:
+            logging.warning("parameters in the recording are refused: %s", error)
+            return
+        self.parameters = self.exchange.parameters = parameters
+        self.decide(message.recv_ns)
+
+    def pass_time(self, now_ns: int) -> None:
+        """What time alone brings up to now_ns: whole seconds, and a book gone silent."""
+        if not self.second_ns:
+            self.first_ns = now_ns
+            self.second_ns = (now_ns // NS + 1) * NS
+        self.last_ns = now_ns
+        while True:
+            silent_ns = NEVER
+            if self.book_recv_ns and not self.is_stale and not self.lost:
+                silent_ns = self.book_recv_ns + round(self.parameters.stale_after_s * NS)
+            if self.second_ns <= min(now_ns, silent_ns):
+                self._pass_second()
+            elif silent_ns < now_ns:
+                self.flush()
+                self.decide(silent_ns)
+            else:
+                return
+
+    def _pass_second(self) -> None:
+        """The mid after the last message before this second is a point of the grid."""
+        self.flush()
+        second_ns, self.second_ns = self.second_ns, self.second_ns + NS
+        if self.lost or self.is_stale or math.isnan(self.state.mid_price):
+            return
+        p = self.parameters
+        update_measures(self.state, second_ns, self.instrument.tick_size, p.half_life_s)
+        if self.guard(second_ns) != self.guard_shown:
+            self.due_ns = second_ns  # the next message decides
+
+    def flush(self) -> None:
+        """Close the slice that is being gathered."""
+        if self.pending:
+            piece = feed.build_slice(self.pending)
+            self.pending.clear()
+            self.advance(piece)
+
+    def advance(self, piece: Slice, is_snapshot: bool = False) -> None:
+        """Let the exchange match a slice, and show it to the book.
+
+        Columns at once where no order of ours is touched; else message by message, each
+        met with the book as it stood just before (trades) or just after (book rows).
+        """
+        book, exchange, done = self.book, self.exchange, 0
+        for m in [0] if is_snapshot else exchange.touched(piece):
+            book.apply(piece, done, m)
+            self._see_mid()
+            exch_ns, recv_ns = int(piece.exch_ns[m]), int(piece.recv_ns[m])
+            exchange.arrive(exch_ns, recv_ns, book)
+            if piece.is_book[m]:
+                if is_snapshot:
+                    book.clear()
+                book.apply(piece, m, m + 1)
+                exchange.meet_book(exch_ns, recv_ns, book)
+            else:
+                trades = piece.trades[feed.span(piece.trade_end, m, m + 1)]
+                exchange.meet_trades(trades, recv_ns, book)
+            done = m + 1
+        book.apply(piece, done)
+        self._see_mid()
+        self.state.peak_net = max(self.state.peak_net, self.state.equity)
+        self._remember_trades(piece)
+        exchange.retire(int(piece.recv_ns[-1]), book.exch_ns)
+
+    def _see_mid(self) -> None:
+        mid = self.book.mid_ticks
+        if mid == mid:
+            self.state.revalue(mid * self.instrument.tick_size)
+
+    def _remember_trades(self, piece: Slice) -> None:
+        trades = piece.trades
+        if len(trades):
+            musd = float(trades["tick"] @ trades["size"]) * self.instrument.tick_size * 1e-6
+            self.state.recent_trades.append((int(piece.recv_ns[-1]), musd, trades))
+            self.exchange.trade_ns = int(trades["exch_ns"][-1])
+
+    # -- guards
+
+    def guard(self, time_ns: int) -> str:
+        """Why there must be no quote now; empty if there may be one."""
+        p, s = self.parameters, self.state
+        if self.lost:
+            return "book lost"
+        if self.book.fault:
+            return self.book.fault
+        if time_ns - self.book_recv_ns >= round(p.stale_after_s * NS):
+            return "book stale"
+        if abs(s.mid_price / s.mark_price - 1) * 1e4 > p.max_mark_gap_bps:  # nan: no mark
+            return "far from mark price"
+        if p.max_drawdown_usdt is not None and s.peak_net - s.equity > p.max_drawdown_usdt:
+            self.is_stopped = True
+        if self.is_stopped:
+            return "drawdown limit"
+        return "warming up" if len(s.returns_bps) < WARMUP_RETURNS else ""
+
+    # -- deciding
+
+    def decide(self, time_ns: int) -> None:
+        """Measure, choose, quote, log; the next decision is due an interval later."""
+        state, p, book = self.state, self.parameters, self.book
+        state.time_ns = time_ns
+        is_sound = not self.lost and not book.fault
+        tick_size = self.instrument.tick_size
+        state.best_bid = book.best(BID) * tick_size if is_sound else math.nan
+        state.best_ask = book.best(ASK) * tick_size if is_sound else math.nan
+        state.bid_depth = book.depth(BID, p.depth_band_bps) if is_sound else math.nan
+        state.ask_depth = book.depth(ASK, p.depth_band_bps) if is_sound else math.nan
+        reason = self.guard_shown = self.guard(time_ns)
+        stale_now = reason == "book stale"
+        if stale_now and not self.is_stale:
+            restart_measures(state)
+        self.is_stale = stale_now
+        orders: dict[int, tuple[int, float]] = {}
+        if reason:
+            self.distances, self.quote = None, Quote(reason=reason)
+            if self.is_stopped:
+                self.exchange.flatten(time_ns)
+        else:
+            self.distances = self._choose(time_ns)
+            orders = self._place(self.distances)
+        for side in SIDES:
+            self.exchange.send(side, *orders.get(side, (None, 0.0)), time_ns)
+        self.counts[self.quote.source] += 1
+        self.counts[self.quote.reason] += 1
+        self.due_ns = time_ns + round(get_optimization_frequency(p, state.ema_volatility) * NS)
+        if self.log:
+            self.log.write(self.log_row())
+        self.on_decision(self)
+
+    def _choose(self, time_ns: int) -> Distances:
+        """Distances from the mid, by the program or its fallbacks."""
+        p, s = self.parameters, self.state
+        q = min(max(s.inventory / p.max_inventory, -1.0), 1.0)
+        depth_musd = (s.bid_depth + s.ask_depth) / 2 * s.mid_price * 1e-6
+        good_ns, good = self.last_good or (-NEVER, None)
+        age_s = (time_ns - good_ns) / NS
+        distances = choose_distances(
+            p, q, s.ema_volatility, s.liquidity, depth_musd, good, age_s, self.solver
+        )
+        if distances.source == "lp":
+            self.last_good = (time_ns, distances)
+        return distances
+
+    def _place(self, distances: Distances) -> dict[int, tuple[int, float]]:
+        """The quote: orders (level, quantity) by side. Sets self.quote, in USDT."""
+        orders, reasons = {}, [distances.reason] if distances.reason else []
+        for side, bps in ((BID, distances.bid_bps), (ASK, distances.ask_bps)):
+            name = "bid" if side == BID else "ask"
+            qty, why_not = self._quantity(side)
+            if why_not:
+                reasons.append(f"no {name}: {why_not}")
+            else:
+                orders[side] = (self._level(side, bps), qty)
+        prices = {s: s * level * self.instrument.tick_size for s, (level, _) in orders.items()}
+        self.quote = Quote(
+            prices.get(BID),
+            orders.get(BID, (0, 0.0))[1],
+            prices.get(ASK),
+            orders.get(ASK, (0, 0.0))[1],
+            distances.source,
+            "; ".join(reasons),
+        )
+        return orders
+
+    def _level(self, side: int, bps: float) -> int:
+        """bps from the mid, rounded outward to the tick, kept from taking (post-only)."""
+        mid = self.book.mid_ticks
+        level = math.floor(side * mid - mid * bps * 1e-4 + 1e-9)
+        return min(level, -self.book.ladders[-side].best - 1)
+
+    def _quantity(self, side: int) -> tuple[float, str]:
+        """How much to quote on a side, or why nothing."""
+        p, s = self.parameters, self.state
+        depth, lot = (s.bid_depth if side == BID else s.ask_depth), self.instrument.lot_size
+        qty = floor_to_lot(min(p.order_qty, p.max_depth_share * depth), lot)
+        if qty < max(lot, self.instrument.min_qty) * (1 - 1e-9):
+            return 0.0, "book too thin for a lot"
+        if side * s.inventory + qty > p.max_inventory + lot / 2:
+            return 0.0, "inventory limit"
+        return qty, ""
+
+    # -- log
+
+    def log_row(self) -> str:
+        """The last decision as a line of CSV; empty where nothing is known."""
+        s, q, digits = self.state, self.quote, self.instrument.digits
+        is_sound = s.best_bid == s.best_bid
+        terms = self.distances.base_spread if self.distances else None
+
+        def price(value: float | None, decimals: int = digits) -> str:
+            return "" if value is None or value != value else f"{value:.{decimals}f}"
+
+        def number(value: float) -> str:
+            return "" if value != value else f"{value:.9g}"
+
+        cells = (
+            str(s.time_ns),
+            price(s.mid_price if is_sound else None, digits + 1),
+            price(s.best_bid),
+            price(s.best_ask),
+            price(q.bid_price),
+            number(q.bid_qty) if q.bid_price is not None else "",
+            price(q.ask_price),
+            number(q.ask_qty) if q.ask_price is not None else "",
+            *map(number, (terms.total_bps if terms else math.nan, s.volatility, s.ema_volatility, s.bid_depth)),
+            *map(number, (s.ask_depth, s.liquidity, s.inventory)),
+            f"{s.cash:.8f}",
+            f"{s.equity:.8f}",
+            q.source,
+            q.reason.replace(",", ";").replace("\n", " "),
+        )
+        return ",".join(cells) + "\n"
+
+
+LOG_COLUMNS = (
+    "time_ns,mid_price,best_bid,best_ask,bid_price,bid_qty,ask_price,ask_qty,base_spread_bps,"
+    "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason"
+).split(",")
+
+
+# ---- Display -----------------------------------------------------------------------
+
+
+def in_words(solution: Any) -> list[str]:
+    """The program's multipliers: what its constraints and the inventory cost at the margin.
+
+    Costs are relative to the quote's present cost C, so that they can be compared.
+    """
+    percent = 100 / solution.cost
+
+    def change(price: float) -> str:
+        return f"{price * percent * 0.01:+.1f} %"
+
+    words = [f"1 % more required spread changes the cost by {change(solution.spread_price)}"]
+    for side, price in (("bid", solution.bid_edge_price), ("ask", solution.ask_edge_price)):
+        if price > 1e-9:
+            words.append(f"the {side} stands on its edge: 1 % of S further, {change(price)}")
+    if not solution.spread_price:
+        words[0] = "the required spread costs nothing: the edge already asks for more"
+    words.append(f"1 % of the limit more inventory, {change(solution.inventory_price)}")
+    return words
+
+
+def describe(maker: MarketMaker, health: list[str]) -> list[tuple[str, list[str]]]:
+    """What the screen shows: label and items, line by line."""
+    s, q, p = maker.state, maker.quote, maker.parameters
+    digits, lot_digits = maker.instrument.digits, 3
+
+    def price(value: float | None) -> str:
+        return "-" if value is None or value != value else f"{value:,.{digits}f}"
+
+    def number(value: float, form: str = ".2f") -> str:
+        return "-" if value != value else f"{value:{form}}"
+
+    lines = [
+        ("Market", [
+            f"bid {price(s.best_bid)}", f"ask {price(s.best_ask)}",
+            f"last {price(s.last_price)}", f"mark {price(s.mark_price)}",
+            f"depth {number(s.bid_depth)} / {number(s.ask_depth)} BTC in {p.depth_band_bps:g} bps",
+            f"volatility {number(s.volatility)} (EMA {number(s.ema_volatility)}) bps/sqrt(s)",
+            f"liquidity {number(s.liquidity)} M USDT per bp",
+        ]),
+        ("Our quote", describe_quote(maker, price)),
+    ]
+    if maker.distances and maker.distances.base_spread:
+        t = maker.distances.base_spread
+        lines.append(("Base spread", [
+            f"{t.total_bps:.2f} bps = volatility {t.volatility_bps:.2f} + liquidity "
+            f"{t.liquidity_bps:.2f} + depth {t.depth_bps:.2f} (floor {t.floor_bps:g})"
+        ]))
+    if maker.distances and maker.distances.solution:
+        lines.append(("At the margin", in_words(maker.distances.solution)))
+    last = maker.exchange.fills[-1] if maker.exchange.fills else None
+    lines += [
+        ("Inventory", [
+            f"{s.inventory:+.{lot_digits}f} BTC of at most {p.max_inventory:g}",
+            f"{s.fills} fills" + ("" if last is None else
+            f", last {'bought' if last.side == BID else 'sold'} {last.qty:g} at {price(last.price)}"),
+        ]),
+        ("Result, USDT", [
+            f"gross {s.gross:+.2f}", f"fees {s.fees_paid:.2f}", f"net {s.equity:+.2f}",
+            f"gross = spread captured {s.spread_captured:+.2f}, revaluation {s.revaluation:+.2f}",
+        ]),
+        ("Feed", health),
+    ]
+    return lines
+
+
+def describe_quote(maker: MarketMaker, price: Callable[[float | None], str]) -> list[str]:
+    """Our two orders and where they come from, or why there is none."""
+    s, q = maker.state, maker.quote
+    if q.source == "none":
+        detail = f" ({maker.lost})" if q.reason == "book lost" else ""
+        if q.reason == "warming up":
+            detail = f" ({len(s.returns_bps)} of {WARMUP_RETURNS} s)"
+        return [f"NONE: {q.reason}{detail}"]
+    items = []
+    for name, value, qty in (("bid", q.bid_price, q.bid_qty), ("ask", q.ask_price, q.ask_qty)):
+        far = "" if value is None else f", {abs(value / s.mid_price - 1) * 1e4:.2f} bps away"
+        items.append(f"{name} {price(value)}" + (f" x {qty:g}{far}" if value else ""))
+    return items + [f"from {q.source}" + (f": {q.reason}" if q.reason else "")]
+
+
+def wrap(lines: list[tuple[str, list[str]]], width: int) -> list[str]:
+    """Fill the width with items, the label before the first of them."""
+    text, indent = [], 15
+    for label, items in lines:
+        line = f"{label:<{indent}}"
+        for item in items:
+            joint = "   " if line.strip() != label.strip() and line.strip() else ""
+            if len(line) + len(joint) + len(item) > width and joint:
+                text.append(line)
+                line, joint = " " * indent, ""
+            line += joint + item
+        text.append(line[:width])
+    return text
+
+
+class Display:
+    """Shows the market maker: in place on a terminal, else one plain line a second."""
+
+    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+        self.title, self.stream = title, stream or sys.stdout
+        self.in_place = self.stream.isatty()
+        self.interval_s = 0.25 if self.in_place else 1.0
+        self.next_s, self.started, self.notice = 0.0, False, ""
+
+    def show(self, maker: MarketMaker, health: Callable[[], list[str]], force=False) -> None:
+        """Show if it is time to; health is only asked then."""
+        now = time.monotonic()
+        if now < self.next_s and not force:
+            return
+        self.next_s = now + self.interval_s
+        if self.in_place:
+            self.stream.write(self.screen(maker, health()))
+        elif not force:
+            self.stream.write(self.plain_line(maker) + "\n")
+        self.stream.flush()
+
+    def screen(self, maker: MarketMaker, health: list[str]) -> str:
+        columns, rows = shutil.get_terminal_size((80, 24))
+        moment = time.strftime("%F %T UTC", time.gmtime(maker.last_ns / NS))
+        head = [f"{self.title}   {moment}", "paper trading: no order is ever sent", ""]
+        body = wrap(describe(maker, health), columns)
+        foot = ["", self.notice or "Ctrl-C ends the run with a summary"]
+        text = [line[:columns] for line in head + body + foot][: rows - 1]
+        clear = "" if self.started else "\x1b[2J"
+        self.started = True
+        return clear + "\x1b[H" + "".join(line + "\x1b[K\n" for line in text) + "\x1b[J"
+
+    def plain_line(self, maker: MarketMaker) -> str:
+        s, q = maker.state, maker.quote
+        moment = time.strftime("%F %T", time.gmtime(maker.last_ns / NS))
+        sides = [
+            "-" if price is None else f"{price:.{maker.instrument.digits}f}"
+            for price in (q.bid_price, q.ask_price)
+        ]
+        why = f" ({q.reason})" if q.reason else ""
+        notice = f"  {self.notice}" if self.notice else ""
+        return (
+            f"{moment}  mid {s.mid_price:.{maker.instrument.digits + 1}f}  quote {' / '.join(sides)}"
+            f"  {q.source}{why}  inventory {s.inventory:+.3f}  net {s.equity:+.2f} USDT{notice}"
+        )
+
+
+def summarize(maker: MarketMaker, title: str) -> str:
+    """The end of a run in a few lines."""
+    s, counts = maker.state, maker.counts
+    sources = {name: counts[name] for name in ("lp", "last_good", "default", "none")}
+    reasons = {name: n for name, n in counts.items() if name and name not in sources}
+    start, end = (time.strftime("%F %T", time.gmtime(t / NS)) for t in (maker.first_ns, maker.last_ns))
+    orders = dict(maker.exchange.counts)
+    return "\n".join(wrap([
+        (title, []),
+        ("Span", [f"{start} to {end} UTC", f"{maker.messages} messages"]),
+        ("Decisions", [f"{n} {name}" for name, n in sources.items() if n]),
+        *([("Reasons", [f"{n} x {name}" for name, n in reasons.items()])] if reasons else []),
+        ("Orders", [f"{n} {name}" for name, n in orders.items()] or ["none"]),
+        ("Fills", [f"{s.fills}", f"turnover {s.turnover:,.0f} USDT", f"inventory {s.inventory:+.3f}"]),
+        ("Result, USDT", [
+            f"gross {s.gross:+.2f}", f"fees {s.fees_paid:.2f}", f"net {s.equity:+.2f}",
+            f"net = spread captured {s.spread_captured:+.2f} + revaluation {s.revaluation:+.2f}"
+            f" - fees {s.fees_paid:.2f}, residual {s.residual:.0e}",
+        ]),
+    ], 100))
+
+
+# ---- Plot --------------------------------------------------------------------------
+
+
+class History:
+    """What the plot needs of every decision, as flat arrays of 8 bytes a value."""
+
+    NAMES = ("time_ns", "mid", "bid", "ask", "inventory", "gross", "fees")
+
+    def __init__(self) -> None:
+        self.columns = {name: array("d") for name in self.NAMES}
+
+    def remember(self, maker: MarketMaker) -> None:
+        s, q = maker.state, maker.quote
+        nan = math.nan
+        bid, ask = (nan if price is None else price for price in (q.bid_price, q.ask_price))
+        mid = s.mid_price if s.best_bid == s.best_bid else nan
+        row = (s.time_ns, mid, bid, ask, s.inventory, s.gross, s.fees_paid)
+        for column, value in zip(self.columns.values(), row):
+            column.append(value)
+
+
+def plot_session(history: History, fills: list[Fill], title: str, path: Path) -> None:
+    """Mid and quotes with fills, inventory, result: one PNG."""
+    import matplotlib  # slow to import, and needed by nobody else here
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = {name: np.array(column) for name, column in history.columns.items()}
+    start = columns["time_ns"][0] if len(columns["time_ns"]) else 0.0
+    minutes = (columns["time_ns"] - start) / (60 * NS)
+    figure, (top, middle, bottom) = pyplot.subplots(
+        3, 1, figsize=(10, 9), sharex=True, height_ratios=(3, 1, 1.5), layout="constrained"
+    )
+    figure.suptitle(title)
+    top.plot(minutes, columns["mid"], color="black", linewidth=0.8, label="mid price")
+    for name, color in (("bid", "#0072B2"), ("ask", "#D55E00")):
+        top.step(minutes, columns[name], where="post", color=color, linewidth=0.6, alpha=0.7,
+                 label=f"our {name}")
+    for side, name, color, marker in (
+        (BID, "we bought", "#0072B2", "^"), (ASK, "we sold", "#D55E00", "v"),
+    ):
+        points = [((fill.recv_ns - start) / (60 * NS), fill.price) for fill in fills if fill.side == side]
+        if points:
+            top.scatter(*zip(*points), color=color, marker=marker, s=28, zorder=3, edgecolors="white",
+                        linewidths=0.4, label=f"{name} ({len(points)})")
+    top.set_ylabel("price, USDT")
+    top.legend(loc="best", fontsize=8, ncols=2)
+    middle.step(minutes, columns["inventory"], where="post", color="black", linewidth=0.8)
+    middle.axhline(0, color="grey", linewidth=0.5)
+    middle.set_ylabel("inventory, BTC")
+    for name, values, color in (
+        ("gross", columns["gross"], "#009E73"),
+        ("net", columns["gross"] - columns["fees"], "black"),
+        ("fees paid", -columns["fees"], "#CC79A7"),
+    ):
+        bottom.plot(minutes, values, color=color, linewidth=1.0, label=name)
+    bottom.axhline(0, color="grey", linewidth=0.5)
+    bottom.set_ylabel("result, USDT")
+    bottom.set_xlabel("minutes since the start")
+    bottom.legend(loc="best", fontsize=8, ncols=3)
+    draft = path.with_name(path.name + ".part")
+    figure.savefig(draft, dpi=120, format="png")
+    pyplot.close(figure)
+    draft.replace(path)
+
+
+# ---- Running -----------------------------------------------------------------------
+
+
+def read_parameter_file(path: Path) -> dict[str, Any]:
+    """The values of a --params file, a JSON object; ValueError or OSError if it is none."""
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError("it must hold one JSON object such as {\"alpha\": 2}")
+    return values
+
+
+class ParameterFile:
+    """Looks at --params FILE.json now and then, and tells what was edited in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.values, self.stamp = read_parameter_file(path), path.stat().st_mtime_ns
+        except (OSError, ValueError) as error:
+            raise UserError(f"--params {path}: {error}") from None
+
+    def edits(self) -> dict[str, Any]:
+        """What has changed since the last look; ValueError or OSError if it is unreadable."""
+        stamp = self.path.stat().st_mtime_ns
+        if stamp == self.stamp:
+            return {}
+        self.stamp = stamp
+        before, self.values = self.values, read_parameter_file(self.path)
+        return {name: v for name, v in self.values.items() if before.get(name, v) is not v}
+
+
+def open_new(path: Path) -> TextIO:
+    """A text file to write to that did not exist before."""
+    try:
+        return open(path, "x", newline="\n")
+    except FileExistsError:
+        raise UserError(f"{path} exists and is not overwritten: choose another name") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+class Session:
+    """One run: its market maker, its display, and the files it writes."""
+
+    def __init__(
+        self, options: argparse.Namespace, instrument: Instrument, title: str, start: dict
+    ) -> None:
+        """start: the fields of a recording's first line, empty when live."""
+        self.options, self.title = options, title
+        flags = {name: getattr(options, name) for name in FIELDS}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        self.file = ParameterFile(options.params) if options.params else None
+        values = {**start.get("parameters", {}), **(self.file.values if self.file else {}), **flags}
+        try:
+            parameters = change_parameters(Parameters(), values, instrument.lot_size)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from None
+        self.log = open_new(options.log) if options.log else None
+        self.maker = MarketMaker(parameters, instrument, self.log, flags if start else None)
+        self.history = History() if options.plot else None
+        if self.history:
+            self.maker.on_decision = self.history.remember
+        self.display = Display(title)
+        self.next_look_s = self.rate_since_s = 0.0
+        self.rate_from, self.rate = 0, 0.0
+
+    def run(self, messages: Iterator[Message], source: feed.LiveFeed | None, parser) -> None:
+        """Take every message; look around between them; end with files closed."""
+        try:
+            for message in messages:
+                self.maker.take(message)
+                self.look(source, parser)
+            self.maker.flush()
+        finally:
+            if source and source.recorder:
+                source.recorder.close()
+            if self.log:
+                self.log.close()
+        self.display.show(self.maker, lambda: self.health(source, parser), force=True)
+        if self.history:
+            plot_session(self.history, self.maker.exchange.fills, self.title, self.options.plot)
+        print(summarize(self.maker, self.title))
+
+    def look(self, source: feed.LiveFeed | None, parser: feed.Parser) -> None:
+        """A few times a second: the screen, the parameter file, the disk."""
+        now = time.monotonic()
+        if now < self.next_look_s:
+            return
+        self.next_look_s = now + TICK_S
+        if source:
+            source.flush()
+            self.read_edits(source)
+            if self.maker.book.fault and not self.maker.lost:
+                source.resync_reason = self.maker.book.fault
+        if self.log:
+            self.log.flush()
+        self.display.show(self.maker, lambda: self.health(source, parser))
+
+    def read_edits(self, source: feed.LiveFeed) -> None:
+        """A sound edit of --params becomes a line of the session; another is refused."""
+        try:
+            edits = self.file.edits() if self.file else {}
+            if edits:
+                p = change_parameters(
+                    self.maker.parameters, edits, self.maker.instrument.lot_size, running=True
+                )
+                source.emit(feed.control_line("params", parameters=asdict(p)))
+                self.display.notice = f"parameters changed: {edits}"
+        except (OSError, ValueError, TypeError) as error:
+            self.display.notice = f"edit of {self.options.params} refused: {error}"
+
+    def health(self, source: feed.LiveFeed | None, parser: feed.Parser) -> list[str]:
+        """The feed in words: age, rate, reconnects, gaps, lag, and what went wrong."""
+        now, maker, counts = time.monotonic(), self.maker, parser.counts
+        if now - self.rate_since_s >= 1:
+            self.rate = (maker.messages - self.rate_from) / (now - self.rate_since_s)
+            self.rate_since_s, self.rate_from = now, maker.messages
+        items = [f"{self.rate:.0f} messages/s", f"{counts['gaps']} gaps"]
+        if source:
+            age_s = (source.clock_ns() - source.last_frame_ns) / NS
+            state = f"last frame {age_s:.1f} s ago" if source.connected else "NOT CONNECTED"
+            items = [state, *items, f"{source.reconnects} reconnects"]
+        items.append(f"{counts['malformed']} malformed")
+        items += describe_lag(maker.lags)
+        if source and source.recorder:
+            items.append(source.recorder.failure.upper() or f"recording to {self.options.record}")
+        return items + ([f"last problem: {parser.problem}"] if parser.problem else [])
+
+
+def describe_lag(lags_ns: Iterable[int]) -> list[str]:
+    """Median of receive minus exchange time, with a warning where the clocks disagree."""
+    lags = list(lags_ns)
+    if not lags:
+        return []
+    lag_ms = statistics.median(lags) / MS
+    if lag_ms < 0:
+        return [f"CLOCK BEHIND THE EXCHANGE by {-lag_ms:.0f} ms: see --clock-offset-ms"]
+    if lag_ms > MAX_LAG_MS:
+        return [f"LAG {lag_ms:.0f} ms: slow network, or see --clock-offset-ms"]
+    return [f"lag {lag_ms:.0f} ms"]
+
+
+def live_messages(
+    source: feed.LiveFeed, session: Session, stop: threading.Event, duration_s: float
+) -> Iterator[Message]:
+    """Messages as they come. At the end the feed stops first, then the rest is drained."""
+    end_ns = source.clock_ns() + duration_s * NS
+    while not stop.is_set() and source.clock_ns() < end_ns and not source.fatal:
+        try:
+            yield source.queue.get(timeout=TICK_S)
+        except queue.Empty:
+            with source.lock:  # nothing is stamped meanwhile
+                if source.queue.empty():
+                    session.maker.pass_time(source.clock_ns())
+            session.look(source, source.parser)
+    source.stop()
+    source.emit(feed.control_line("end"))
+    while not source.queue.empty():
+        yield source.queue.get()
+    if source.fatal:
+        raise UserError(source.fatal)
+
+
+def replayed_messages(
+    path: Path, parser: feed.Parser, stop: threading.Event, speed: float, duration_s: float
+) -> Iterator[Message]:
+    """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
+    began, first_ns = time.monotonic(), 0
+    for message in feed.replay(path, parser):
+        first_ns = first_ns or message.recv_ns
+        offset_s = (message.recv_ns - first_ns) / NS
+        if offset_s > duration_s:
+            return
+        wait_s = offset_s / speed - (time.monotonic() - began) if speed < math.inf else 0.0
+        if stop.is_set() or (wait_s > 0 and stop.wait(wait_s)):
+            return
+        yield message
+
+
+def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) -> None:
+    """Paper trading on the live feed; the bundled sample where there is no network."""
+    flags = (options.symbol, options.category, options.tick_size, options.lot_size)
+    instrument = feed.live_instrument(*flags, options.url)
+    where = options.url or "Bybit"
+    title = f"{instrument.symbol} {instrument.category}   LIVE from {where}"
+    session = Session(options, instrument, title, {})
+    try:
+        source = feed.open_feed(
+            instrument, options.depth or feed.DEPTHS[0], options.url, options.record, clock_ns,
+            parameters=asdict(session.maker.parameters),
+        )  # fmt: skip
+    except (OSError, websocket.WebSocketException) as error:
+        if session.log:
+            session.log.close()
+            options.log.unlink()
+        return run_offline(options, f"{where} cannot be reached ({error})")
+    messages = live_messages(source, session, feed.stop_signal(), options.duration)
+    session.run(messages, source, source.parser)
+
+
+def run_offline(options: argparse.Namespace, reason: str) -> None:
+    """No network at the start: replay the sample, unless live data were insisted on."""
+    if options.live or options.url or options.record or options.symbol != "BTCUSDT":
+        raise UserError(f"{reason}: check the network, or give --replay FILE")
+    print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
+    run_replay(options, SAMPLE, options.speed or SAMPLE_SPEED, "OFFLINE REPLAY")
+
+
+def run_replay(options: argparse.Namespace, path: Path, speed: float, label: str) -> None:
+    """Paper trading on a recording."""
+    flags = (options.tick_size, options.lot_size, options.depth)
+    parser, header = feed.parser_of_recording(path, *flags)
+    kind = "SYNTHETIC data" if header.start.get("synthetic") else path.name
+    pace = "" if speed == math.inf else f" at {speed:g} x"
+    title = f"{parser.instrument.symbol} {parser.instrument.category}   {label}{pace} of {kind}"
+    session = Session(options, parser.instrument, title, header.start or {"event": "start"})
+    stop = feed.stop_signal()
+    messages = replayed_messages(path, parser, stop, speed, options.duration)
+    session.run(messages, None, parser)
+
+
+# ---- Command line ------------------------------------------------------------------
+
+
+def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every parameter, with unit and range; unset means the default."""
+    group = parser.add_argument_group("parameters")
+    for name, parameter in FIELDS.items():
+        rule, default = parameter.metadata, parameter.default
+        span = "" if "choices" in rule else f", {rule['low']:g} to {rule['high']:g}"
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            type=str if "choices" in rule else float,
+            choices=rule.get("choices"),
+            metavar=None if "choices" in rule else "X",
+            help=f"{rule['help']}{span} (default {'off' if default is None else default})",
+        )
+
+
+def speed_of(text: str) -> float:
+    """--speed: a number above 0, or max."""
+    speed = math.inf if text == "max" else float(text)
+    if not speed > 0:
+        raise ValueError(text)
+    return speed
+
+
+def seconds_of(text: str) -> float:
+    """--duration: seconds above 0."""
+    seconds = float(text)
+    if not seconds > 0:
+        raise ValueError(text)
+    return seconds
+
+
+def build_arguments() -> argparse.ArgumentParser:
+    """The command line of `python marketmaker.py`."""
+    parser = feed.Arguments(
+        prog="marketmaker.py",
+        description="Paper market maker on Bybit's live data, or on a recording. No order is sent.",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--live", action="store_true", help="insist on the live feed")
+    source.add_argument("--replay", type=Path, metavar="FILE", help="replay a recording")
+    parser.add_argument("--speed", type=speed_of, metavar="X|max", help="of a replay (default 1)")
+    feed.add_market_flags(parser)
+    parser.add_argument("--duration", type=seconds_of, default=math.inf, metavar="SECONDS",
+                        help="end after so many seconds of receive time")  # fmt: skip
+    parser.add_argument("--record", type=Path, metavar="FILE", help="record the live session")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="every decision as CSV")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
+    parser.add_argument("--params", type=Path, metavar="FILE.json",
+                        help="parameters; read again whenever it is edited")  # fmt: skip
+    add_parameter_flags(parser)
+    return parser
+
+
+def main(
+    arguments: list[str] | None = None, clock_ns: Callable[[], int] | None = None
+) -> int:
+    """python marketmaker.py; the exit status. clock_ns replaces the session's clock."""
+    options = build_arguments().parse_args(arguments)
+
+    def run() -> None:
+        if options.replay:
+            if options.record:
+                raise UserError("--record records the live feed: leave it out with --replay")
+            run_replay(options, options.replay, options.speed or 1.0, "REPLAY")
+        else:
+            run_live(options, clock_ns)
+
+    return feed.exit_cleanly(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
