@@ -51,7 +51,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from decimal import Decimal, DecimalException
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,22 +217,25 @@ class Slice(NamedTuple):
 def build_slice(messages: list[Message]) -> Slice:
     """Columns from parsed book and trade messages."""
 
-    def ends(counts: Iterable[int]) -> np.ndarray:
-        return np.cumsum(np.fromiter(counts, np.int64, len(messages)))
+    def ends(columns: list[list]) -> np.ndarray:
+        return np.array(list(accumulate(map(len, columns))), np.int64)
 
     def rows(sides: list[tuple[list[int], list[float]]]) -> Rows:
-        end = ends(len(levels) for levels, _ in sides)
-        level = np.fromiter(chain.from_iterable(s[0] for s in sides), np.int64, end[-1])
-        size = np.fromiter(chain.from_iterable(s[1] for s in sides), np.float64, end[-1])
-        return Rows(level, size, end)
+        levels, sizes = zip(*sides)
+        return Rows(
+            np.array(list(chain.from_iterable(levels)), np.int64),
+            np.array(list(chain.from_iterable(sizes)), np.float64),
+            ends(levels),
+        )
 
+    kinds, recv_ns, exch_ns, bids, asks, trades, _ = zip(*messages)
     return Slice(
-        np.array([m.recv_ns for m in messages], np.int64),
-        np.array([m.exch_ns for m in messages], np.int64),
-        np.array([m.kind != TRADES for m in messages], bool),
-        {BID: rows([m.bids for m in messages]), ASK: rows([m.asks for m in messages])},
-        np.array(list(chain.from_iterable(m.trades for m in messages)), TRADE),
-        ends(len(m.trades) for m in messages),
+        np.array(recv_ns, np.int64),
+        np.array(exch_ns, np.int64),
+        np.array([kind != TRADES for kind in kinds]),
+        {BID: rows(bids), ASK: rows(asks)},
+        np.array(list(chain.from_iterable(trades)), TRADE),
+        ends(trades),
     )
 
 

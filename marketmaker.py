@@ -309,32 +309,33 @@ class PaperExchange:
     # -- where a slice touches us
 
     def touched(self, piece: Slice) -> list[int]:
-        """The messages of a slice that can matter to an order; in order."""
-        marks = [self._first_after(piece, self.flatten_ns)]
-        trades = piece.trades
+        """The messages of a slice that can matter to an order of ours; in order."""
+        marks: list[np.ndarray] = []
+
+        def mark(end: np.ndarray, hits: np.ndarray) -> None:
+            rows = hits.nonzero()[0]
+            if len(rows):
+                marks.append(end.searchsorted(rows, "right"))  # the rows' messages
+
+        arrivals = [self.flatten_ns]
+        trades, latest_ns = piece.trades, piece.exch_ns.max()
         for side, orders in self.orders.items():
             if not orders:
                 continue
             levels = {order.level for order in orders}
             own, facing, top = piece.rows[side], piece.rows[-side], max(levels)
             for level in levels:
-                marks.append(own.end.searchsorted(np.flatnonzero(own.level == level), "right"))
-            reaching = np.flatnonzero((facing.level >= -top) & (facing.size > 0))
-            marks.append(facing.end.searchsorted(reaching, "right"))
+                mark(own.end, own.level == level)
+            if len(facing.level) and facing.level.max() >= -top:
+                mark(facing.end, (facing.level >= -top) & (facing.size > 0))
             if len(trades):
                 hit = (trades["side"] == -side) & (side * trades["tick"] <= top)
-                marks.append(piece.trade_end.searchsorted(np.flatnonzero(hit), "right"))
-            marks += [
-                self._first_after(piece, order.arrival_ns)
-                for order in orders
-                if not order.has_arrived
-            ]
-        return np.unique(np.concatenate(marks)).tolist()
-
-    @staticmethod
-    def _first_after(piece: Slice, exch_ns: int) -> np.ndarray:
-        """The first message that is later than exch_ns on the exchange, if there is one."""
-        return np.flatnonzero(piece.exch_ns > exch_ns)[:1]
+                mark(piece.trade_end, hit)
+            arrivals += [order.arrival_ns for order in orders if not order.has_arrived]
+        for arrival_ns in arrivals:
+            if latest_ns > arrival_ns:  # from the first later message on, it has arrived
+                marks.append((piece.exch_ns > arrival_ns).nonzero()[0][:1])
+        return np.unique(np.concatenate(marks)).tolist() if marks else []
 
     # -- one message at a time
 

@@ -1,10 +1,10 @@
 """What a quote should cost: the parameters, the base spread, and a linear program.
 
-The problem. A market maker bids below the mid price and offers above it. Far from
-the mid it is rarely hit, near it it is hit by those who know more. Holding
-inventory is a risk, so it leans: long, it bids further away and offers nearer, to be
-rid of it. How wide is decided by the market (base spread S); how to share S between
-bid and ask is decided by a linear program.
+The problem. A market maker bids below the mid price and offers above it. Far from the
+mid it is rarely hit; close by it is hit by those who know more. Holding inventory is a
+risk, so it leans: long, it bids further away and offers nearer, to be rid of it. How wide
+to quote at least is read from the market (base spread S); where to put bid and ask, at
+least S apart and neither inside its edge, is decided by a linear program.
 
 Symbols (the README repeats this table, nothing else does):
 
@@ -17,7 +17,7 @@ Symbols (the README repeats this table, nothing else does):
   S         base_spread          base spread, bid to ask                      bps
   d_b, d_a  bid/ask_distance     distance of the quote from the mid           S
   s         d_b - d_a            lean: positive = would rather sell           S
-  d_min     d_min                nearest that a quote may stand               S
+  d_min     d_min                edge: min_half_spread_bps / S                S
   r, p_b, p_a                    epigraph variables of the three squares      -
   h         STEP                 step of the piecewise-linear squares         S
   alpha, beta                    weight of inventory risk, of price risk      -
@@ -25,6 +25,9 @@ Symbols (the README repeats this table, nothing else does):
 
 Base spread:
   S = max(min_half_spread_bps, 2 gamma sigma sqrt(tau) + delta/(1+L) + zeta/(1+D))
+
+  Its floor only keeps d_min at 1 or less. Where S is below twice the edge, the edge
+  decides: the quote is 2 min_half_spread_bps wide.
 
 Cost of a quote:
   C(d_b, d_a; q) = alpha (q - s)^2  +  beta (d_b^2 + d_a^2)
@@ -43,8 +46,8 @@ rows. In the standard form of scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a
     ask price  64 rows      k d_a - p_a               <= u v
   bounds      d_min <= d_b, d_a <= 2,   r, p_b, p_a >= 0
 
-The inventory term has the step h/sqrt(2), an irrational multiple of h: so no slope of
-one term equals a slope of the other, and the minimum is a single point.
+The inventory term has the step h/sqrt(2), an irrational multiple of h: so for every
+rational alpha/beta no slopes of the two terms tie, and the minimum is a single point.
 S is factored out, so one program serves every price level and every spread.
 
 Worked example: long a quarter of the limit, nothing else binding. The quadratic cost
@@ -66,9 +69,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,10 +82,11 @@ from scipy.optimize import linprog
 STEP = 1 / 32  # h: grid step of the squares; 1/16 misses the quadratic cost by 0.5 %
 D_MAX = 2.0  # farthest quote, in units of S
 Q_STEP = 1 / 200  # q is rounded to this before solving, so that answers are reused
-D_MIN_STEP = 1 / 64  # d_min is rounded up to this
+D_MIN_STEP = 1 / 64  # d_min is rounded up to this, which moves an edge by up to S/64
 FEASIBILITY = 1e-7  # by how much an answer may miss a row, in units of S
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.1, 5.0  # between two optimizations
 FILL_MODELS = ("queue", "touch", "through")
+INF = math.inf
 
 
 # ---- Parameters --------------------------------------------------------------------
@@ -90,9 +96,6 @@ def _number(default: float | None, low: float, high: float, help: str, fixed=Fal
     """A parameter between low and high; a fixed one cannot change while running."""
     metadata = dict(low=low, high=high, help=help, fixed=fixed)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-INF = math.inf
 
 
 @dataclass(frozen=True)
@@ -154,20 +157,21 @@ def _fault(name: str, value: Any) -> str:
     """What is wrong with one value by itself; empty if nothing is."""
     rule, flag = FIELDS[name].metadata, "--" + name.replace("_", "-")
     if "choices" in rule:
-        choices = ", ".join(rule["choices"])
-        return "" if value in rule["choices"] else (
-            f"{name} = {value!r} is none of {choices}: set {flag} to one of them"
-        )
+        if value in rule["choices"]:
+            return ""
+        return f"{name} = {value!r} is none of {', '.join(rule['choices'])}: mend {flag}"
     if value is None and FIELDS[name].default is None:
         return ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and abs(value) <= sys.float_info.max):
         return f"{name} = {value!r} is not a finite number: set {flag} to one"
     low, high = rule["low"], rule["high"]
     if name in ABOVE_ZERO and value <= 0:
         return f"{name} = {value:g} must be above 0: raise {flag}"
     if not low <= value <= high:
-        span = f"{low:g} to {high:g}" if high < INF else f"{low:g} or more"
-        return f"{name} = {value:g} must lie in {span}: {'raise' if value < low else 'lower'} {flag}"
+        span = f"{low:.12g} to {high:.12g}" if high < INF else f"{low:.12g} or more"
+        remedy = "raise" if value < low else "lower"
+        return f"{name} = {value:.12g} must lie in {span}: {remedy} {flag}"
     return ""
 
 
@@ -318,11 +322,11 @@ def solve_program(program: Program, solver: Callable = linprog) -> Solution:
     feasible, comes back as Solution(failure=...)."""
     try:
         result = solver(program.c, program.A_ub, program.b_ub, bounds=program.bounds)
-    except (ValueError, ArithmeticError, RuntimeError) as error:
+        x = np.asarray(result.x if result.status == 0 else [], float)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         return Solution(failure=f"solver raised {type(error).__name__}: {error}")
     if result.status != 0:
         return Solution(failure=f"solver status {result.status}: {result.message}")
-    x = np.asarray(result.x, float)
     if x.shape != program.c.shape or not np.isfinite(x).all():
         return Solution(failure="the solver's answer is not finite")
     low, high = program.bounds.T
@@ -362,7 +366,7 @@ def solve_quote(
     """The best quote at inventory q: rounded, mirrored, remembered.
 
     q is rounded to 1/200 and d_min up to 1/64, so that a day needs a few hundred
-    solves of about 1 ms; solving for |q| and swapping the sides makes bid and ask
+    solves of about 2 ms; solving for |q| and swapping the sides makes bid and ask
     exact mirror images.
     """
     steps = round(q / Q_STEP)
@@ -371,7 +375,9 @@ def solve_quote(
         solution = _remembered(abs(steps) * Q_STEP, alpha, beta, d_min, solver)
     except _NotSolved as failure:
         return Solution(failure=str(failure))
-    if steps >= 0:
+    if steps == 0:  # a kink: of its slopes take the middle, which favours no side
+        return solution._replace(inventory_price=0.0)
+    if steps > 0:
         return solution
     return solution._replace(
         bid_distance=solution.ask_distance,
@@ -425,13 +431,15 @@ def choose_distances(
     if not failure:
         terms = base_spread_function(p, ema_volatility, liquidity, depth_musd)
         spread = terms.total_bps
+        failure = "" if math.isfinite(spread) else f"base spread is {spread}"
+    if not failure:
         d_min = p.min_half_spread_bps / spread
         solution = solve_quote(q, p.alpha, p.beta, d_min, solver)
         failure = solution.failure
     if not failure:
         bid_bps, ask_bps = solution.bid_distance * spread, solution.ask_distance * spread
         return Distances(bid_bps, ask_bps, "lp", "", terms, solution)
-    if last_good is not None and last_good_age_s <= p.fallback_max_age_s:
+    if last_good is not None and last_good_age_s < p.fallback_max_age_s:
         return last_good._replace(source="last_good", reason=failure)
     half = p.default_spread_bps / 2
     return Distances(half, half, "default", failure)
