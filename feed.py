@@ -47,9 +47,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from decimal import Decimal, DecimalException
 from itertools import accumulate, chain
 from pathlib import Path
@@ -116,6 +116,11 @@ class Instrument:
     @property
     def lot_size(self) -> float:
         return float(self.lot_text)
+
+    @property
+    def base_coin(self) -> str:
+        """BTC of BTCUSDT."""
+        return self.symbol.removesuffix("USDT")
 
     @property
     def digits(self) -> int:
@@ -479,10 +484,12 @@ class Parser:
         try:
             message = _decode(text)
             topic = message.get("topic")
-            if topic is None:
-                handler = self._operation if from_exchange or message.get("op") != "local" else self._control
-            else:
+            if topic is not None:
                 handler = self.handlers.get(topic, self._ignored)
+            elif message.get("op") == "local" and not from_exchange:
+                handler = self._control
+            else:
+                handler = self._operation
             return handler(recv_ns, message)
         except MALFORMED as error:
             return self._malformed(recv_ns, error, handler)
@@ -680,7 +687,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield int(stamp), text.decode("utf-8", "replace")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         if number == 0 and not isinstance(error, EOFError):
-            raise UserError(f"{path} is not a gzip recording: make one with feed.py record") from None
+            raise UserError(f"{path} is no gzip recording: make one with feed.py record") from None
         logging.warning("%s is cut off after line %d: read up to there", path, number)
     except ValueError:
         raise UserError(
@@ -733,7 +740,8 @@ def parser_of_recording(
     )
     if depth and depth not in header.depths:
         raise UserError(f"{path} has no depth {depth}: it has {sorted(header.depths)}")
-    return Parser(instrument, depth or start.get("depth") or max(header.depths, default=200)), header
+    depth = depth or start.get("depth") or max(header.depths, default=DEPTHS[0])
+    return Parser(instrument, depth), header
 
 
 def replay(path: Path, parser: Parser) -> Iterator[Message]:
@@ -1076,7 +1084,8 @@ def measure_recording(messages: Iterable[Message], parser: Parser) -> dict[str, 
         low, mid, high = np.percentile(lags, [1, 50, 99])
         facts["receive - exchange time, ms"] = f"median {mid:.0f}, 1 % {low:.0f}, 99 % {high:.0f}"
     if spreads:
-        facts["spread, ticks"] = f"median {statistics.median(spreads):g}, mean {np.mean(spreads):.2f}"
+        middle, mean = statistics.median(spreads), np.mean(spreads)
+        facts["spread, ticks"] = f"median {middle:g}, mean {mean:.2f}"
     if len(mids) > 2:
         returns = 1e4 * np.diff(np.log(list(mids.values())))
         facts["volatility, bps/sqrt(s)"] = f"{math.sqrt(np.mean(returns**2)):.3f}"

@@ -68,6 +68,7 @@ from optimize import (
     FIELDS,
     Distances,
     Parameters,
+    Solution,
     change_parameters,
     choose_distances,
     get_optimization_frequency,
@@ -80,6 +81,10 @@ LATE_NS = 10 * NS  # no trade is heard of later than this
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
 SAMPLE_SPEED = 10.0
 MAX_LAG_MS = 2000.0  # a longer lag is shown as a warning
+LOG_HEADER = (
+    "time_ns,mid_price,best_bid,best_ask,bid_price,bid_qty,ask_price,ask_qty,base_spread_bps,"
+    "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason\n"
+)
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
 
@@ -489,7 +494,7 @@ class MarketMaker:
         self.is_stale = False
         self.is_stopped = False  # by max_drawdown_usdt, for good
         if log:
-            log.write(",".join(LOG_COLUMNS) + "\n")
+            log.write(LOG_HEADER)
 
     # -- time and messages
 
@@ -728,6 +733,7 @@ class MarketMaker:
         s, q, digits = self.state, self.quote, self.instrument.digits
         is_sound = s.best_bid == s.best_bid
         terms = self.distances.base_spread if self.distances else None
+        base_spread = terms.total_bps if terms else math.nan
 
         def price(value: float | None, decimals: int = digits) -> str:
             return "" if value is None or value != value else f"{value:.{decimals}f}"
@@ -744,8 +750,8 @@ class MarketMaker:
             number(q.bid_qty) if q.bid_price is not None else "",
             price(q.ask_price),
             number(q.ask_qty) if q.ask_price is not None else "",
-            *map(number, (terms.total_bps if terms else math.nan, s.volatility, s.ema_volatility, s.bid_depth)),
-            *map(number, (s.ask_depth, s.liquidity, s.inventory)),
+            *map(number, (base_spread, s.volatility, s.ema_volatility, s.bid_depth, s.ask_depth)),
+            *map(number, (s.liquidity, s.inventory)),
             f"{s.cash:.8f}",
             f"{s.equity:.8f}",
             q.source,
@@ -754,78 +760,67 @@ class MarketMaker:
         return ",".join(cells) + "\n"
 
 
-LOG_COLUMNS = (
-    "time_ns,mid_price,best_bid,best_ask,bid_price,bid_qty,ask_price,ask_qty,base_spread_bps,"
-    "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason"
-).split(",")
 
 
 # ---- Display -----------------------------------------------------------------------
 
 
-def in_words(solution: Any) -> list[str]:
-    """The program's multipliers: what its constraints and the inventory cost at the margin.
+def in_words(solution: Solution, order_share: float) -> list[str]:
+    """What spread, edge and inventory cost at the margin, relative to the quote's cost C.
 
-    Costs are relative to the quote's present cost C, so that they can be compared.
+    order_share: one order as a share of max_inventory.
     """
-    percent = 100 / solution.cost
 
-    def change(price: float) -> str:
-        return f"{price * percent * 0.01:+.1f} %"
+    def effect(price: float, amount: float) -> str:
+        return f"cost {100 * price * amount / solution.cost:+.1f} %"
 
-    words = [f"1 % more required spread changes the cost by {change(solution.spread_price)}"]
+    if solution.spread_price:
+        words = [f"1 % more spread asked for: {effect(solution.spread_price, 0.01)}"]
+    else:
+        words = ["spread: costs nothing, the edges ask for more"]
     for side, price in (("bid", solution.bid_edge_price), ("ask", solution.ask_edge_price)):
         if price > 1e-9:
-            words.append(f"the {side} stands on its edge: 1 % of S further, {change(price)}")
-    if not solution.spread_price:
-        words[0] = "the required spread costs nothing: the edge already asks for more"
-    words.append(f"1 % of the limit more inventory, {change(solution.inventory_price)}")
+            words.append(f"{side} stands on its edge, 1 % of S further: {effect(price, 0.01)}")
+    words.append(f"one order more bought: {effect(solution.inventory_price, order_share)}")
     return words
 
 
 def describe(maker: MarketMaker, health: list[str]) -> list[tuple[str, list[str]]]:
     """What the screen shows: label and items, line by line."""
-    s, q, p = maker.state, maker.quote, maker.parameters
-    digits, lot_digits = maker.instrument.digits, 3
+    s, p, coin = maker.state, maker.parameters, maker.instrument.base_coin
+    d, fills = maker.distances, maker.exchange.fills
 
     def price(value: float | None) -> str:
-        return "-" if value is None or value != value else f"{value:,.{digits}f}"
+        return "-" if value is None or value != value else f"{value:,.{maker.instrument.digits}f}"
 
-    def number(value: float, form: str = ".2f") -> str:
-        return "-" if value != value else f"{value:{form}}"
+    def number(value: float) -> str:
+        return "-" if value != value else f"{value:.2f}"
 
     lines = [
         ("Market", [
-            f"bid {price(s.best_bid)}", f"ask {price(s.best_ask)}",
+            f"bid {price(s.best_bid)}", f"ask {price(s.best_ask)} USDT",
             f"last {price(s.last_price)}", f"mark {price(s.mark_price)}",
-            f"depth {number(s.bid_depth)} / {number(s.ask_depth)} BTC in {p.depth_band_bps:g} bps",
+            f"depth {number(s.bid_depth)} / {number(s.ask_depth)} {coin} within "
+            f"{p.depth_band_bps:g} bps",
             f"volatility {number(s.volatility)} (EMA {number(s.ema_volatility)}) bps/sqrt(s)",
             f"liquidity {number(s.liquidity)} M USDT per bp",
         ]),
         ("Our quote", describe_quote(maker, price)),
-    ]
-    if maker.distances and maker.distances.base_spread:
-        t = maker.distances.base_spread
-        lines.append(("Base spread", [
-            f"{t.total_bps:.2f} bps = volatility {t.volatility_bps:.2f} + liquidity "
-            f"{t.liquidity_bps:.2f} + depth {t.depth_bps:.2f} (floor {t.floor_bps:g})"
-        ]))
-    if maker.distances and maker.distances.solution:
-        lines.append(("At the margin", in_words(maker.distances.solution)))
-    last = maker.exchange.fills[-1] if maker.exchange.fills else None
-    lines += [
-        ("Inventory", [
-            f"{s.inventory:+.{lot_digits}f} BTC of at most {p.max_inventory:g}",
-            f"{s.fills} fills" + ("" if last is None else
-            f", last {'bought' if last.side == BID else 'sold'} {last.qty:g} at {price(last.price)}"),
-        ]),
-        ("Result, USDT", [
-            f"gross {s.gross:+.2f}", f"fees {s.fees_paid:.2f}", f"net {s.equity:+.2f}",
-            f"gross = spread captured {s.spread_captured:+.2f}, revaluation {s.revaluation:+.2f}",
-        ]),
-        ("Feed", health),
-    ]
-    return lines
+    ]  # fmt: skip
+    if d and (t := d.base_spread):
+        terms = (f"volatility {t.volatility_bps:.2f}", f"liquidity {t.liquidity_bps:.2f}")
+        sum_ = f"{t.total_bps:.2f} bps = {' + '.join(terms)} + depth {t.depth_bps:.2f}"
+        lines.append(("Base spread", [sum_, f"(at least {t.floor_bps:g})"]))
+    if d and d.solution:
+        lines.append(("At the margin", in_words(d.solution, p.order_qty / p.max_inventory)))
+    held = [f"{s.inventory:+g} {coin} of at most {p.max_inventory:g}", f"{s.fills} fills"]
+    if fills:
+        verb = "bought" if fills[-1].side == BID else "sold"
+        held.append(f"last: {verb} {fills[-1].qty:g} at {price(fills[-1].price)}")
+    result = [f"gross {s.gross:+.2f}", f"fees {s.fees_paid:.2f}", f"net {s.equity:+.2f}"]
+    parts = f"spread captured {s.spread_captured:+.2f}, revaluation {s.revaluation:+.2f}"
+    result.append(f"gross = {parts}")
+    return [*lines, ("Inventory", held), ("Result, USDT", result), ("Feed", health)]
 
 
 def describe_quote(maker: MarketMaker, price: Callable[[float | None], str]) -> list[str]:
@@ -840,7 +835,7 @@ def describe_quote(maker: MarketMaker, price: Callable[[float | None], str]) -> 
     for name, value, qty in (("bid", q.bid_price, q.bid_qty), ("ask", q.ask_price, q.ask_qty)):
         far = "" if value is None else f", {abs(value / s.mid_price - 1) * 1e4:.2f} bps away"
         items.append(f"{name} {price(value)}" + (f" x {qty:g}{far}" if value else ""))
-    return items + [f"from {q.source}" + (f": {q.reason}" if q.reason else "")]
+    return [*items, f"source {q.source}" + (f": {q.reason}" if q.reason else "")]
 
 
 def wrap(lines: list[tuple[str, list[str]]], width: int) -> list[str]:
@@ -854,8 +849,13 @@ def wrap(lines: list[tuple[str, list[str]]], width: int) -> list[str]:
                 text.append(line)
                 line, joint = " " * indent, ""
             line += joint + item
-        text.append(line[:width])
+        text.append(line)
     return text
+
+
+def clock_text(time_ns: int) -> str:
+    """A receive time as date and time of day, UTC."""
+    return time.strftime("%F %T", time.gmtime(time_ns / NS))
 
 
 class Display:
@@ -881,8 +881,7 @@ class Display:
 
     def screen(self, maker: MarketMaker, health: list[str]) -> str:
         columns, rows = shutil.get_terminal_size((80, 24))
-        moment = time.strftime("%F %T UTC", time.gmtime(maker.last_ns / NS))
-        head = [f"{self.title}   {moment}", "paper trading: no order is ever sent", ""]
+        head = [f"{self.title}   {clock_text(maker.last_ns)} UTC", "paper trading: no order is ever sent", ""]
         body = wrap(describe(maker, health), columns)
         foot = ["", self.notice or "Ctrl-C ends the run with a summary"]
         text = [line[:columns] for line in head + body + foot][: rows - 1]
@@ -892,7 +891,6 @@ class Display:
 
     def plain_line(self, maker: MarketMaker) -> str:
         s, q = maker.state, maker.quote
-        moment = time.strftime("%F %T", time.gmtime(maker.last_ns / NS))
         sides = [
             "-" if price is None else f"{price:.{maker.instrument.digits}f}"
             for price in (q.bid_price, q.ask_price)
@@ -900,31 +898,30 @@ class Display:
         why = f" ({q.reason})" if q.reason else ""
         notice = f"  {self.notice}" if self.notice else ""
         return (
-            f"{moment}  mid {s.mid_price:.{maker.instrument.digits + 1}f}  quote {' / '.join(sides)}"
-            f"  {q.source}{why}  inventory {s.inventory:+.3f}  net {s.equity:+.2f} USDT{notice}"
+            f"{clock_text(maker.last_ns)}  mid {s.mid_price:.{maker.instrument.digits + 1}f}  quote {' / '.join(sides)}"
+            f"  {q.source}{why}  inventory {s.inventory:+g}  net {s.equity:+.2f} USDT{notice}"
         )
 
 
 def summarize(maker: MarketMaker, title: str) -> str:
     """The end of a run in a few lines."""
-    s, counts = maker.state, maker.counts
-    sources = {name: counts[name] for name in ("lp", "last_good", "default", "none")}
-    reasons = {name: n for name, n in counts.items() if name and name not in sources}
-    start, end = (time.strftime("%F %T", time.gmtime(t / NS)) for t in (maker.first_ns, maker.last_ns))
-    orders = dict(maker.exchange.counts)
-    return "\n".join(wrap([
-        (title, []),
+    s, counts, sources = maker.state, maker.counts, ("lp", "last_good", "default", "none")
+    start, end = (clock_text(t) for t in (maker.first_ns, maker.last_ns))
+    held = f"inventory {s.inventory:+g} {maker.instrument.base_coin}"
+    lines = [
         ("Span", [f"{start} to {end} UTC", f"{maker.messages} messages"]),
-        ("Decisions", [f"{n} {name}" for name, n in sources.items() if n]),
-        *([("Reasons", [f"{n} x {name}" for name, n in reasons.items()])] if reasons else []),
-        ("Orders", [f"{n} {name}" for name, n in orders.items()] or ["none"]),
-        ("Fills", [f"{s.fills}", f"turnover {s.turnover:,.0f} USDT", f"inventory {s.inventory:+.3f}"]),
+        ("Decisions", [f"{counts[name]} {name}" for name in sources if counts[name]]),
+        ("Reasons", [f"{counts[name]} x {name}" for name in counts if name not in (*sources, "")]),
+        ("Orders", [f"{n} {name}" for name, n in maker.exchange.counts.items()]),
+        ("Fills", [f"{s.fills}", f"turnover {s.turnover:,.0f} USDT", held]),
         ("Result, USDT", [
             f"gross {s.gross:+.2f}", f"fees {s.fees_paid:.2f}", f"net {s.equity:+.2f}",
             f"net = spread captured {s.spread_captured:+.2f} + revaluation {s.revaluation:+.2f}"
-            f" - fees {s.fees_paid:.2f}, residual {s.residual:.0e}",
+            " - fees", f"(residual {s.residual:.0e})",
         ]),
-    ], 100))
+    ]  # fmt: skip
+    width = shutil.get_terminal_size((100, 24)).columns
+    return "\n".join([title, *wrap([line for line in lines if line[1]], width)])
 
 
 # ---- Plot --------------------------------------------------------------------------
@@ -969,10 +966,10 @@ def plot_session(history: History, fills: list[Fill], title: str, path: Path) ->
     for side, name, color, marker in (
         (BID, "we bought", "#0072B2", "^"), (ASK, "we sold", "#D55E00", "v"),
     ):
-        points = [((fill.recv_ns - start) / (60 * NS), fill.price) for fill in fills if fill.side == side]
-        if points:
-            top.scatter(*zip(*points), color=color, marker=marker, s=28, zorder=3, edgecolors="white",
-                        linewidths=0.4, label=f"{name} ({len(points)})")
+        ours = [fill for fill in fills if fill.side == side]
+        at = [(fill.recv_ns - start) / (60 * NS) for fill in ours]
+        top.scatter(at, [fill.price for fill in ours], color=color, marker=marker, s=28, zorder=3,
+                    edgecolors="white", linewidths=0.4, label=f"{name} ({len(ours)})")
     top.set_ylabel("price, USDT")
     top.legend(loc="best", fontsize=8, ncols=2)
     middle.step(minutes, columns["inventory"], where="post", color="black", linewidth=0.8)

@@ -159,7 +159,8 @@ def _fault(name: str, value: Any) -> str:
     if "choices" in rule:
         if value in rule["choices"]:
             return ""
-        return f"{name} = {value!r} is none of {', '.join(rule['choices'])}: mend {flag}"
+        choices = ", ".join(rule["choices"])
+        return f"{name} = {value!r} is none of {choices}: set {flag} to one of them"
     if value is None and FIELDS[name].default is None:
         return ""
     number = isinstance(value, Real) and not isinstance(value, bool)

@@ -113,8 +113,8 @@ def compare_live_path() -> None:
     for name, values in times.items():
         median = statistics.median(values)
         print(
-            f"  {name:<10}{MESSAGES / median:9,.0f} messages/s {median / MESSAGES * 1e6:7.1f} us each"
-            f"   {median / bare:5.2f} x bare"
+            f"  {name:<10}{MESSAGES / median:9,.0f} messages/s {median / MESSAGES * 1e6:7.1f} us "
+            f"each   {median / bare:5.2f} x bare"
         )
 
 

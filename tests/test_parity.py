@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exchange import LoopbackExchange
+from simulate import simulate
 
 import feed
 import marketmaker
-from exchange import LoopbackExchange
-from simulate import simulate
 
 SPEED = 20  # seconds of the session in one of the wall
 DURATION_S = 171.37  # ends in the middle of a second
