@@ -77,6 +77,7 @@ from optimize import (
 WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # no quote before so many 1 s returns
 NEVER = 2**63 - 1  # ns
+MIN_SILENCE_NS = NS // 2  # the least that stale_after_s can be
 LATE_NS = 10 * NS  # no trade is heard of later than this
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
 SAMPLE_SPEED = 10.0
@@ -323,7 +324,11 @@ class PaperExchange:
                 marks.append(end.searchsorted(rows, "right"))  # the rows' messages
 
         arrivals = [self.flatten_ns]
-        trades, latest_ns = piece.trades, piece.exch_ns.max()
+        trades, latest_ns = piece.trades, np.maximum.reduce(piece.exch_ns)
+        reach = {BID: NEVER, ASK: NEVER}  # how far trades went towards either side
+        if len(trades):
+            ticks = trades["tick"]
+            reach = {BID: np.minimum.reduce(ticks), ASK: -np.maximum.reduce(ticks)}
         for side, orders in self.orders.items():
             if not orders:
                 continue
@@ -331,11 +336,10 @@ class PaperExchange:
             own, facing, top = piece.rows[side], piece.rows[-side], max(levels)
             for level in levels:
                 mark(own.end, own.level == level)
-            if len(facing.level) and facing.level.max() >= -top:
+            if len(facing.level) and np.maximum.reduce(facing.level) >= -top:
                 mark(facing.end, (facing.level >= -top) & (facing.size > 0))
-            if len(trades):
-                hit = (trades["side"] == -side) & (side * trades["tick"] <= top)
-                mark(piece.trade_end, hit)
+            if reach[side] <= top:
+                mark(piece.trade_end, (trades["side"] == -side) & (side * trades["tick"] <= top))
             arrivals += [order.arrival_ns for order in orders if not order.has_arrived]
         for arrival_ns in arrivals:
             if latest_ns > arrival_ns:  # from the first later message on, it has arrived
@@ -552,6 +556,8 @@ class MarketMaker:
             self.first_ns = now_ns
             self.second_ns = (now_ns // NS + 1) * NS
         self.last_ns = now_ns
+        if now_ns < min(self.second_ns, self.book_recv_ns + MIN_SILENCE_NS):
+            return  # the usual case, and quick
         while True:
             silent_ns = NEVER
             if self.book_recv_ns and not self.is_stale and not self.lost:
@@ -881,7 +887,8 @@ class Display:
 
     def screen(self, maker: MarketMaker, health: list[str]) -> str:
         columns, rows = shutil.get_terminal_size((80, 24))
-        head = [f"{self.title}   {clock_text(maker.last_ns)} UTC", "paper trading: no order is ever sent", ""]
+        moment = f"{self.title}   {clock_text(maker.last_ns)} UTC"
+        head = [moment, "paper trading: no order is ever sent", ""]
         body = wrap(describe(maker, health), columns)
         foot = ["", self.notice or "Ctrl-C ends the run with a summary"]
         text = [line[:columns] for line in head + body + foot][: rows - 1]
@@ -897,8 +904,9 @@ class Display:
         ]
         why = f" ({q.reason})" if q.reason else ""
         notice = f"  {self.notice}" if self.notice else ""
+        mid = f"{s.mid_price:.{maker.instrument.digits + 1}f}"
         return (
-            f"{clock_text(maker.last_ns)}  mid {s.mid_price:.{maker.instrument.digits + 1}f}  quote {' / '.join(sides)}"
+            f"{clock_text(maker.last_ns)}  mid {mid}  quote {' / '.join(sides)}"
             f"  {q.source}{why}  inventory {s.inventory:+g}  net {s.equity:+.2f} USDT{notice}"
         )
 
@@ -978,7 +986,7 @@ def plot_session(history: History, fills: list[Fill], title: str, path: Path) ->
     for name, values, color in (
         ("gross", columns["gross"], "#009E73"),
         ("net", columns["gross"] - columns["fees"], "black"),
-        ("fees paid", -columns["fees"], "#CC79A7"),
+        ("fees, as a loss", -columns["fees"], "#CC79A7"),
     ):
         bottom.plot(minutes, values, color=color, linewidth=1.0, label=name)
     bottom.axhline(0, color="grey", linewidth=0.5)

@@ -456,3 +456,20 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
     if not ema_volatility * MAX_INTERVAL_S**0.5 > parameters.requote_move_bps:
         return MAX_INTERVAL_S  # calm, flat, or not measured yet
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
+
+
+def main() -> int:
+    """python optimize.py: how the quote leans with the inventory, at default parameters."""
+    p = Parameters()
+    terms = base_spread_function(p, ema_volatility=0.4, liquidity=0.5, depth_musd=0.7)
+    print(f"base spread {terms.total_bps:.2f} bps: {terms}")
+    print("     q   bid, bps   ask, bps    cost C   dC/dq")
+    for q in (-1.0, -0.5, 0.0, 0.5, 1.0):
+        d = choose_distances(p, q, ema_volatility=0.4, liquidity=0.5, depth_musd=0.7)
+        s = d.solution
+        print(f"{q:6.2f} {d.bid_bps:10.3f} {d.ask_bps:10.3f} {s.cost:9.3f} {s.inventory_price:7.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
