@@ -465,10 +465,6 @@ TICKER_FIELDS = {  # Bybit's name: ours
 }
 
 
-def book_topic(depth: int, symbol: str) -> str:
-    return f"orderbook.{depth}.{symbol}"
-
-
 class Parser:
     """Lines to messages; keeps the book's `u` and counts what it sees.
 
@@ -483,7 +479,7 @@ class Parser:
         self.sizes = Table(size_of)
         symbol = instrument.symbol
         self.handlers = {
-            book_topic(depth, symbol): self._book,
+            f"orderbook.{depth}.{symbol}": self._book,
             f"publicTrade.{symbol}": self._trades,
             f"tickers.{symbol}": self._ticker,
         }

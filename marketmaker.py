@@ -15,9 +15,9 @@ changes the rules: a snapshot, a lost book, a control line.
 When is a decision made? At the first message that is due, with that message applied;
 its time is that message's recv_ns, and the next is due one optimization interval later.
 At once: after a loss, at the snapshot that ends it, when the book falls silent, when
-parameters change. Guards are judged at every slice's end; one that trips or clears
-makes the next message decide. A fill does not; the next decision sees it. No decision
-reads a clock.
+parameters change. Guards are judged at every decision and every whole second; one that
+trips or clears makes the next message decide. A fill does not; the next decision sees
+it. No decision reads a clock.
 
 How paper orders fill, with the direction of each rule's bias:
 
@@ -274,7 +274,8 @@ class PaperExchange:
     ) -> None:
         self.parameters, self.instrument, self.state = parameters, instrument, state
         self.participation, self.peer_rules = participation, peer_rules
-        self.latency_ns = round((parameters.order_latency_ms - parameters.clock_offset_ms) * MS)
+        self.offset_ns = round(parameters.clock_offset_ms * MS)  # our clock - exchange's
+        self.latency_ns = round(parameters.order_latency_ms * MS) - self.offset_ns
         self.orders: dict[int, list[Order]] = {BID: [], ASK: []}
         self.sent: dict[int, Order | None] = {BID: None, ASK: None}
         self.flatten_ns = NEVER  # arrival of an order that closes the inventory
@@ -352,37 +353,30 @@ class PaperExchange:
         """Orders that arrive before exch_ns meet the book as it stood at their arrival."""
         if self.flatten_ns < exch_ns:
             self._walk_the_book(recv_ns, book)
+        limit = self.parameters.max_inventory + self.instrument.lot_size / 2
         for order in [o for orders in self.orders.values() for o in orders]:
             if order.has_arrived or order.arrival_ns >= exch_ns:
                 continue
             order.has_arrived = True
-            ladder, facing = book.ladders[order.side], book.ladders[-order.side].best
-            inventory = order.side * self.state.inventory + order.qty
-            if facing is not None and facing >= -order.level:
-                self.counts["refused: would take"] += 1
-                self._drop(order)
-            elif inventory > self.parameters.max_inventory + self.instrument.lot_size / 2:
-                self.counts["refused: inventory limit"] += 1
-                self._drop(order)
-            elif ladder.is_visible(order.level):
-                order.queue_ahead = order.queue_at_arrival = ladder.size_at(order.level)
+            if self._is_reached(order, book):
+                self._refuse(order, "would take")
+            elif order.side * self.state.inventory + order.qty > limit:
+                self._refuse(order, "inventory limit")
+            else:
+                order.queue_ahead = order.queue_at_arrival = self._shown(order, book)
 
     def meet_book(self, exch_ns: int, recv_ns: int, book: OrderBook) -> None:
         """A book message, just applied: does it reach our price, or shorten our queue?"""
-        for side, orders in self.orders.items():
-            ladder, facing = book.ladders[side], book.ladders[-side].best
-            for order in list(orders):
-                if order.has_arrived and exch_ns <= order.arrival_ns:
-                    # subtle: a row from before the arrival, heard of after a later trade
-                    if ladder.is_visible(order.level):
-                        shown = ladder.size_at(order.level)
-                        order.queue_ahead = max(shown - order.eaten, 0.0)
-                elif not order.lives_at(exch_ns):
-                    continue
-                elif facing is not None and facing >= -order.level:
+        for order in [o for orders in self.orders.values() for o in orders]:
+            if order.has_arrived and exch_ns <= order.arrival_ns:
+                # subtle: a row from before the arrival, heard of after a later trade
+                order.queue_ahead = max(self._shown(order, book) - order.eaten, 0.0)
+                if self._is_reached(order, book):
+                    self._refuse(order, "would take")
+            elif order.lives_at(exch_ns):
+                order.queue_ahead = min(order.queue_ahead, self._shown(order, book))
+                if self._is_reached(order, book):
                     self._fill(order, order.remaining, exch_ns, recv_ns)
-                elif self.peer_rules or ladder.is_visible(order.level):
-                    order.queue_ahead = min(order.queue_ahead, ladder.size_at(order.level))
 
     def meet_trades(self, trades: np.ndarray, recv_ns: int, book: OrderBook) -> None:
         """Trades, one after the other: through our price, or at it."""
@@ -396,62 +390,75 @@ class PaperExchange:
                 if beyond > 0 or (model == "touch" and not is_rpi):
                     self._fill(order, order.remaining, exch_ns, recv_ns)
                 elif model == "queue" and not is_rpi and exch_ns > book.exch_ns:
-                    self._eat(order, size, exch_ns, recv_ns)  # else: in the size shown
+                    # else the size shown has it already
+                    order.queue_ahead = min(order.queue_ahead, self._shown(order, book))
+                    self._eat(order, size, exch_ns, recv_ns)
                 break  # one order lives at a time, and a volume fills us once
+
+    def _is_reached(self, order: Order, book: OrderBook) -> bool:
+        """Whether the opposite side's best is at or beyond our price."""
+        facing = book.ladders[-order.side].best
+        return facing is not None and facing >= -order.level
+
+    def _shown(self, order: Order, book: OrderBook) -> float:
+        """The size displayed at our price; inf where nothing can be seen."""
+        ladder = book.ladders[order.side]
+        is_known = self.peer_rules or ladder.is_visible(order.level)
+        return ladder.size_at(order.level) if is_known else math.inf
+
+    def _refuse(self, order: Order, why: str) -> None:
+        self.counts[f"refused: {why}"] += 1
+        self._drop(order)
 
     def _eat(self, order: Order, size: float, exch_ns: int, recv_ns: int) -> None:
         """A trade at our price: first the queue ahead, then us."""
-        ahead, lot = order.queue_ahead, self.instrument.lot_size
-        left = size - ahead
-        order.queue_ahead = max(-left, 0.0)
+        left, lot = size - order.queue_ahead, self.instrument.lot_size
         order.eaten += size
         if left >= lot / 2:
             share = floor_to_lot(left * self.participation, lot)
             qty = order.remaining if self.peer_rules else min(order.remaining, share)
-            if qty > 0:
-                self._fill(order, qty, exch_ns, recv_ns, ahead)
+            self._fill(order, qty, exch_ns, recv_ns)
+        order.queue_ahead = max(-left, 0.0)
 
-    def _fill(
-        self, order: Order, qty: float, exch_ns: int, recv_ns: int, ahead: float | None = None
-    ) -> None:
+    def _fill(self, order: Order, qty: float, exch_ns: int, recv_ns: int) -> None:
+        if qty <= 0:
+            return
         price = order.side * order.level * self.instrument.tick_size
-        ahead = order.queue_ahead if ahead is None else ahead
-        queues = (ahead, order.queue_at_arrival)
-        self._settle(exch_ns, recv_ns, order.side, price, qty, *queues)
+        queues = (order.queue_ahead, order.queue_at_arrival)
+        self._settle(exch_ns, recv_ns, order.side, price, qty, queues)
         order.remaining = round(order.remaining - qty, 9)
         if order.remaining <= 0:
             self._drop(order)
 
     def _settle(
-        self, exch_ns: int, recv_ns: int, side: int, price: float, qty: float, *rest: Any
-    ) -> None:
-        """The one place where a fill is made; rest: queue ahead, at arrival, is_taker."""
-        p, is_taker = self.parameters, len(rest) > 2
+        self, exch_ns: int, recv_ns: int, side: int, price: float, qty: float,
+        queues: tuple[float, float] = (0.0, 0.0), is_taker: bool = False,
+    ) -> None:  # fmt: skip
+        """The one place where a fill is made."""
+        p, mid_price = self.parameters, self.state.mid_price
         fee = price * qty * (p.taker_fee_bps if is_taker else p.maker_fee_bps) * 1e-4
-        fill = Fill(exch_ns, recv_ns, side, price, qty, fee, self.state.mid_price, *rest)
+        fill = Fill(exch_ns, recv_ns, side, price, qty, fee, mid_price, *queues, is_taker)
         self.state.settle(fill)
         self.fills.append(fill)
 
     def _walk_the_book(self, recv_ns: int, book: OrderBook) -> None:
         """The taker order arrives: level by level until the inventory is closed."""
         arrival_ns, self.flatten_ns = self.flatten_ns, NEVER
-        inventory = self.state.inventory
-        side = -1 if inventory > 0 else 1
-        left = abs(inventory)
+        side, left = (ASK if self.state.inventory > 0 else BID), abs(self.state.inventory)
         for level, size in zip(*map(np.ndarray.tolist, book.ladders[-side].occupied())):
             qty = min(left, size)
             if qty < self.instrument.lot_size / 2:
                 break
             price = -side * level * self.instrument.tick_size
-            self._settle(arrival_ns, recv_ns, side, price, qty, 0.0, 0.0, True)
+            self._settle(arrival_ns, recv_ns, side, price, qty, is_taker=True)
             left = round(left - qty, 9)
 
     def retire(self, recv_ns: int, book_ns: int) -> None:
         """Forget past orders that no event can meet any more."""
-        passed = max(min(self.trade_ns, book_ns), recv_ns - LATE_NS)
+        passed = max(min(self.trade_ns, book_ns), recv_ns - self.offset_ns - LATE_NS)
         for side, orders in self.orders.items():
             if len(orders) > 1 or (orders and self.sent[side] is None):
-                self.orders[side] = [order for order in orders if order.cancel_ns > passed]
+                self.orders[side] = [order for order in orders if order.cancel_ns >= passed]
 
 
 def floor_to_lot(qty: float, lot_size: float) -> float:
@@ -483,7 +490,7 @@ class MarketMaker:
         self.solver, self.log = solver, log
         self.state, self.book = State(), OrderBook()
         self.exchange = PaperExchange(parameters, instrument, self.state, **exchange)
-        self.quote, self.distances = Quote(), None
+        self.quote, self.distances = Quote(reason="no message yet"), None
         self.last_good: tuple[int, Distances] | None = None  # (time_ns, distances)
         self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
         self.counts: Counter[str] = Counter()  # decisions by source and by reason
@@ -525,6 +532,7 @@ class MarketMaker:
             self._take_snapshot(message)
         elif kind == feed.LOST and not self.lost:
             self.lost = message.fields["reason"]
+            self.exchange.flatten_ns = NEVER  # at what price, nobody can say: sent again later
             restart_measures(self.state)
             self.decide(now_ns)
         elif kind == feed.CONTROL and message.fields["event"] == "params":
@@ -539,12 +547,12 @@ class MarketMaker:
             self.decide(message.recv_ns)
 
     def _change_parameters(self, message: Message) -> None:
-        changes = {**message.fields["parameters"], **self.overrides}
         try:
+            changes = {**message.fields["parameters"], **self.overrides}
             parameters = change_parameters(
                 self.parameters, changes, self.instrument.lot_size, running=True
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             logging.warning("parameters in the recording are refused: %s", error)
             return
         self.parameters = self.exchange.parameters = parameters
@@ -558,15 +566,17 @@ class MarketMaker:
         self.last_ns = now_ns
         if now_ns < min(self.second_ns, self.book_recv_ns + MIN_SILENCE_NS):
             return  # the usual case, and quick
+        if self.lost or self.is_stale:  # nothing is measured, however long it lasts
+            self.second_ns = (now_ns // NS + 1) * NS
+            return
         while True:
-            silent_ns = NEVER
-            if self.book_recv_ns and not self.is_stale and not self.lost:
-                silent_ns = self.book_recv_ns + round(self.parameters.stale_after_s * NS)
+            silent_ns = self.book_recv_ns + round(self.parameters.stale_after_s * NS)
             if self.second_ns <= min(now_ns, silent_ns):
                 self._pass_second()
             elif silent_ns < now_ns:
                 self.flush()
                 self.decide(silent_ns)
+                return self.pass_time(now_ns)
             else:
                 return
 
@@ -574,7 +584,7 @@ class MarketMaker:
         """The mid after the last message before this second is a point of the grid."""
         self.flush()
         second_ns, self.second_ns = self.second_ns, self.second_ns + NS
-        if self.lost or self.is_stale or math.isnan(self.state.mid_price):
+        if math.isnan(self.state.mid_price):
             return
         p = self.parameters
         update_measures(self.state, second_ns, self.instrument.tick_size, p.half_life_s)
@@ -624,10 +634,15 @@ class MarketMaker:
         trades = piece.trades
         if len(trades):
             musd = float(trades["tick"] @ trades["size"]) * self.instrument.tick_size * 1e-6
-            self.state.recent_trades.append((int(piece.recv_ns[-1]), musd, trades))
+            if not math.isnan(self.state.grid_mid):  # else there is no return to set it against
+                self.state.recent_trades.append((int(piece.recv_ns[-1]), musd, trades))
             self.exchange.trade_ns = int(trades["exch_ns"][-1])
 
     # -- guards
+
+    def is_silent(self, time_ns: int) -> bool:
+        """Whether no book message has come for stale_after_s."""
+        return time_ns - self.book_recv_ns >= round(self.parameters.stale_after_s * NS)
 
     def guard(self, time_ns: int) -> str:
         """Why there must be no quote now; empty if there may be one."""
@@ -636,7 +651,7 @@ class MarketMaker:
             return "book lost"
         if self.book.fault:
             return self.book.fault
-        if time_ns - self.book_recv_ns >= round(p.stale_after_s * NS):
+        if self.is_silent(time_ns):
             return "book stale"
         if abs(s.mid_price / s.mark_price - 1) * 1e4 > p.max_mark_gap_bps:  # nan: no mark
             return "far from mark price"
@@ -659,10 +674,9 @@ class MarketMaker:
         state.bid_depth = book.depth(BID, p.depth_band_bps) if is_sound else math.nan
         state.ask_depth = book.depth(ASK, p.depth_band_bps) if is_sound else math.nan
         reason = self.guard_shown = self.guard(time_ns)
-        stale_now = reason == "book stale"
-        if stale_now and not self.is_stale:
+        was_stale, self.is_stale = self.is_stale, self.is_silent(time_ns)
+        if self.is_stale and not was_stale:
             restart_measures(state)
-        self.is_stale = stale_now
         orders: dict[int, tuple[int, float]] = {}
         if reason:
             self.distances, self.quote = None, Quote(reason=reason)
@@ -716,10 +730,11 @@ class MarketMaker:
         return orders
 
     def _level(self, side: int, bps: float) -> int:
-        """bps from the mid, rounded outward to the tick, kept from taking (post-only)."""
+        """bps from the mid, rounded outward to the tick, post-only, and a price above 0."""
         mid = self.book.mid_ticks
         level = math.floor(side * mid - mid * bps * 1e-4 + 1e-9)
-        return min(level, -self.book.ladders[-side].best - 1)
+        level = min(level, -self.book.ladders[-side].best - 1)
+        return max(level, 1) if side == BID else level
 
     def _quantity(self, side: int) -> tuple[float, str]:
         """How much to quote on a side, or why nothing."""
@@ -881,8 +896,10 @@ class Display:
         self.next_s = now + self.interval_s
         if self.in_place:
             self.stream.write(self.screen(maker, health()))
-        elif not force:
-            self.stream.write(self.plain_line(maker) + "\n")
+        elif not force and maker.messages:
+            title = "" if self.started else self.title + "\n"
+            self.started = True
+            self.stream.write(title + self.plain_line(maker) + "\n")
         self.stream.flush()
 
     def screen(self, maker: MarketMaker, health: list[str]) -> str:
@@ -1051,11 +1068,14 @@ class Session:
         flags = {name: getattr(options, name) for name in FIELDS}
         flags = {name: value for name, value in flags.items() if value is not None}
         self.file = ParameterFile(options.params) if options.params else None
-        values = {**start.get("parameters", {}), **(self.file.values if self.file else {}), **flags}
+        flags = {**(self.file.values if self.file else {}), **flags}
         try:
+            values = {**start.get("parameters", {}), **flags}
             parameters = change_parameters(Parameters(), values, instrument.lot_size)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
+        if options.plot and not options.plot.absolute().parent.is_dir():
+            raise UserError(f"{options.plot} cannot be written: No such file or directory")
         self.log = open_new(options.log) if options.log else None
         self.maker = MarketMaker(parameters, instrument, self.log, flags if start else None)
         self.history = History() if options.plot else None
@@ -1072,6 +1092,9 @@ class Session:
                 self.maker.take(message)
                 self.look(source, parser)
             self.maker.flush()
+        except UserError:
+            self.discard_log()
+            raise
         finally:
             if source and source.recorder:
                 source.recorder.close()
@@ -1081,6 +1104,12 @@ class Session:
         if self.history:
             plot_session(self.history, self.maker.exchange.fills, self.title, self.options.plot)
         print(summarize(self.maker, self.title))
+
+    def discard_log(self) -> None:
+        """An error came before any quote: leave no log in the way of the next run."""
+        if self.log and not set(self.maker.counts) & {"lp", "last_good", "default"}:
+            self.log.close()
+            self.options.log.unlink()
 
     def look(self, source: feed.LiveFeed | None, parser: feed.Parser) -> None:
         """A few times a second: the screen, the parameter file, the disk."""
@@ -1190,10 +1219,10 @@ def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = N
             instrument, options.depth or feed.DEPTHS[0], options.url, options.record, clock_ns,
             parameters=asdict(session.maker.parameters),
         )  # fmt: skip
-    except (OSError, websocket.WebSocketException) as error:
-        if session.log:
-            session.log.close()
-            options.log.unlink()
+    except (UserError, OSError, websocket.WebSocketException) as error:
+        session.discard_log()
+        if isinstance(error, UserError):
+            raise
         return run_offline(options, f"{where} cannot be reached ({error})")
     messages = live_messages(source, session, feed.stop_signal(), options.duration)
     session.run(messages, source, source.parser)
@@ -1201,7 +1230,8 @@ def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = N
 
 def run_offline(options: argparse.Namespace, reason: str) -> None:
     """No network at the start: replay the sample, unless live data were insisted on."""
-    if options.live or options.url or options.record or options.symbol != "BTCUSDT":
+    market = (options.symbol, options.category)
+    if options.live or options.url or options.record or market != ("BTCUSDT", "linear"):
         raise UserError(f"{reason}: check the network, or give --replay FILE")
     print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
     run_replay(options, SAMPLE, options.speed or SAMPLE_SPEED, "OFFLINE REPLAY")
@@ -1238,20 +1268,12 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def speed_of(text: str) -> float:
-    """--speed: a number above 0, or max."""
-    speed = math.inf if text == "max" else float(text)
-    if not speed > 0:
+def positive(text: str) -> float:
+    """A number above 0, or max for one without end."""
+    number = math.inf if text == "max" else float(text)
+    if not number > 0:
         raise ValueError(text)
-    return speed
-
-
-def seconds_of(text: str) -> float:
-    """--duration: seconds above 0."""
-    seconds = float(text)
-    if not seconds > 0:
-        raise ValueError(text)
-    return seconds
+    return number
 
 
 def build_arguments() -> argparse.ArgumentParser:
@@ -1263,15 +1285,15 @@ def build_arguments() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--live", action="store_true", help="insist on the live feed")
     source.add_argument("--replay", type=Path, metavar="FILE", help="replay a recording")
-    parser.add_argument("--speed", type=speed_of, metavar="X|max", help="of a replay (default 1)")
+    parser.add_argument("--speed", type=positive, metavar="X|max", help="of a replay (default 1)")
     feed.add_market_flags(parser)
-    parser.add_argument("--duration", type=seconds_of, default=math.inf, metavar="SECONDS",
+    parser.add_argument("--duration", type=positive, default=math.inf, metavar="SECONDS",
                         help="end after so many seconds of receive time")  # fmt: skip
     parser.add_argument("--record", type=Path, metavar="FILE", help="record the live session")
     parser.add_argument("--log", type=Path, metavar="FILE", help="every decision as CSV")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
     parser.add_argument("--params", type=Path, metavar="FILE.json",
-                        help="parameters; read again whenever it is edited")  # fmt: skip
+                        help="parameters; a live run reads it again when edited")  # fmt: skip
     add_parameter_flags(parser)
     return parser
 

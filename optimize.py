@@ -87,12 +87,13 @@ FEASIBILITY = 1e-7  # by how much an answer may miss a row, in units of S
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.1, 5.0  # between two optimizations
 FILL_MODELS = ("queue", "touch", "through")
 INF = math.inf
+Number = float | np.ndarray
 
 
 # ---- Parameters --------------------------------------------------------------------
 
 
-def _number(default: float | None, low: float, high: float, help: str, fixed=False) -> Any:
+def _number(default: float | None, low: float, high: float, help: str, fixed: bool = False) -> Any:
     """A parameter between low and high; a fixed one cannot change while running."""
     metadata = dict(low=low, high=high, help=help, fixed=fixed)
     return dataclasses.field(default=default, metadata=metadata)
@@ -198,7 +199,7 @@ def _joint_faults(p: Parameters, lot_size: float) -> list[str]:
 
 
 def change_parameters(
-    parameters: Parameters, changes: Mapping[str, Any], lot_size: float = 0.0, running=False
+    parameters: Parameters, changes: Mapping[str, Any], lot_size: float = 0.0, running: bool = False
 ) -> Parameters:
     """Parameters with the named values changed, validated as a whole.
 
@@ -250,7 +251,9 @@ def base_spread_function(
     )
 
 
-def cost_function(bid_distance, ask_distance, q, alpha: float, beta: float):
+def cost_function(
+    bid_distance: Number, ask_distance: Number, q: Number, alpha: float, beta: float
+) -> Number:
     """C = alpha (q - s)^2 + beta (d_b^2 + d_a^2) with s = d_b - d_a; scalars or arrays.
 
     >>> cost_function(0.5, 0.5, q=0.5, alpha=1, beta=1)
@@ -458,17 +461,16 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
 
 
-def main() -> int:
+def main() -> None:
     """python optimize.py: how the quote leans with the inventory, at default parameters."""
     p = Parameters()
     terms = base_spread_function(p, ema_volatility=0.4, liquidity=0.5, depth_musd=0.7)
-    print(f"base spread {terms.total_bps:.2f} bps: {terms}")
+    print(f"base spread {terms.total_bps:.2f} bps, at a volatility of 0.4 bps/sqrt(s)")
     print("     q   bid, bps   ask, bps    cost C   dC/dq")
     for q in (-1.0, -0.5, 0.0, 0.5, 1.0):
         d = choose_distances(p, q, ema_volatility=0.4, liquidity=0.5, depth_musd=0.7)
-        s = d.solution
-        print(f"{q:6.2f} {d.bid_bps:10.3f} {d.ask_bps:10.3f} {s.cost:9.3f} {s.inventory_price:7.3f}")
-    return 0
+        cost, slope = d.solution.cost, d.solution.inventory_price
+        print(f"{q:6.2f} {d.bid_bps:10.3f} {d.ask_bps:10.3f} {cost:9.3f} {slope:7.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""The README is true: its commands run, its names exist, its figures can be made again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import feed
+import marketmaker
+import optimize
+
+ROOT = Path(feed.__file__).parent
+README = (ROOT / "README.md").read_text()
+FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for kind, text in FENCES if kind == "sh" for line in text.splitlines()]
+NEEDS_THE_NET = [line for kind, text in FENCES if kind == "console" for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder that looks like the repository, where commands may write."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in (*ROOT.glob("*.py"), ROOT / "data"):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_command_of_the_readme_runs(command, workplace):
+    words = shlex.split(command, comments=True)
+    assert words[0] == "python"
+    run = subprocess.run(
+        [sys.executable, *words[1:]], cwd=workplace, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout and "Traceback" not in run.stderr
+
+
+def test_commands_that_need_a_network_have_flags_that_exist():
+    known = marketmaker.build_arguments().format_help()
+    for line in NEEDS_THE_NET:
+        if line.startswith("python marketmaker.py"):
+            for flag in re.findall(r"--[\w-]+", line):
+                assert flag in known, flag
+
+
+def test_results_of_the_readme_are_what_the_command_prints():
+    command = "python marketmaker.py --replay data/sample.jsonl.gz --speed max"
+    (shown,) = re.findall(rf"{command}\n```\n\n```text\n(.*?)```", README, re.DOTALL)
+    words = shlex.split(command)[1:]
+    run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    last = run.stdout[run.stdout.index("BTCUSDT linear") :]
+    plain = re.compile(r"residual \S+")  # rounding differs between processors
+    assert plain.sub("", shown).split() == plain.sub("", last).split()
+
+
+def test_files_named_in_the_readme_exist():
+    for name in re.findall(r"`([\w/]+\.(?:py|md|png|txt|gz))`", README):
+        assert (ROOT / name).exists(), name
+    assert (ROOT / re.search(r"!\[.*?\]\((.*?)\)", README)[1]).exists()
+
+
+def test_symbol_table_of_the_readme_names_what_the_code_names():
+    table = README[README.index("| symbol | code |") : README.index("The matrix, row by row")]
+    for row in table.splitlines()[2:]:
+        for name in re.findall(r"`(\w+)`", row):
+            assert name in optimize.__doc__ or hasattr(optimize.Parameters, name), name
+
+
+def test_makefile_and_requirements_name_the_five_packages_and_no_other():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    names = {re.split("[<>=]", line)[0] for line in lines}
+    assert names == {"numpy", "scipy", "websocket-client", "matplotlib", "pytest"}
+    assert shutil.which("make") is None or "requirements.txt" in (ROOT / "Makefile").read_text()

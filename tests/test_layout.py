@@ -1,0 +1,80 @@
+"""The shape of the code: who imports whom, what is documented, how long things are."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
+ALLOWED = {  # what each module may import of the project, and of the packages
+    "feed": {"numpy", "websocket"},
+    "optimize": {"numpy", "scipy"},
+    "marketmaker": {"feed", "optimize", "numpy", "scipy", "websocket", "matplotlib"},
+    "backtest": {"feed", "optimize", "marketmaker", "numpy", "scipy", "matplotlib"},
+}
+EVERY = pytest.mark.parametrize("name", MODULES)
+
+
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def length(node: ast.FunctionDef) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+@EVERY
+def test_module_imports_only_what_it_may(name):
+    imported = set()
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) <= ALLOWED[name]
+
+
+@EVERY
+def test_module_and_its_public_classes_and_functions_are_documented(name):
+    tree = MODULES[name]
+    assert len(ast.get_docstring(tree).splitlines()) >= 15
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{name}.{node.name}"
+
+
+@EVERY
+def test_public_functions_state_the_types_of_what_they_take_and_give(name):
+    for node in MODULES[name].body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert node.returns is not None, f"{name}.{node.name}"
+            for argument in node.args.args:
+                assert argument.annotation is not None, f"{name}.{node.name}({argument.arg})"
+
+
+@EVERY
+def test_functions_stay_short(name, capsys):
+    worst = sorted(functions(MODULES[name]), key=length)[-3:]
+    lines = len((ROOT / f"{name}.py").read_text().splitlines())
+    with capsys.disabled():
+        longest = ", ".join(f"{node.name} {length(node)}" for node in reversed(worst))
+        print(f"\n{name}.py: {lines} lines, longest functions {longest}", end="")
+    assert length(worst[-1]) <= 60
+
+
+@pytest.mark.parametrize("name", ["optimize", "backtest"])
+def test_mathematics_and_history_read_no_clock(name):
+    if name in MODULES:
+        for node in ast.walk(MODULES[name]):
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("time_ns", "monotonic"))
+
+
+def test_decisions_read_no_clock():
+    """Only what displays, waits or receives may ask for the time."""
+    (maker,) = [n for n in MODULES["marketmaker"].body if getattr(n, "name", "") == "MarketMaker"]
+    calls = {ast.unparse(node.func) for node in ast.walk(maker) if isinstance(node, ast.Call)}
+    assert not {call for call in calls if call.startswith("time.") or "clock" in call}
