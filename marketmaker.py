@@ -66,6 +66,7 @@ import feed
 from feed import ASK, BID, MS, NS, SIDES, Instrument, Message, OrderBook, Slice, UserError
 from optimize import (
     FIELDS,
+    INF,
     Distances,
     Parameters,
     Solution,
@@ -216,7 +217,7 @@ def update_measures(state: State, second_ns: int, tick_size: float, half_life_s:
     if len(returns) < WARMUP_RETURNS:
         return
     dt_s = (second_ns - state.volatility_ns) / NS
-    state.volatility = math.sqrt(math.fsum(r * r for r in returns) / len(returns))
+    state.volatility = math.hypot(*returns) / math.sqrt(len(returns))
     state.ema_volatility = exponential_average(
         state.ema_volatility, state.volatility, dt_s, half_life_s
     )
@@ -952,33 +953,27 @@ def summarize(maker: MarketMaker, title: str) -> str:
 # ---- Plot --------------------------------------------------------------------------
 
 
-class History:
-    """What the plot needs of every decision, as flat arrays of 8 bytes a value."""
-
-    NAMES = ("time_ns", "mid", "bid", "ask", "inventory", "gross", "fees")
-
-    def __init__(self) -> None:
-        self.columns = {name: array("d") for name in self.NAMES}
-
-    def remember(self, maker: MarketMaker) -> None:
-        s, q = maker.state, maker.quote
-        nan = math.nan
-        bid, ask = (nan if price is None else price for price in (q.bid_price, q.ask_price))
-        mid = s.mid_price if s.best_bid == s.best_bid else nan
-        row = (s.time_ns, mid, bid, ask, s.inventory, s.gross, s.fees_paid)
-        for column, value in zip(self.columns.values(), row):
-            column.append(value)
+HISTORY = ("time_ns", "mid", "bid", "ask", "inventory", "gross", "fees")  # of each decision
 
 
-def plot_session(history: History, fills: list[Fill], title: str, path: Path) -> None:
+def history_row(maker: MarketMaker) -> tuple[float, ...]:
+    """What the plot needs of the last decision; nan where there is none."""
+    s, q = maker.state, maker.quote
+    bid, ask = (math.nan if price is None else price for price in (q.bid_price, q.ask_price))
+    mid = s.mid_price if s.best_bid == s.best_bid else math.nan
+    return s.time_ns, mid, bid, ask, s.inventory, s.gross, s.fees_paid
+
+
+def plot_session(history: array, fills: list[Fill], title: str, path: Path) -> None:
     """Mid and quotes with fills, inventory, result: one PNG."""
     import matplotlib  # slow to import, and needed by nobody else here
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = {name: np.array(column) for name, column in history.columns.items()}
-    start = columns["time_ns"][0] if len(columns["time_ns"]) else 0.0
+    rows = np.array(history).reshape(-1, len(HISTORY))
+    columns = dict(zip(HISTORY, rows.T))
+    start = rows[0, 0] if len(rows) else 0.0
     minutes = (columns["time_ns"] - start) / (60 * NS)
     figure, (top, middle, bottom) = pyplot.subplots(
         3, 1, figsize=(10, 9), sharex=True, height_ratios=(3, 1, 1.5), layout="constrained"
@@ -1019,32 +1014,26 @@ def plot_session(history: History, fills: list[Fill], title: str, path: Path) ->
 # ---- Running -----------------------------------------------------------------------
 
 
-def read_parameter_file(path: Path) -> dict[str, Any]:
-    """The values of a --params file, a JSON object; ValueError or OSError if it is none."""
-    values = json.loads(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError("it must hold one JSON object such as {\"alpha\": 2}")
-    return values
-
-
 class ParameterFile:
-    """Looks at --params FILE.json now and then, and tells what was edited in it."""
+    """--params FILE.json, read again when it is edited while the program runs."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.stamp = path, 0
         try:
-            self.values, self.stamp = read_parameter_file(path), path.stat().st_mtime_ns
+            self.values = self.read() or {}  # as last accepted
         except (OSError, ValueError) as error:
             raise UserError(f"--params {path}: {error}") from None
 
-    def edits(self) -> dict[str, Any]:
-        """What has changed since the last look; ValueError or OSError if it is unreadable."""
+    def read(self) -> dict[str, Any] | None:
+        """The values, if the file has changed; ValueError or OSError if it is unreadable."""
         stamp = self.path.stat().st_mtime_ns
         if stamp == self.stamp:
-            return {}
+            return None
         self.stamp = stamp
-        before, self.values = self.values, read_parameter_file(self.path)
-        return {name: v for name, v in self.values.items() if before.get(name, v) is not v}
+        values = json.loads(self.path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError('it must hold one JSON object such as {"alpha": 2}')
+        return values
 
 
 def open_new(path: Path) -> TextIO:
@@ -1058,50 +1047,53 @@ def open_new(path: Path) -> TextIO:
 
 
 class Session:
-    """One run: its market maker, its display, and the files it writes."""
+    """One run: its market maker, its display, and the files it writes.
+
+    source is the live feed, None in a replay; start are the fields of a recording's first
+    line, None when live.
+    """
 
     def __init__(
-        self, options: argparse.Namespace, instrument: Instrument, title: str, start: dict
+        self, options: argparse.Namespace, instrument: Instrument, title: str, start: dict | None
     ) -> None:
-        """start: the fields of a recording's first line, empty when live."""
-        self.options, self.title = options, title
-        flags = {name: getattr(options, name) for name in FIELDS}
-        flags = {name: value for name, value in flags.items() if value is not None}
+        self.options, self.title, self.display = options, title, Display(title)
+        self.source: feed.LiveFeed | None = None
         self.file = ParameterFile(options.params) if options.params else None
-        flags = {**(self.file.values if self.file else {}), **flags}
+        given = dict(self.file.values) if self.file else {}
+        given |= {n: value for n in FIELDS if (value := getattr(options, n)) is not None}
         try:
-            values = {**start.get("parameters", {}), **flags}
+            values = {**(start or {}).get("parameters", {}), **given}
             parameters = change_parameters(Parameters(), values, instrument.lot_size)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
         if options.plot and not options.plot.absolute().parent.is_dir():
             raise UserError(f"{options.plot} cannot be written: No such file or directory")
         self.log = open_new(options.log) if options.log else None
-        self.maker = MarketMaker(parameters, instrument, self.log, flags if start else None)
-        self.history = History() if options.plot else None
-        if self.history:
-            self.maker.on_decision = self.history.remember
-        self.display = Display(title)
+        self.maker = MarketMaker(parameters, instrument, self.log, None if start is None else given)
+        self.history = array("d")  # flat rows of HISTORY
+        if options.plot:
+            self.maker.on_decision = lambda maker: self.history.extend(history_row(maker))
         self.next_look_s = self.rate_since_s = 0.0
         self.rate_from, self.rate = 0, 0.0
 
-    def run(self, messages: Iterator[Message], source: feed.LiveFeed | None, parser) -> None:
+    def run(self, messages: Iterator[Message], parser: feed.Parser) -> None:
         """Take every message; look around between them; end with files closed."""
+        self.parser = parser
         try:
             for message in messages:
                 self.maker.take(message)
-                self.look(source, parser)
+                self.look()
             self.maker.flush()
         except UserError:
             self.discard_log()
             raise
         finally:
-            if source and source.recorder:
-                source.recorder.close()
+            if self.source and self.source.recorder:
+                self.source.recorder.close()
             if self.log:
                 self.log.close()
-        self.display.show(self.maker, lambda: self.health(source, parser), force=True)
-        if self.history:
+        self.display.show(self.maker, self.health, force=True)
+        if self.options.plot:
             plot_session(self.history, self.maker.exchange.fills, self.title, self.options.plot)
         print(summarize(self.maker, self.title))
 
@@ -1111,50 +1103,53 @@ class Session:
             self.log.close()
             self.options.log.unlink()
 
-    def look(self, source: feed.LiveFeed | None, parser: feed.Parser) -> None:
+    def look(self) -> None:
         """A few times a second: the screen, the parameter file, the disk."""
         now = time.monotonic()
         if now < self.next_look_s:
             return
         self.next_look_s = now + TICK_S
-        if source:
-            source.flush()
-            self.read_edits(source)
+        if self.source:
+            self.source.flush()
+            if self.file:
+                self.read_edits(self.file)
             if self.maker.book.fault and not self.maker.lost:
-                source.resync_reason = self.maker.book.fault
+                self.source.resync_reason = self.maker.book.fault
         if self.log:
             self.log.flush()
-        self.display.show(self.maker, lambda: self.health(source, parser))
+        self.display.show(self.maker, self.health)
 
-    def read_edits(self, source: feed.LiveFeed) -> None:
-        """A sound edit of --params becomes a line of the session; another is refused."""
+    def read_edits(self, file: ParameterFile) -> None:
+        """A sound edit becomes a line of the session; another is refused with a notice."""
         try:
-            edits = self.file.edits() if self.file else {}
-            if edits:
-                p = change_parameters(
-                    self.maker.parameters, edits, self.maker.instrument.lot_size, running=True
-                )
-                source.emit(feed.control_line("params", parameters=asdict(p)))
-                self.display.notice = f"parameters changed: {edits}"
+            values = file.read()
+            if values is None:
+                return
+            edits = {n: v for n, v in values.items() if file.values.get(n, INF) != v}
+            p = self.maker.parameters
+            p = change_parameters(p, edits, self.maker.instrument.lot_size, running=True)
         except (OSError, ValueError, TypeError) as error:
-            self.display.notice = f"edit of {self.options.params} refused: {error}"
+            self.display.notice = f"edit of {file.path} refused: {error}"
+        else:
+            file.values = values
+            self.source.emit(feed.control_line("params", parameters=asdict(p)))
+            self.display.notice = f"parameters changed: {edits}"
 
-    def health(self, source: feed.LiveFeed | None, parser: feed.Parser) -> list[str]:
+    def health(self) -> list[str]:
         """The feed in words: age, rate, reconnects, gaps, lag, and what went wrong."""
-        now, maker, counts = time.monotonic(), self.maker, parser.counts
+        now, source, counts = time.monotonic(), self.source, self.parser.counts
         if now - self.rate_since_s >= 1:
-            self.rate = (maker.messages - self.rate_from) / (now - self.rate_since_s)
-            self.rate_since_s, self.rate_from = now, maker.messages
+            self.rate = (self.maker.messages - self.rate_from) / (now - self.rate_since_s)
+            self.rate_since_s, self.rate_from = now, self.maker.messages
         items = [f"{self.rate:.0f} messages/s", f"{counts['gaps']} gaps"]
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
             state = f"last frame {age_s:.1f} s ago" if source.connected else "NOT CONNECTED"
             items = [state, *items, f"{source.reconnects} reconnects"]
-        items.append(f"{counts['malformed']} malformed")
-        items += describe_lag(maker.lags)
+        items += [f"{counts['malformed']} malformed", *describe_lag(self.maker.lags)]
         if source and source.recorder:
             items.append(source.recorder.failure.upper() or f"recording to {self.options.record}")
-        return items + ([f"last problem: {parser.problem}"] if parser.problem else [])
+        return items + ([f"last problem: {self.parser.problem}"] if self.parser.problem else [])
 
 
 def describe_lag(lags_ns: Iterable[int]) -> list[str]:
@@ -1171,7 +1166,7 @@ def describe_lag(lags_ns: Iterable[int]) -> list[str]:
 
 
 def live_messages(
-    source: feed.LiveFeed, session: Session, stop: threading.Event, duration_s: float
+    session: Session, source: feed.LiveFeed, stop: threading.Event, duration_s: float
 ) -> Iterator[Message]:
     """Messages as they come. At the end the feed stops first, then the rest is drained."""
     end_ns = source.clock_ns() + duration_s * NS
@@ -1182,7 +1177,7 @@ def live_messages(
             with source.lock:  # nothing is stamped meanwhile
                 if source.queue.empty():
                     session.maker.pass_time(source.clock_ns())
-            session.look(source, source.parser)
+            session.look()
     source.stop()
     source.emit(feed.control_line("end"))
     while not source.queue.empty():
@@ -1213,19 +1208,19 @@ def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = N
     instrument = feed.live_instrument(*flags, options.url)
     where = options.url or "Bybit"
     title = f"{instrument.symbol} {instrument.category}   LIVE from {where}"
-    session = Session(options, instrument, title, {})
+    session = Session(options, instrument, title, None)
+    depth, start = options.depth or feed.DEPTHS[0], asdict(session.maker.parameters)
     try:
-        source = feed.open_feed(
-            instrument, options.depth or feed.DEPTHS[0], options.url, options.record, clock_ns,
-            parameters=asdict(session.maker.parameters),
-        )  # fmt: skip
+        session.source = feed.open_feed(
+            instrument, depth, options.url, options.record, clock_ns, parameters=start
+        )
     except (UserError, OSError, websocket.WebSocketException) as error:
         session.discard_log()
         if isinstance(error, UserError):
             raise
         return run_offline(options, f"{where} cannot be reached ({error})")
-    messages = live_messages(source, session, feed.stop_signal(), options.duration)
-    session.run(messages, source, source.parser)
+    messages = live_messages(session, session.source, feed.stop_signal(), options.duration)
+    session.run(messages, session.source.parser)
 
 
 def run_offline(options: argparse.Namespace, reason: str) -> None:
@@ -1244,10 +1239,9 @@ def run_replay(options: argparse.Namespace, path: Path, speed: float, label: str
     kind = "SYNTHETIC data" if header.start.get("synthetic") else path.name
     pace = "" if speed == math.inf else f" at {speed:g} x"
     title = f"{parser.instrument.symbol} {parser.instrument.category}   {label}{pace} of {kind}"
-    session = Session(options, parser.instrument, title, header.start or {"event": "start"})
+    session = Session(options, parser.instrument, title, header.start)
     stop = feed.stop_signal()
-    messages = replayed_messages(path, parser, stop, speed, options.duration)
-    session.run(messages, None, parser)
+    session.run(replayed_messages(path, parser, stop, speed, options.duration), parser)
 
 
 # ---- Command line ------------------------------------------------------------------
