@@ -32,15 +32,15 @@ hftbacktest's collector for the form of a recording's lines.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import gzip
-import io
+import http.client
 import json
 import logging
 import math
 import queue
 import signal
-import ssl
-import statistics
 import sys
 import threading
 import time
@@ -71,6 +71,7 @@ USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
 DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
 
 CONNECT_S, RECV_S = 10.0, 1.0  # socket time-outs
+STOP_S = 2.0  # patience with a thread that is just connecting
 PING_S = 5.0  # an idle socket may be cut after 10 s (sources differ, so be early)
 WATCHDOG_S = 10.0  # without any frame: reconnect
 BOOK_WATCHDOG_S = 60.0  # without a book message (a renamed topic looks like this)
@@ -145,20 +146,27 @@ def known_instrument(
         raise UserError(
             f"the steps of {symbol} ({category}) are not known: give --tick-size and --lot-size"
         )
-    known = known or Instrument(symbol, category, tick_text, lot_text, 0.0)
-    return Instrument(
-        symbol, category, tick_text or known.tick_text, lot_text or known.lot_text, known.min_qty
-    )
+    known = known or Instrument(symbol, category, min_qty=0.0)
+    steps = dict(tick_text=tick_text or known.tick_text, lot_text=lot_text or known.lot_text)
+    return dataclasses.replace(known, **steps)
+
+
+def live_instrument(
+    symbol: str, category: str, tick_text: str | None, lot_text: str | None, url: str | None
+) -> Instrument:
+    """Asked from Bybit at a live start; from the flags or the table elsewhere."""
+    if not (url or (tick_text and lot_text)):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return fetch_instrument(symbol, category)
+    return known_instrument(symbol, category, tick_text, lot_text)
 
 
 def fetch_instrument(symbol: str, category: str) -> Instrument:
     """Ask Bybit's public REST endpoint. OSError when it cannot be reached."""
     url = REST_URL.format(category, urllib.parse.quote(symbol))
     request = urllib.request.Request(url, headers=USER_AGENT)
-    context = ssl.create_default_context()
-    with urllib.request.urlopen(request, timeout=CONNECT_S, context=context) as response:
-        body = response.read(MAX_MESSAGE)
-    return parse_instrument(body, symbol, category)
+    with urllib.request.urlopen(request, timeout=CONNECT_S) as response:  # TLS is verified
+        return parse_instrument(response.read(MAX_MESSAGE), symbol, category)
 
 
 def parse_instrument(body: bytes | str, symbol: str, category: str) -> Instrument:
@@ -294,7 +302,9 @@ class Ladder:
 
     def _refit(self, levels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bring the market to the array's middle; leave out rows that still do not fit."""
-        market = int(levels.max()) if self.best is None else self.best
+        market = self.best
+        if market is None:  # a delete is no market
+            market = int(levels[sizes > 0].max(initial=levels.min()))
         shift = market - self.width // 2 - self.origin
         if abs(shift) > self.width // 4 or self.best is None:
             moved = np.zeros(self.width)
@@ -432,7 +442,7 @@ def level_of(text: str, tick: Decimal, side: int = BID) -> int:
     """A price text as side x ticks, exactly: "64474.1" and "64474.10" agree."""
     try:
         ticks = Decimal(text) / tick
-        if not 1 <= ticks <= MAX_TICK:
+        if not 0 < ticks <= MAX_TICK:
             raise ValueError(f"price {text[:40]} is out of range")
     except DecimalException:
         raise ValueError(f"price {text[:40]!r} is not a number") from None
@@ -509,7 +519,7 @@ class Parser:
         if isinstance(error, OffGrid) and handler == self._book and not self._had_book:
             raise UserError(str(error))
         self.counts["malformed"] += 1
-        self.problem = f"malformed message: {type(error).__name__}: {str(error)[:100]}"
+        self.problem = printable(f"malformed message: {type(error).__name__}: {str(error)[:100]}")
         return self._lose(recv_ns, self.problem) if handler == self._book else None
 
     def _lose(self, recv_ns: int, reason: str) -> Message | None:
@@ -596,7 +606,8 @@ class Parser:
             self.counts["pongs"] += 1
         elif message.get("success") is False:
             self.counts["refusals"] += 1
-            return Message(REFUSED, recv_ns, fields={"reason": str(message.get("ret_msg"))})
+            reason = printable(str(message.get("ret_msg")))
+            return Message(REFUSED, recv_ns, fields={"reason": reason})
         elif message.get("success") is True:
             self.counts["acks"] += 1
         else:
@@ -620,6 +631,11 @@ class Parser:
 # ---- Recording and replay ----------------------------------------------------------
 
 
+def printable(text: str) -> str:
+    """The exchange's words without what could break a line or steer a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
 def control_line(event: str, **fields: Any) -> str:
     """A line of our own, marked so that no message of the exchange is taken for one."""
     return json.dumps({"op": "local", "event": event, **fields}, separators=(",", ":"))
@@ -629,7 +645,7 @@ def sound_line(payload: bytes) -> str:
     """The text of a received message, escaped if it could not stand on a line as it is."""
     try:
         text = payload.decode()
-        if "\n" not in text and '"local"' not in text:
+        if not any(mark in text for mark in ("\n", "\\", '"local"')):
             return text
     except UnicodeDecodeError:
         text = payload.decode("utf-8", "surrogateescape")
@@ -669,7 +685,7 @@ class Recorder:
                 self.file.write(member)
                 self.file.flush()
         except OSError as error:
-            self.failure = f"recording stopped: {error.strerror}"
+            self.failure = f"recording stopped: {error.strerror or error}"
 
     def close(self) -> None:
         self.flush()
@@ -684,15 +700,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
     UserError for a file that is no recording; a cut-off end is a warning.
     """
-    number = 0
+    number, rest = 0, b""
     try:
-        with io.BufferedReader(gzip.open(path, "rb")) as file:  # its readline is in C
-            while line := file.readline(2 * MAX_MESSAGE):
-                number += 1
-                if not line.endswith(b"\n"):
-                    raise EOFError
-                stamp, _, text = line[:-1].partition(b" ")
-                yield int(stamp), text.decode("utf-8", "replace")
+        with gzip.open(path, "rb") as file:
+            while chunk := file.read1(1 << 16):  # subtle: read() loses what precedes a cut
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    number += 1
+                    stamp, _, text = line.partition(b" ")
+                    yield int(stamp), text.decode("utf-8", "replace")
+                if len(rest) > 8 * MAX_MESSAGE:
+                    raise ValueError
+            if rest:
+                raise EOFError
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         if number == 0 and not isinstance(error, EOFError):
             raise UserError(f"{path} is no gzip recording: make one with feed.py record") from None
@@ -715,23 +735,16 @@ class Header(NamedTuple):
 
 def peek(path: Path, lines: int = 2000) -> Header:
     """Look at the first lines: the start line, the symbol, the depths present."""
-    start: dict[str, Any] = {}
-    symbols: list[str] = []
-    depths: set[int] = set()
+    start, symbol, depths = {}, "BTCUSDT", set()
     for _, (_, text) in zip(range(lines), read_lines(path)):
-        try:
+        with contextlib.suppress(*MALFORMED):
             message = _decode(text)
             if message.get("op") == "local" and message["event"] == "start":
                 start = start or message
-            kind, _, rest = message.get("topic", "").partition(".")
-            if kind == "orderbook":
-                depth, _, symbol = rest.partition(".")
+            elif message.get("topic", "").startswith("orderbook."):
+                _, depth, symbol = message["topic"].split(".")
                 depths.add(int(depth))
-                symbols.append(symbol)
-        except MALFORMED:
-            continue
-    symbol = start.get("symbol") or (symbols[0] if symbols else "BTCUSDT")
-    return Header(start, symbol, depths)
+    return Header(start, start.get("symbol") or symbol, depths)
 
 
 def parser_of_recording(
@@ -773,18 +786,6 @@ def session_clock() -> Callable[[], int]:
     """Wall time at the start plus monotonic time since: ns that never decrease."""
     offset = time.time_ns() - time.monotonic_ns()
     return lambda: offset + time.monotonic_ns()
-
-
-def limit_frames(ws: websocket.WebSocket) -> None:
-    """Refuse a frame by its announced length, before memory is taken for it."""
-    read = ws.frame_buffer.recv_strict
-
-    def bounded(length: int) -> bytes:
-        if length > MAX_MESSAGE:
-            raise FeedProblem(f"a frame of {length} bytes, more than {MAX_MESSAGE}")
-        return read(length)
-
-    ws.frame_buffer.recv_strict = bounded
 
 
 class LiveFeed:
@@ -836,7 +837,7 @@ class LiveFeed:
         """Ask the thread to end, and wait for it; the queue then holds all it received."""
         self.stopping.set()
         if self.thread:
-            self.thread.join()
+            self.thread.join(STOP_S)  # it may be connecting; then it can no longer emit
 
     def flush(self) -> None:
         """Put on disk what has waited; called now and then by the main thread."""
@@ -849,52 +850,63 @@ class LiveFeed:
             self.url, timeout=CONNECT_S, skip_utf8_validation=True, header=USER_AGENT
         )
         ws.settimeout(RECV_S)
-        limit_frames(ws)
+        self._guard_reads(ws)
         return ws
+
+    def _guard_reads(self, ws: websocket.WebSocket) -> None:
+        """Before every read of the socket: does this connection still deserve it?
+
+        A frame is judged by its announced length, before memory is taken for it, and a
+        message in many small frames cannot keep the watchdogs from looking.
+        """
+        frames, read = ws.frame_buffer, ws.frame_buffer.recv
+
+        def guarded(size: int) -> bytes:
+            self._check(self.clock_ns())
+            begun = ws.cont_frame.cont_data
+            length = (frames.length or 0) + (len(begun[1]) if begun else 0)
+            if length > MAX_MESSAGE:
+                raise FeedProblem(f"a message of {length} bytes, more than {MAX_MESSAGE}")
+            return read(size)
+
+        frames.recv = guarded
 
     def _run(self, ws: websocket.WebSocket | None) -> None:
         attempt = 0
-        while not self.stopping.is_set():
+        while not self.stopping.is_set() and not self.fatal:
             born_ns = self.clock_ns()
-            reason = self._serve_connection(ws)
+            self._serve_connection(ws)
             ws = None
-            if self.stopping.is_set() or self.fatal:
-                return
-            if reason:
-                self.emit(control_line("lost", reason=reason))
             attempt = 0 if self.clock_ns() - born_ns > HEALTHY_S * NS else attempt + 1
             self._wait(attempt)
-            self.reconnects += 1
 
     def _wait(self, attempt: int) -> None:
         """Capped, jittered backoff; and a consumer that is behind catches up first."""
         first, longest = BACKOFF_S
         delay = min(first * 2 ** min(attempt, 30), longest) * self.rng.uniform(0.5, 1.0)
-        self.stopping.wait(delay)
+        self.stopping.wait(0 if self.fatal else delay)
         while self.queue.qsize() > MAX_QUEUED // 2 and not self.stopping.wait(RECV_S / 10):
             pass
 
-    def _serve_connection(self, ws: websocket.WebSocket | None) -> str:
-        """Connect if need be, receive until it ends; why it ended, empty if it never began."""
-        began = ws is not None
+    def _serve_connection(self, ws: websocket.WebSocket | None) -> None:
+        """Connect if need be and receive until it ends; a connection lost is a book lost."""
         try:
-            ws = ws or self.connect()
-            began = self.connected = True
+            if ws is None:
+                self.reconnects += 1
+                ws = self.connect()
+            self.connected = True
             self._subscribe(ws)
             self._receive(ws)
-            return ""
         except UserError as error:
             self.fatal = str(error)
-            self.queue.put(Message(REFUSED, self.clock_ns(), fields={"reason": self.fatal}))
-            return ""
         except (FeedProblem, websocket.WebSocketException, OSError) as error:
-            reason = str(error) or type(error).__name__
-            self.parser.problem = f"connection: {reason[:100]}"
-            return reason[:200] if began else ""
+            reason = printable(str(error) or type(error).__name__)[:200]
+            self.parser.problem = f"connection: {reason}"
+            if self.connected and not self.stopping.is_set():
+                self.emit(control_line("lost", reason=reason))
         finally:
             self.connected = False
             if ws is not None:
-                ws.abort() if not self.stopping.is_set() else ws.close(timeout=1)
                 ws.shutdown()
 
     def _subscribe(self, ws: websocket.WebSocket) -> None:
@@ -918,7 +930,6 @@ class LiveFeed:
             except websocket.WebSocketTimeoutException:
                 self.flush()
             now = self.clock_ns()
-            self._check(now)
 
     def _take(self, opcode: int, payload: bytes) -> None:
         """One frame: a message goes into the session; what spoils the connection raises."""
@@ -934,21 +945,16 @@ class LiveFeed:
             self.last_book_ns = message.recv_ns
         elif message.kind == LOST:
             raise FeedProblem(f"resync after: {message.fields['reason']}")
-        elif message.kind == REFUSED:
-            self._judge_refusal(message.fields["reason"])
-
-    def _judge_refusal(self, reason: str) -> None:
-        if "already subscribed" in reason:
-            return
-        if "handler not found" in reason or "args size" in reason:
+        elif message.kind == REFUSED and "already subscribed" not in message.fields["reason"]:
             raise UserError(
-                f"the exchange refused: {reason[:200]}: check --symbol (upper case), --category "
-                "and --depth"
+                f"the exchange refused: {message.fields['reason'][:200]}: check --symbol (upper "
+                "case), --category and --depth"
             )
-        raise FeedProblem(f"refused: {reason[:100]}")
 
     def _check(self, now_ns: int) -> None:
         """The watchdogs, on receive time."""
+        if self.stopping.is_set():
+            raise FeedProblem("stopping")
         if self.resync_reason:
             raise FeedProblem(f"resync: {self.resync_reason}")
         if now_ns - self.last_frame_ns > WATCHDOG_S * NS:
@@ -977,24 +983,16 @@ def open_feed(
         raise UserError(f"--url {url} is no WebSocket address: it begins with wss://")
     feed = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
     socket = feed.connect()
-    feed.recorder = Recorder(record) if record else None
+    try:
+        feed.recorder = Recorder(record) if record else None
+    except UserError:
+        socket.shutdown()
+        raise
     steps = dict(tick_size=instrument.tick_text, lot_size=instrument.lot_text)
     names = dict(symbol=instrument.symbol, category=instrument.category, depth=depth)
     feed.emit(control_line("start", **names, **steps, **start))
     feed.start(socket)
     return feed
-
-
-def live_instrument(
-    symbol: str, category: str, tick_text: str | None, lot_text: str | None, url: str | None
-) -> Instrument:
-    """Asked from Bybit at a live start; from the flags or the table elsewhere."""
-    if url or (tick_text and lot_text):
-        return known_instrument(symbol, category, tick_text, lot_text)
-    try:
-        return fetch_instrument(symbol, category)
-    except OSError:
-        return known_instrument(symbol, category, tick_text, lot_text)
 
 
 # ---- Command line: record, info ----------------------------------------------------
@@ -1005,62 +1003,51 @@ def run_record(options: argparse.Namespace) -> None:
     steps = (options.tick_size, options.lot_size, options.url)
     instrument = live_instrument(options.symbol, options.category, *steps)
     try:
-        feed = open_feed(instrument, options.depth, options.url, options.file)
+        feed = open_feed(instrument, options.depth or DEPTHS[0], options.url, options.file)
     except (OSError, websocket.WebSocketException) as error:
         raise UserError(f"the exchange cannot be reached ({error}): check the network") from None
-    try:
-        record_until(feed, time.monotonic() + options.minutes * 60, stop_signal())
-    finally:
-        feed.stop()
-        feed.emit(control_line("end"))
-        feed.recorder.close()
-    print(f"{options.file}: {dict(feed.parser.counts)}")
-
-
-def record_until(feed: LiveFeed, end_s: float, stop: threading.Event) -> None:
-    """Keep the queue empty and say every 10 s how it goes."""
-    told = 0.0
-    while (now := time.monotonic()) < end_s and not stop.wait(min(FLUSH_S, end_s - now)):
+    stop, end_s, told_s = stop_signal(), time.monotonic() + options.minutes * 60, -math.inf
+    while (now_s := time.monotonic()) < end_s and not stop.wait(min(FLUSH_S, end_s - now_s)):
         feed.flush()
         while not feed.queue.empty():
             feed.queue.get()
         if feed.fatal or feed.recorder.failure:
-            raise UserError(feed.fatal or feed.recorder.failure)
-        if now - told >= 10:
-            told = now
-            counts = feed.parser.counts
-            print(
-                f"{counts['book']} book, {counts['trades']} trade, {counts['tickers']} ticker "
-                f"messages; {counts['gaps']} gaps, {feed.reconnects} reconnects",
-                flush=True,
-            )
+            break
+        if now_s - told_s >= 10:
+            told_s = now_s
+            print(f"{dict(feed.parser.counts)}, {feed.reconnects} reconnects", flush=True)
+    feed.stop()
+    feed.emit(control_line("end"))
+    feed.recorder.close()
+    if feed.fatal or feed.recorder.failure:
+        raise UserError(feed.fatal or feed.recorder.failure)
+    print(f"{options.file}: {dict(feed.parser.counts)}")
 
 
 def run_info(options: argparse.Namespace) -> None:
     """Print what one wants to know of a recording."""
     flags = (options.tick_size, options.lot_size, options.depth)
     parser, header = parser_of_recording(options.file, *flags)
-    facts = measure_recording(replay(options.file, parser), parser)
+    facts = list(measure_recording(replay(options.file, parser), parser))
     kind = "SYNTHETIC, made by a simulator" if header.start.get("synthetic") else "recorded"
-    instrument = parser.instrument
-    print(f"{options.file}: {instrument.symbol} {instrument.category}, {kind}")
-    for label, value in facts.items():
-        print(f"  {label:<34}{value}")
+    print(f"{options.file}: {parser.instrument.symbol} {parser.instrument.category}, {kind}")
+    for label, value in facts:
+        print(f"  {label:<37}{value}")
 
 
-def measure_recording(messages: Iterable[Message], parser: Parser) -> dict[str, str]:
-    """One pass over messages: the facts of a recording, label -> text."""
-    book, kinds, lags, spreads = OrderBook(), Counter(), [], []
-    crossed, first_ns, last_ns, mids, trades, losses = 0, None, 0, {}, [], []
+def measure_recording(messages: Iterable[Message], parser: Parser) -> Iterator[tuple[str, Any]]:
+    """One pass over messages: the facts of a recording as (label, value)."""
+    book, kinds, reasons = OrderBook(), Counter(), Counter()
+    first_ns, last_ns, crossed, lags, spreads, sizes, mids = 0, 0, 0, [], [], [], {}
     for message in messages:
         first_ns, last_ns = first_ns or message.recv_ns, message.recv_ns
         kinds[message.kind] += 1
         if message.kind == LOST:
-            losses.append(message.fields["reason"])
+            reasons[message.fields["reason"]] += 1
         if message.kind not in (DELTA, SNAPSHOT, TRADES):
             continue
         lags.append((message.recv_ns - message.exch_ns) / MS)
-        trades.extend(trade[3] for trade in message.trades)
+        sizes.extend(trade[3] for trade in message.trades)
         if message.kind == SNAPSHOT:
             book.clear()
         book.apply(build_slice([message]))
@@ -1068,36 +1055,31 @@ def measure_recording(messages: Iterable[Message], parser: Parser) -> dict[str, 
         if not book.fault:
             spreads.append(book.best(ASK) - book.best(BID))
             mids[message.recv_ns // NS] = book.mid_ticks
-    seconds = (last_ns - (first_ns or 0)) / NS
-    counts, rate = parser.counts, 1 / max(seconds, 1e-9)
-    facts = {
-        "first message, UTC": time.strftime("%F %T", time.gmtime((first_ns or 0) // NS)),
-        "span, s": f"{seconds:.1f}",
-        "book messages": f"{counts['book']} ({kinds[SNAPSHOT]} snapshots), "
-        f"{counts['book'] * rate:.1f}/s",
-        "trade messages": f"{counts['trades']}, {counts['trades'] * rate:.1f}/s",
-        "ticker messages": f"{counts['tickers']}, {counts['tickers'] * rate:.1f}/s",
-        "other: acks, pongs, topics not used": f"{counts['acks']}, {counts['pongs']}, "
-        f"{counts['ignored']}",
-        "malformed, repeated, gaps in u": f"{counts['malformed']}, {counts['repeated']}, "
-        f"{counts['gaps']}",
-        "book lost": f"{len(losses)}" + (f" (last: {losses[-1]})" if losses else ""),
-        "crossed or one-sided books": f"{crossed}",
-    }
-    if trades:
-        facts["trades, base coin each"] = (
-            f"{len(trades)}, {len(trades) * rate:.1f}/s, median {statistics.median(trades):g}"
-        )
-    if lags:
-        low, mid, high = np.percentile(lags, [1, 50, 99])
-        facts["receive - exchange time, ms"] = f"median {mid:.0f}, 1 % {low:.0f}, 99 % {high:.0f}"
-    if spreads:
-        middle, mean = statistics.median(spreads), np.mean(spreads)
-        facts["spread, ticks"] = f"median {middle:g}, mean {mean:.2f}"
+
+    def spread_of(values: list[float]) -> str:
+        low, mid, high = np.percentile(values, [1, 50, 99])
+        return f"median {mid:g}, 1 % {low:g}, 99 % {high:g}"
+
+    seconds, counts = (last_ns - first_ns) / NS, parser.counts
+    yield "first message, UTC", time.strftime("%F %T", time.gmtime(first_ns // NS))
+    yield "span, s", f"{seconds:.1f}"
+    for name in ("book", "trades", "tickers", "acks", "pongs", "ignored"):
+        yield f"messages: {name}", f"{counts[name]}, {counts[name] / max(seconds, 1e-9):.1f}/s"
+    for name in ("malformed", "repeated", "gaps", "before snapshot", "block trades"):
+        yield name, counts[name]
+    yield "snapshots", kinds[SNAPSHOT]
+    yield "book lost", ", ".join(f"{n} x {why}" for why, n in reasons.items()) or 0
+    yield "crossed or one-sided books", crossed
+    for name, values in (
+        ("receive - exchange time, ms", np.round(lags)),
+        ("spread, ticks", spreads),
+        (f"{len(sizes)} trades, base coin each", sizes),
+    ):
+        if len(values):
+            yield name, spread_of(values)
     if len(mids) > 2:
         returns = 1e4 * np.diff(np.log(list(mids.values())))
-        facts["volatility, bps/sqrt(s)"] = f"{math.sqrt(np.mean(returns**2)):.3f}"
-    return facts
+        yield "volatility, bps/sqrt(s)", f"{math.sqrt(np.mean(returns**2)):.3f}"
 
 
 def add_market_flags(parser: argparse.ArgumentParser) -> None:
