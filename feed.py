@@ -80,6 +80,7 @@ HEALTHY_S = 60.0  # a connection that lived so long resets the backoff
 ARGS_PER_REQUEST = 10  # spot's limit of topics in one subscribe request
 MAX_QUEUED = 50_000  # messages waiting for the main thread; more = book lost
 MAX_MESSAGE = 4 << 20  # bytes; a snapshot of 1000 levels has about 60 kB
+READ_AHEAD = 1 << 16  # bytes taken from the socket at once
 MAX_CLOCK_GAP_NS = 86_400 * NS  # exchange time further than this from ours is nonsense
 MAX_TICK = 2**31 - 1
 MAX_SIZE = 1e15  # base coin
@@ -232,28 +233,25 @@ class Slice(NamedTuple):
 
 def build_slice(messages: list[Message]) -> Slice:
     """Columns from parsed book and trade messages."""
-
-    def ends(columns: list[list]) -> np.ndarray:
-        return np.array(list(accumulate(map(len, columns))), np.int64)
-
-    def rows(sides: list[tuple[list[int], list[float]]]) -> Rows:
-        levels, sizes = zip(*sides)
-        return Rows(
-            np.array(list(chain.from_iterable(levels)), np.int64),
-            np.array(list(chain.from_iterable(sizes)), np.float64),
-            ends(levels),
-        )
-
     kinds, recv_ns, exch_ns, bids, asks, trades, _ = zip(*messages)
     is_book, book_ns = [kind != TRADES for kind in kinds], 0
+    cts = [book_ns := ns if is_ else book_ns for ns, is_ in zip(exch_ns, is_book)]
+    (bid_levels, bid_sizes), (ask_levels, ask_sizes) = zip(*bids), zip(*asks)
+    ends = [accumulate(map(len, column)) for column in (bid_levels, ask_levels, trades)]
+    table = np.array([recv_ns, exch_ns, cts, *map(list, ends)], np.int64)  # one row a column
+
+    def flat(columns: Iterable[list], dtype: Any) -> np.ndarray:
+        return np.array([*chain.from_iterable(columns)], dtype)
+
     return Slice(
-        np.array(recv_ns, np.int64),
-        np.array(exch_ns, np.int64),
-        np.array([book_ns := ns if is_ else book_ns for ns, is_ in zip(exch_ns, is_book)]),
+        *table[:3],
         np.array(is_book),
-        {BID: rows(bids), ASK: rows(asks)},
-        np.array(list(chain.from_iterable(trades)), TRADE),
-        ends(trades),
+        {
+            BID: Rows(flat(bid_levels, np.int64), flat(bid_sizes, np.float64), table[3]),
+            ASK: Rows(flat(ask_levels, np.int64), flat(ask_sizes, np.float64), table[4]),
+        },
+        flat(trades, TRADE),
+        table[5],
     )
 
 
@@ -463,7 +461,17 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_scan = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+
+
+def _decode(text: str) -> Any:
+    """json.loads without NaN, Infinity, and the search for white space."""
+    message, end = _scan(text)
+    if end != len(text) and text[end:].strip():
+        raise ValueError("text behind the message")
+    return message
+
+
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 TAKER_SIDE = {"Buy": BID, "Sell": ASK}
 TICKER_FIELDS = {  # Bybit's name: ours
@@ -645,7 +653,7 @@ def sound_line(payload: bytes) -> str:
     """The text of a received message, escaped if it could not stand on a line as it is."""
     try:
         text = payload.decode()
-        if not any(mark in text for mark in ("\n", "\\", '"local"')):
+        if "\n" not in text and "\\" not in text and '"local"' not in text:
             return text
     except UnicodeDecodeError:
         text = payload.decode("utf-8", "surrogateescape")
@@ -704,11 +712,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rb") as file:
             while chunk := file.read1(1 << 16):  # subtle: read() loses what precedes a cut
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
+                whole, newline, rest = (rest + chunk).rpartition(b"\n")
+                for line in whole.decode("utf-8", "replace").split("\n") if newline else ():
                     number += 1
-                    stamp, _, text = line.partition(b" ")
-                    yield int(stamp), text.decode("utf-8", "replace")
+                    stamp, _, text = line.partition(" ")
+                    yield int(stamp), text
                 if len(rest) > 8 * MAX_MESSAGE:
                     raise ValueError
             if rest:
@@ -769,7 +777,7 @@ def replay(path: Path, parser: Parser) -> Iterator[Message]:
     """The messages of a recording: a file is a slower exchange."""
     last_ns = 0
     for recv_ns, text in read_lines(path):
-        last_ns = max(recv_ns, last_ns)  # a stamp never goes back
+        last_ns = recv_ns if recv_ns > last_ns else last_ns  # a stamp never goes back
         message = parser.parse(last_ns, text)
         if message is not None:
             yield message
@@ -850,26 +858,33 @@ class LiveFeed:
             self.url, timeout=CONNECT_S, skip_utf8_validation=True, header=USER_AGENT
         )
         ws.settimeout(RECV_S)
-        self._guard_reads(ws)
+        self._read_ahead(ws)
         return ws
 
-    def _guard_reads(self, ws: websocket.WebSocket) -> None:
-        """Before every read of the socket: does this connection still deserve it?
+    def _read_ahead(self, ws: websocket.WebSocket) -> None:
+        """Take from the socket all that is there, and look before each time.
 
-        A frame is judged by its announced length, before memory is taken for it, and a
-        message in many small frames cannot keep the watchdogs from looking.
+        One read serves many frames of a burst. A frame is judged by its announced length,
+        before memory is taken for it; a message that drips, or comes in endless small
+        frames, cannot keep the watchdogs from looking.
         """
         frames, read = ws.frame_buffer, ws.frame_buffer.recv
+        ahead, at = b"", 0
 
-        def guarded(size: int) -> bytes:
-            self._check(self.clock_ns())
-            begun = ws.cont_frame.cont_data
-            length = (frames.length or 0) + (len(begun[1]) if begun else 0)
-            if length > MAX_MESSAGE:
-                raise FeedProblem(f"a message of {length} bytes, more than {MAX_MESSAGE}")
-            return read(size)
+        def recv(size: int) -> bytes:
+            nonlocal ahead, at
+            if at == len(ahead):
+                self._check(self.clock_ns())
+                begun = ws.cont_frame.cont_data
+                length = (frames.length or 0) + (len(begun[1]) if begun else 0)
+                if length > MAX_MESSAGE:
+                    raise FeedProblem(f"a message of {length} bytes, more than {MAX_MESSAGE}")
+                ahead, at = read(READ_AHEAD), 0
+            part = ahead[at : at + size]
+            at += len(part)
+            return part
 
-        frames.recv = guarded
+        frames.recv = recv
 
     def _run(self, ws: websocket.WebSocket | None) -> None:
         attempt = 0
@@ -918,9 +933,9 @@ class LiveFeed:
     def _receive(self, ws: websocket.WebSocket) -> None:
         """Blocking loop of one connection; raises what ends it."""
         self.resync_reason = ""
-        now = pinged = self.last_frame_ns = self.last_book_ns = self.clock_ns()
+        pinged = self.last_frame_ns = self.last_book_ns = self.clock_ns()
         while not self.stopping.is_set():
-            if now - pinged >= PING_S * NS:
+            if (now := self.clock_ns()) - pinged >= PING_S * NS:
                 ws.send('{"req_id":"ping","op":"ping"}')
                 pinged = now
             try:
@@ -929,7 +944,6 @@ class LiveFeed:
                 self._take(opcode, payload)
             except websocket.WebSocketTimeoutException:
                 self.flush()
-            now = self.clock_ns()
 
     def _take(self, opcode: int, payload: bytes) -> None:
         """One frame: a message goes into the session; what spoils the connection raises."""

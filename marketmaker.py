@@ -87,6 +87,7 @@ LOG_HEADER = (
     "time_ns,mid_price,best_bid,best_ask,bid_price,bid_qty,ask_price,ask_qty,base_spread_bps,"
     "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason\n"
 )
+GATHER_S = 0.0005  # after a message, so that a burst costs few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
 
@@ -512,9 +513,11 @@ class MarketMaker:
 
     def take(self, message: Message) -> None:
         """One message: gather it, and decide if that is due."""
-        self.pass_time(message.recv_ns)
-        self.messages += 1
         kind, now_ns = message.kind, message.recv_ns
+        if now_ns >= self.second_ns or now_ns > self.book_recv_ns + MIN_SILENCE_NS:
+            self.pass_time(now_ns)
+        self.messages += 1
+        self.last_ns = now_ns
         if kind in (feed.DELTA, feed.TRADES, feed.TICKER):
             at_once = False
             if kind == feed.TICKER:
@@ -565,8 +568,6 @@ class MarketMaker:
             self.first_ns = now_ns
             self.second_ns = (now_ns // NS + 1) * NS
         self.last_ns = now_ns
-        if now_ns < min(self.second_ns, self.book_recv_ns + MIN_SILENCE_NS):
-            return  # the usual case, and quick
         if self.lost or self.is_stale:  # nothing is measured, however long it lasts
             self.second_ns = (now_ns // NS + 1) * NS
             return
@@ -1173,6 +1174,9 @@ def live_messages(
     while not stop.is_set() and source.clock_ns() < end_ns and not source.fatal:
         try:
             yield source.queue.get(timeout=TICK_S)
+            for _ in range(source.queue.qsize()):
+                yield source.queue.get()
+            time.sleep(GATHER_S)
         except queue.Empty:
             with source.lock:  # nothing is stamped meanwhile
                 if source.queue.empty():

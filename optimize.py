@@ -41,10 +41,13 @@ rows. In the standard form of scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a
   minimise    c x           c = (0, 0, alpha, beta, beta)
   subject to  A_ub x <= b_ub, rows in this order:
     spread     1 row        -d_b - d_a                <= -1
-    inventory  227 rows     -k d_b + k d_a - r        <= u v - k q      k = u + v
+    inventory  92 rows      -k d_b + k d_a - r        <= u v - k q      k = u + v
     bid price  64 rows      k d_b - p_b               <= u v
     ask price  64 rows      k d_a - p_a               <= u v
   bounds      d_min <= d_b, d_a <= 2,   r, p_b, p_a >= 0
+
+The inventory chords cover -1 <= q - s <= 1 and go on straight beyond, where the cost has
+no minimum (0 <= s <= q for every q >= 0); those of the distances cover 0 to 2.
 
 The inventory term has the step h/sqrt(2), an irrational multiple of h: so for every
 rational alpha/beta no slopes of the two terms tie, and the minimum is a single point.
@@ -270,8 +273,8 @@ class Program(NamedTuple):
     """The standard form that the module's docstring writes out."""
 
     c: np.ndarray  # (5,)
-    A_ub: np.ndarray  # (356, 5)
-    b_ub: np.ndarray  # (356,)
+    A_ub: np.ndarray  # (221, 5)
+    b_ub: np.ndarray  # (221,)
     bounds: np.ndarray  # (5, 2)
 
 
@@ -300,7 +303,7 @@ def _chords(low: float, high: float, step: float) -> tuple[np.ndarray, np.ndarra
 @lru_cache
 def _rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A_ub, b_ub at q = 0, and the change of b_ub per unit of q."""
-    k_r, uv_r = _chords(-D_MAX, 1 + D_MAX, STEP / math.sqrt(2))
+    k_r, uv_r = _chords(-1, 1, STEP / math.sqrt(2))  # at the optimum 0 <= q - s <= 1
     k_p, uv_p = _chords(0, D_MAX, STEP)
     n, m = len(k_r), len(k_p)
     A = np.zeros((1 + n + 2 * m, 5))

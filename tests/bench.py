@@ -11,6 +11,7 @@ process of its own and sends prebuilt frames as fast as the socket takes them.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -18,9 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,7 +38,7 @@ from marketmaker import SAMPLE, MarketMaker  # noqa: E402
 from optimize import Parameters  # noqa: E402
 
 ROUNDS = 5  # of each variant, in turn; the median counts
-MESSAGES = 60_000  # of the sample, in each round
+MESSAGES = 40_000  # of the sample, in each round
 LATENCY_S = 20  # of live messages for the latencies
 
 
@@ -82,11 +85,12 @@ def time_live(url: str, record: Path | None = None) -> float:
     source.recorder = feed.Recorder(record) if record else None
     maker = MarketMaker(Parameters(), source.parser.instrument)
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
-    source.start(source.connect())
-    maker.take(source.queue.get(timeout=30))
-    began = time.perf_counter()
-    while maker.messages < MESSAGES:
-        maker.take(source.queue.get(timeout=30))
+    began = 0.0
+    for message in live_messages(source, maker):
+        maker.take(message)
+        began = began or time.perf_counter()
+        if maker.messages == MESSAGES:
+            break
     maker.flush()
     elapsed = time.perf_counter() - began
     source.stop()
@@ -95,13 +99,24 @@ def time_live(url: str, record: Path | None = None) -> float:
     return elapsed
 
 
+def live_messages(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[feed.Message]:
+    """The program's own loop over a live feed, without display and files."""
+    source.start(source.connect())
+    session = SimpleNamespace(maker=maker, look=lambda: None)
+    return marketmaker.live_messages(session, source, threading.Event(), 600)
+
+
 def compare_live_path() -> None:
     """The live path against the bare loop, in turn."""
     times: dict[str, list[float]] = {"bare": [], "live": [], "recording": []}
     with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder) / "head.gz"
+        with gzip.open(head, "wt", compresslevel=1) as file:
+            for _, (recv_ns, text) in zip(range(MESSAGES + 100), feed.read_lines(SAMPLE)):
+                file.write(f"{recv_ns} {text}\n")
         for number in range(ROUNDS):
             for name in times:
-                with served(SAMPLE, "max") as url:
+                with served(head, "max") as url:
                     if name == "bare":
                         elapsed = time_bare(url)
                     else:
@@ -131,11 +146,12 @@ def measure_latency(fresh: bool) -> None:
 
     with served(SAMPLE, "1") as url:
         source = feed.LiveFeed(url, parser_of_sample())
-        source.start(source.connect())
         maker.on_decision = decided
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
-        while time.monotonic() < end:
-            maker.take(source.queue.get(timeout=5))
+        for message in live_messages(source, maker):
+            maker.take(message)
+            if time.monotonic() > end:
+                break
         source.stop()
     low, high = (statistics.quantiles(waits, n=100)[k] for k in (49, 98))
     kind = "fresh solve" if fresh else "remembered solve"
