@@ -48,6 +48,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -188,7 +189,9 @@ def parse_instrument(body: bytes | str, symbol: str, category: str) -> Instrumen
 
 DELTA, SNAPSHOT, TRADES, TICKER = "delta", "snapshot", "trades", "ticker"
 LOST, CONTROL, REFUSED = "lost", "control", "refused"
-NO_ROWS: tuple[list[int], list[float]] = ([], [])
+LEVEL, SIZE = "q", "d"  # columns: int64, float64
+Columns = tuple[array, array]  # levels and sizes of book rows
+NO_ROWS: Columns = (array(LEVEL), array(SIZE))
 
 
 class Message(NamedTuple):
@@ -197,8 +200,8 @@ class Message(NamedTuple):
     kind: str
     recv_ns: int
     exch_ns: int = 0
-    bids: tuple[list[int], list[float]] = NO_ROWS  # levels, sizes
-    asks: tuple[list[int], list[float]] = NO_ROWS
+    bids: Columns = NO_ROWS
+    asks: Columns = NO_ROWS
     trades: list[tuple[int, int, int, float, bool]] = []  # rows of TRADE
     fields: dict[str, Any] = {}  # ticker values, a control line, the reason of a loss
 
@@ -233,25 +236,25 @@ class Slice(NamedTuple):
 
 def build_slice(messages: list[Message]) -> Slice:
     """Columns from parsed book and trade messages."""
+
+    def ends(columns: Iterable) -> np.ndarray:
+        return np.array(list(accumulate(map(len, columns))), np.int64)
+
+    def rows(sides: Iterable[Columns]) -> Rows:
+        levels, sizes = zip(*sides)
+        flat = np.frombuffer(b"".join(levels), LEVEL), np.frombuffer(b"".join(sizes), SIZE)
+        return Rows(*flat, ends(levels))
+
     kinds, recv_ns, exch_ns, bids, asks, trades, _ = zip(*messages)
     is_book, book_ns = [kind != TRADES for kind in kinds], 0
-    cts = [book_ns := ns if is_ else book_ns for ns, is_ in zip(exch_ns, is_book)]
-    (bid_levels, bid_sizes), (ask_levels, ask_sizes) = zip(*bids), zip(*asks)
-    ends = [accumulate(map(len, column)) for column in (bid_levels, ask_levels, trades)]
-    table = np.array([recv_ns, exch_ns, cts, *map(list, ends)], np.int64)  # one row a column
-
-    def flat(columns: Iterable[list], dtype: Any) -> np.ndarray:
-        return np.array([*chain.from_iterable(columns)], dtype)
-
     return Slice(
-        *table[:3],
+        np.array(recv_ns, np.int64),
+        np.array(exch_ns, np.int64),
+        np.array([book_ns := ns if is_ else book_ns for ns, is_ in zip(exch_ns, is_book)]),
         np.array(is_book),
-        {
-            BID: Rows(flat(bid_levels, np.int64), flat(bid_sizes, np.float64), table[3]),
-            ASK: Rows(flat(ask_levels, np.int64), flat(ask_sizes, np.float64), table[4]),
-        },
-        flat(trades, TRADE),
-        table[5],
+        {BID: rows(bids), ASK: rows(asks)},
+        np.array([*chain.from_iterable(trades)], TRADE),
+        ends(trades),
     )
 
 
@@ -568,15 +571,15 @@ class Parser:
         self.last_u, self._loss_told, self._had_book = u, False, True
         return Message(kind, recv_ns, exch_ns, bids, asks)
 
-    def _rows(self, rows: list, side: int) -> tuple[list[int], list[float]]:
+    def _rows(self, rows: list, side: int) -> Columns:
         """Levels and sizes of one side; raises unless every row is sound."""
         if not rows:
             return NO_ROWS
         if set(map(list.__len__, rows)) != {2}:  # itself raises for what is no list
             raise ValueError("a book row is not a pair")
         prices, sizes = zip(*rows)
-        levels = map(self.levels[side].__getitem__, prices)
-        return list(levels), list(map(self.sizes.__getitem__, sizes))
+        levels = array(LEVEL, map(self.levels[side].__getitem__, prices))
+        return levels, array(SIZE, map(self.sizes.__getitem__, sizes))
 
     def _trades(self, recv_ns: int, message: dict) -> Message | None:
         self.counts["trades"] += 1

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+from array import array
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,10 @@ def ns(ms: float) -> int:
     return (START_MS * MS) + round(ms * MS)
 
 
-def rows(side: int, sizes: dict) -> tuple[list[int], list[float]]:
+def rows(side: int, sizes: dict) -> feed.Columns:
     """{ticks from MID: size} as a message holds it."""
-    return [side * (MID + x) for x in sizes], list(map(float, sizes.values()))
+    levels = (side * (MID + x) for x in sizes)
+    return array(feed.LEVEL, levels), array(feed.SIZE, map(float, sizes.values()))
 
 
 def delta(ms, bids=None, asks=None, heard=None, kind=feed.DELTA) -> Message:
