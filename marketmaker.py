@@ -819,9 +819,11 @@ def describe(maker: MarketMaker, health: list[str]) -> list[tuple[str, list[str]
     def number(value: float) -> str:
         return "-" if value != value else f"{value:.2f}"
 
+    is_sound, tick_size = not (maker.lost or maker.book.fault), maker.instrument.tick_size
+    best = {side: maker.book.best(side) * tick_size if is_sound else None for side in SIDES}
     lines = [
         ("Market", [
-            f"bid {price(s.best_bid)}", f"ask {price(s.best_ask)} USDT",
+            f"bid {price(best[BID])}", f"ask {price(best[ASK])} USDT",
             f"last {price(s.last_price)}", f"mark {price(s.mark_price)}",
             f"depth {number(s.bid_depth)} / {number(s.ask_depth)} {coin} within "
             f"{p.depth_band_bps:g} bps",
@@ -1114,6 +1116,8 @@ class Session:
             self.source.flush()
             if self.file:
                 self.read_edits(self.file)
+            if self.source.recorder and self.source.recorder.failure:
+                self.display.notice = self.source.recorder.failure.upper()
             if self.maker.book.fault and not self.maker.lost:
                 self.source.resync_reason = self.maker.book.fault
         if self.log:
@@ -1149,7 +1153,7 @@ class Session:
             items = [state, *items, f"{source.reconnects} reconnects"]
         items += [f"{counts['malformed']} malformed", *describe_lag(self.maker.lags)]
         if source and source.recorder:
-            items.append(source.recorder.failure.upper() or f"recording to {self.options.record}")
+            items.append(source.recorder.failure or f"recording to {self.options.record}")
         return items + ([f"last problem: {self.parser.problem}"] if self.parser.problem else [])
 
 

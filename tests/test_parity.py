@@ -7,6 +7,7 @@ sockets are real). PARITY_ROUNDS=20 repeats it more often than the suite does.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -120,7 +121,8 @@ def test_replay_of_a_recorded_live_session_writes_the_same_decision_log(
     clock_ns = fast_clock()
     with LoopbackExchange(lines, clock_ns=clock_ns) as exchange:
         script = make_trouble(exchange, params, makers, clock_ns)
-        live = ["--live", "--url", exchange.url, "--record", str(recording), "--params", str(params)]
+        live = ["--live", "--url", exchange.url, "--record", str(recording)]
+        live += ["--params", str(params)]
         live += ["--log", str(live_log), "--duration", str(DURATION_S), *FLAGS]
         assert marketmaker.main(live, clock_ns) == 0
         script.join(5)
@@ -149,3 +151,35 @@ def check_that_the_session_had_everything(maker, recording: Path) -> None:
     events = Counter(json.loads(text).get("event") for _, text in lines)
     assert (events["start"], events["params"], events["raw"], events["end"]) == (1, 1, 2, 1)
     assert lines[-1][0] % feed.NS != 0
+
+
+class FullDisk:
+    """A file that takes a little and then no more."""
+
+    def __init__(self, file):
+        self.file, self.left, self.close = file, 20_000, file.close
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+
+def test_a_full_disk_stops_the_recording_and_not_the_quoting(makers, tmp_path, capsys, monkeypatch):
+    lines = list(simulate(np.random.default_rng(3), 0.02))
+    clock_ns = fast_clock()
+    opened = feed.Recorder.__init__
+
+    def open_on_a_full_disk(recorder, path):
+        opened(recorder, path)
+        recorder.file = FullDisk(recorder.file)
+
+    monkeypatch.setattr(feed.Recorder, "__init__", open_on_a_full_disk)
+    with LoopbackExchange(lines, clock_ns=clock_ns) as exchange:
+        flags = ["--live", "--url", exchange.url, "--record", str(tmp_path / "r.gz")]
+        assert marketmaker.main([*flags, "--duration", "60"], clock_ns) == 0
+    out = capsys.readouterr().out
+    assert "RECORDING STOPPED: NO SPACE LEFT ON DEVICE" in out
+    assert makers[0].counts["lp"] > 5
