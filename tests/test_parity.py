@@ -174,12 +174,12 @@ def test_a_full_disk_stops_the_recording_and_not_the_quoting(makers, tmp_path, c
 
     def open_on_a_full_disk(recorder, path):
         opened(recorder, path)
-        recorder.file = FullDisk(recorder.file)
+        recorder.file.file = FullDisk(recorder.file.file)
 
     monkeypatch.setattr(feed.Recorder, "__init__", open_on_a_full_disk)
     with LoopbackExchange(lines, clock_ns=clock_ns) as exchange:
         flags = ["--live", "--url", exchange.url, "--record", str(tmp_path / "r.gz")]
         assert marketmaker.main([*flags, "--duration", "60"], clock_ns) == 0
     out = capsys.readouterr().out
-    assert "RECORDING STOPPED: NO SPACE LEFT ON DEVICE" in out
+    assert "r.gz stopped: No space left on device" in out
     assert makers[0].counts["lp"] > 5
