@@ -1072,5 +1072,6 @@ def test_a_stopped_maker_whose_book_is_lost_flattens_at_the_prices_it_finds_afte
     far = {x + 200: size for x, size in BIDS.items()}, {x + 200: size for x, size in ASKS.items()}
     maker.take(snapshot(now_ms + 2000, *far))
     maker.take(delta(now_ms + 2600, far[0]))
+    maker.flush()
     (fill,) = maker.exchange.fills
     assert fill.is_taker and fill.price == (MID + 199) * 0.5 and maker.state.inventory == 0
