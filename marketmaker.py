@@ -87,6 +87,7 @@ LOG_HEADER = (
     "time_ns,mid_price,best_bid,best_ask,bid_price,bid_qty,ask_price,ask_qty,base_spread_bps,"
     "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason\n"
 )
+LOOK_EVERY = 100  # messages, in a replay without pauses
 GATHER_S = 0.0005  # after a message, so that a burst costs few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
@@ -1059,6 +1060,7 @@ class Session:
     ) -> None:
         self.options, self.title, self.display = options, title, Display(title)
         self.source: feed.LiveFeed | None = None
+        self.parser: feed.Parser | None = None
         self.file = ParameterFile(options.params) if options.params else None
         given = dict(self.file.values) if self.file else {}
         given |= {n: value for n in FIELDS if (value := getattr(options, n)) is not None}
@@ -1078,13 +1080,11 @@ class Session:
         self.rate_from, self.rate = 0, 0.0
         self.usual_lag_ms: float | None = None  # the first that was shown
 
-    def run(self, messages: Iterator[Message], parser: feed.Parser) -> None:
-        """Take every message; look around between them; end with files closed."""
-        self.parser = parser
+    def run(self, messages: Iterator[Message]) -> None:
+        """Take every message (their source looks around in between); close all files."""
         try:
             for message in messages:
                 self.maker.take(message)
-                self.look()
             self.maker.flush()
         except UserError:
             self.discard_log()
@@ -1187,6 +1187,7 @@ def live_messages(
             yield source.queue.get(timeout=TICK_S)
             for _ in range(source.queue.qsize()):
                 yield source.queue.get()
+            session.look()
             time.sleep(GATHER_S)
         except queue.Empty:
             with source.lock:  # nothing is stamped meanwhile
@@ -1202,18 +1203,24 @@ def live_messages(
 
 
 def replayed_messages(
-    path: Path, parser: feed.Parser, stop: threading.Event, speed: float, duration_s: float
+    session: Session, path: Path, parser: feed.Parser, stop: threading.Event, speed: float
 ) -> Iterator[Message]:
     """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
-    began, first_ns = time.monotonic(), 0
-    for message in feed.replay(path, parser):
-        first_ns = first_ns or message.recv_ns
-        offset_s = (message.recv_ns - first_ns) / NS
-        if offset_s > duration_s:
+    began_s, first_ns, end_ns = time.monotonic(), 0, NEVER
+    for number, message in enumerate(feed.replay(path, parser)):
+        if not first_ns:
+            first_ns = message.recv_ns
+            end_ns = first_ns + min(session.options.duration * NS, NEVER // 2)
+        if message.recv_ns > end_ns or stop.is_set():
             return
-        wait_s = offset_s / speed - (time.monotonic() - began) if speed < math.inf else 0.0
-        if stop.is_set() or (wait_s > 0 and stop.wait(wait_s)):
-            return
+        if speed < math.inf:
+            due_s = began_s + (message.recv_ns - first_ns) / NS / speed
+            while (wait_s := due_s - time.monotonic()) > 0:
+                session.look()
+                if stop.wait(min(wait_s, TICK_S)):
+                    return
+        elif number % LOOK_EVERY == 0:
+            session.look()
         yield message
 
 
@@ -1235,7 +1242,8 @@ def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = N
             raise
         return run_offline(options, f"{where} cannot be reached ({error})")
     messages = live_messages(session, session.source, feed.stop_signal(), options.duration)
-    session.run(messages, session.source.parser)
+    session.parser = session.source.parser
+    session.run(messages)
 
 
 def run_offline(options: argparse.Namespace, reason: str) -> None:
@@ -1256,7 +1264,8 @@ def run_replay(options: argparse.Namespace, path: Path, speed: float, label: str
     title = f"{parser.instrument.symbol} {parser.instrument.category}   {label}{pace} of {kind}"
     session = Session(options, parser.instrument, title, header.start)
     stop = feed.stop_signal()
-    session.run(replayed_messages(path, parser, stop, speed, options.duration), parser)
+    session.parser = parser
+    session.run(replayed_messages(session, path, parser, stop, speed))
 
 
 # ---- Command line ------------------------------------------------------------------
