@@ -175,7 +175,8 @@ def measure_replay() -> None:
         speeds.append(messages / elapsed)
     speed, reading = max(speeds), max(readings)
     print(f"replay of the sample at --speed max: {speed:,.0f} messages/s, best of 3")
-    print(f"  gzip and json.loads alone: {reading:,.0f} messages/s, {reading / speed:.1f} x as fast")
+    ratio = reading / speed
+    print(f"  gzip and json.loads alone: {reading:,.0f} messages/s, {ratio:.1f} x as fast")
 
 
 def resident_bytes() -> int:
