@@ -893,9 +893,12 @@ class LiveFeed:
                 self.recorder.flush(min_age_s=FLUSH_S)
 
     def connect(self) -> websocket.WebSocket:
-        ws = websocket.create_connection(
-            self.url, timeout=CONNECT_S, skip_utf8_validation=True, header=USER_AGENT
-        )
+        try:
+            ws = websocket.create_connection(
+                self.url, timeout=CONNECT_S, skip_utf8_validation=True, header=USER_AGENT
+            )
+        except (ValueError, IndexError) as error:  # whatever answered, it was no exchange
+            raise OSError(f"no sensible answer: {error}") from None
         ws.settimeout(RECV_S)
         self._read_ahead(ws)
         return ws
@@ -1040,11 +1043,12 @@ def open_feed(
     source = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
     try:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        port = parts.port  # itself raises where it is no number
+        if parts.scheme not in ("ws", "wss") or not parts.hostname or port == 0:
             raise ValueError("it begins with wss:// and names a host")
-        ws = source.connect()
     except ValueError as error:
         raise UserError(f"--url {url} is no WebSocket address: {error}") from None
+    ws = source.connect()
     try:
         source.recorder = Recorder(record) if record else None
     except UserError:

@@ -456,8 +456,13 @@ def test_a_refusal_with_line_breaks_and_escapes_still_makes_one_line(begin):
     session = begin()
     words = "handler not found\n\x1b[2J\ud800"
     session.exchange.send(compact({"success": False, "ret_msg": words, "op": "subscribe"}))
-    session.source.thread.join(PATIENCE_S)
-    assert "handler not found" in session.source.fatal and session.source.fatal.isprintable()
+    source = session.source
+
+    def told() -> str:  # fatal before there was a book; after it, a reason to reconnect
+        return source.fatal + "".join(session.consumer.losses) + source.parser.problem
+
+    assert session.consumer.reaches(lambda: "handler not found" in told())
+    assert told().isprintable()
 
 
 def test_a_tick_size_that_does_not_fit_is_fatal_and_names_the_flag(begin):
