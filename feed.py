@@ -19,7 +19,7 @@ Two clocks. recv_ns is when we received a message (ns since the epoch, never
 decreasing); exch_ns is when the matching engine acted (`cts` of the book, `T` of a
 trade). Prices are integer ticks, sizes are base coin (BTC).
 
-The order of the file is the path of the data: message -> parser -> slice of columns ->
+The order of the file is the path of the data: message -> parser -> tape of columns ->
 order book; then where messages come from: a recording, or the live socket. One rule
 makes a live session and its replay the same: both are a sequence of stamped lines, and
 everything after the stamp is a function of these lines.
@@ -50,7 +50,7 @@ import urllib.request
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, DecimalException
 from functools import partial
@@ -198,82 +198,126 @@ def parse_instrument(body: bytes | str, symbol: str, category: str) -> Instrumen
         ) from None
 
 
-# ---- Messages and slices -----------------------------------------------------------
+# ---- Messages and tapes ------------------------------------------------------------
 
-DELTA, SNAPSHOT, TRADES, TICKER = "delta", "snapshot", "trades", "ticker"
-LOST, CONTROL, REFUSED = "lost", "control", "refused"
+DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = KINDS = range(7)
 LEVEL, SIZE = "q", "d"  # columns: int64, float64
 Columns = tuple[array, array]  # levels and sizes of book rows
 NO_ROWS: Columns = (array(LEVEL), array(SIZE))
+NO_LEVEL = -(2**62)  # the best of an empty side
+QUOTES = ("last_price", "mark_price", "index_price", "funding_rate")  # of a ticker
 
 
 class Message(NamedTuple):
     """One parsed line. A level is side x price tick: on both sides larger is better."""
 
-    kind: str
+    kind: int  # one of KINDS
     recv_ns: int
     exch_ns: int = 0
     bids: Columns = NO_ROWS
     asks: Columns = NO_ROWS
-    trades: list[tuple[int, int, int, float, bool]] = []  # rows of TRADE
+    trades: list[tuple[int, int, int, float, bool]] = []  # rows of Trades
     fields: dict[str, Any] = {}  # ticker values, a control line, the reason of a loss
 
 
-TRADE = np.dtype(
-    [("exch_ns", "i8"), ("side", "i1"), ("tick", "i8"), ("size", "f8"), ("rpi", "?")]
-)  # side is the taker's
-
-
 class Rows(NamedTuple):
-    """Book rows of one side, in order, as columns."""
+    """Book rows of one side as columns; those of message m are end[m] to end[m + 1]."""
 
     level: np.ndarray  # int64
     size: np.ndarray  # float64, base coin; 0 deletes
-    end: np.ndarray  # (messages,): how many rows up to and including each message
+    end: np.ndarray  # (messages + 1,), from 0
 
 
-class Slice(NamedTuple):
-    """What came between two decisions: book and trade messages in order, as columns."""
+class Trades(NamedTuple):
+    """Trades as columns; those of message m are end[m] to end[m + 1]."""
 
+    exch_ns: np.ndarray
+    side: np.ndarray  # the taker's
+    tick: np.ndarray
+    size: np.ndarray  # base coin
+    is_rpi: np.ndarray
+    end: np.ndarray  # (messages + 1,), from 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tape:
+    """Messages in the order received, as columns: a burst, a recording, a day.
+
+    `best` is known where the tape was made once to be used often (History).
+    """
+
+    kind: np.ndarray  # (messages,)
     recv_ns: np.ndarray  # (messages,)
-    exch_ns: np.ndarray  # (messages,)
-    book_ns: np.ndarray  # (messages,): cts of the last book message so far; 0 before it
-    is_book: np.ndarray  # (messages,): a book message, not trades
+    exch_ns: np.ndarray  # (messages,): 0 where it is neither book nor trades
+    last_book: np.ndarray  # (messages,): the last book message so far; -1 before the first
+    turnover: np.ndarray  # (messages,): sum of ticks x base coin traded
     rows: dict[int, Rows]  # by side
-    trades: np.ndarray  # of TRADE
-    trade_end: np.ndarray  # (messages,)
+    trades: Trades
+    quotes: np.ndarray  # (tickers, 1 + fields): message, values; nan = unchanged
+    notes: dict[int, dict[str, Any]]  # fields of losses, control lines, refusals, by message
+    best: dict[int, np.ndarray] | None = None  # by side: best level after each message
+    reach: dict[int, np.ndarray] | None = None  # by side: lowest and highest level of all
 
     def __len__(self) -> int:
-        return len(self.exch_ns)
+        return len(self.kind)
 
 
-def build_slice(messages: list[Message]) -> Slice:
-    """Columns from parsed book and trade messages."""
-
-    def ends(columns: Iterable) -> np.ndarray:
-        return np.array(list(accumulate(map(len, columns))), np.int64)
-
-    def rows(sides: Iterable[Columns]) -> Rows:
-        levels, sizes = zip(*sides)
-        flat = np.frombuffer(b"".join(levels), LEVEL), np.frombuffer(b"".join(sizes), SIZE)
-        return Rows(*flat, ends(levels))
-
-    kinds, recv_ns, exch_ns, bids, asks, trades, _ = zip(*messages)
-    is_book, book_ns = [kind != TRADES for kind in kinds], 0
-    return Slice(
+def build_tape(messages: Sequence[Message]) -> Tape:
+    """Columns from parsed messages."""
+    kinds, recv_ns, exch_ns, bids, asks, trades, fields = zip(*messages)
+    book = [-1]
+    is_event = [kind in (DELTA, SNAPSHOT, TRADES) for kind in kinds]
+    for m, kind in enumerate(kinds):
+        book.append(m if kind == DELTA or kind == SNAPSHOT else book[-1])
+    tickers = [m for m, kind in enumerate(kinds) if kind == TICKER]
+    return Tape(
+        np.array(kinds, np.int8),
         np.array(recv_ns, np.int64),
-        np.array(exch_ns, np.int64),
-        np.array([book_ns := ns if is_ else book_ns for ns, is_ in zip(exch_ns, is_book)]),
-        np.array(is_book),
-        {BID: rows(bids), ASK: rows(asks)},
-        np.array([*chain.from_iterable(trades)], TRADE),
-        ends(trades),
+        np.array(exch_ns, np.int64) * is_event,
+        np.array(book[1:]),
+        np.array([sum(t[2] * t[3] for t in found) for found in trades], float),
+        {BID: _rows_of(bids), ASK: _rows_of(asks)},
+        _trades_of(trades),
+        np.array(
+            [[m, *(fields[m].get(name, math.nan) for name in QUOTES)] for m in tickers]
+        ).reshape(-1, 1 + len(QUOTES)),
+        {m: fields[m] for m, kind in enumerate(kinds) if kind > SNAPSHOT},
     )
 
 
-def span(end: np.ndarray, start: int, stop: int) -> slice:
-    """The rows of messages start..stop-1, given how many rows each message ends at."""
-    return slice(int(end[start - 1]) if start else 0, int(end[stop - 1]) if stop else 0)
+def _ends(parts: Iterable) -> np.ndarray:
+    return np.array([0, *accumulate(map(len, parts))], np.int64)
+
+
+def _rows_of(sides: Sequence[Columns]) -> Rows:
+    levels, sizes = zip(*sides)
+    flat = np.frombuffer(b"".join(levels), LEVEL), np.frombuffer(b"".join(sizes), SIZE)
+    return Rows(*flat, _ends(levels))
+
+
+def _trades_of(trades: Sequence[list]) -> Trades:
+    columns = list(zip(*chain.from_iterable(trades))) or [()] * 5
+    types = (np.int64, np.int8, np.int64, float, bool)
+    return Trades(*map(np.array, columns, types), _ends(trades))
+
+
+def list_messages(tape: Tape, start: int, stop: int) -> list[Message]:
+    """The other way round: messages start..stop-1 of a tape, without their tickers."""
+
+    def columns(side: int, m: int) -> Columns:
+        level, size, end = tape.rows[side]
+        part = slice(end[m], end[m + 1])
+        return array(LEVEL, level[part].tolist()), array(SIZE, size[part].tolist())
+
+    messages = []
+    for m in range(start, stop):
+        kind, recv_ns, exch_ns = int(tape.kind[m]), int(tape.recv_ns[m]), int(tape.exch_ns[m])
+        *found, end = tape.trades
+        trades = list(zip(*(column[end[m] : end[m + 1]].tolist() for column in found)))
+        sides, note = (columns(BID, m), columns(ASK, m)), tape.notes.get(m, {})
+        if kind != TICKER:
+            messages.append(Message(kind, recv_ns, exch_ns, *sides, trades, note))
+    return messages
 
 
 # ---- Order book --------------------------------------------------------------------
@@ -300,6 +344,7 @@ class Ladder:
         self.origin = 0  # level of index 0
         self.best: int | None = None  # level
         self._low = self.width  # no occupied index is lower
+        self._held: np.ndarray | None = None  # the reach known to fit into the array
 
     def set(self, levels: np.ndarray, sizes: np.ndarray) -> None:
         """Set sizes at levels; the later of two rows for one level wins."""
@@ -314,6 +359,20 @@ class Ladder:
             high = max(high, self.best - self.origin)
         self.best = self._occupied_from(high)
 
+    def put(self, levels: np.ndarray, sizes: np.ndarray, best: int, reach: np.ndarray) -> None:
+        """The same where the outcome is known: `best` afterwards (NO_LEVEL: none), and
+        `reach`, the lowest and highest of all levels to come, so that nothing is searched.
+        """
+        if reach is not self._held:
+            low, high = reach.tolist()
+            if self.best is None:
+                self.origin = (low + high - self.width) // 2
+            if not self.origin <= low <= high < self.origin + self.width:
+                return self.set(levels, sizes)
+            self._held, self._low = reach, min(self._low, low - self.origin)
+        self.sizes[levels - self.origin] = sizes
+        self.best = None if best == NO_LEVEL else best
+
     def _refit(self, levels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bring the market to the array's middle; leave out rows that still do not fit."""
         market = self.best
@@ -325,7 +384,7 @@ class Ladder:
             kept = max(self.width - abs(shift), 0)
             old, new = max(shift, 0), max(-shift, 0)
             moved[new : new + kept] = self.sizes[old : old + kept]
-            self.sizes, self.origin = moved, self.origin + shift
+            self.sizes, self.origin, self._held = moved, self.origin + shift, None
             self._low = max(self._low - shift, 0)
         fits = (levels >= self.origin) & (levels < self.origin + self.width)
         self.beyond += int(len(levels) - fits.sum())
@@ -356,6 +415,16 @@ class Ladder:
         """Whether the feed shows this level (perhaps as empty)."""
         worst = self.worst()
         return worst is not None and level >= worst
+
+    def stays_visible(self, level: int, changes: int) -> bool:
+        """Whether this level is shown whatever the next changes are: more levels than that
+        are occupied just below it. Cheap; False means nobody looked further.
+        """
+        index = level - self.origin
+        if self._low > index:
+            return False
+        below = self.sizes[max(index - 2 * changes - SCAN, 0) : index]
+        return np.count_nonzero(below) > changes
 
     def size_at(self, level: int) -> float:
         """Size resting at a level, base coin; 0 where none is shown."""
@@ -389,17 +458,24 @@ class OrderBook:
         for ladder in self.ladders.values():
             ladder.clear()
 
-    def apply(self, piece: Slice, start: int = 0, stop: int | None = None) -> None:
-        """Apply the rows of a slice's messages start..stop-1, both sides."""
-        stop = len(piece) if stop is None else stop
+    def apply(self, tape: Tape, start: int = 0, stop: int | None = None) -> None:
+        """Apply the rows of a tape's messages start..stop-1, both sides."""
+        stop = len(tape) if stop is None else stop
         if start >= stop:
             return
         for side, ladder in self.ladders.items():
-            level, size, end = piece.rows[side]
-            rows = span(end, start, stop)
-            if rows.start < rows.stop:
-                ladder.set(level[rows], size[rows])
-        self.exch_ns = int(piece.book_ns[stop - 1]) or self.exch_ns
+            level, size, end = tape.rows[side]
+            first, last = end[start], end[stop]
+            if first == last:
+                continue
+            if tape.best is None:
+                ladder.set(level[first:last], size[first:last])
+            else:
+                best = int(tape.best[side][stop - 1])
+                ladder.put(level[first:last], size[first:last], best, tape.reach[side])
+        book = tape.last_book[stop - 1]
+        if book >= start:
+            self.exch_ns = int(tape.exch_ns[book])
 
     def best(self, side: int) -> int | None:
         """The market's best price on a side, in ticks."""
@@ -490,6 +566,7 @@ def _decode(text: str) -> Any:
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 TAKER_SIDE = {"Buy": BID, "Sell": ASK}
+KIND_OF = {"delta": DELTA, "snapshot": SNAPSHOT}
 TICKER_FIELDS = {  # Bybit's name: ours
     "lastPrice": "last_price",
     "markPrice": "mark_price",
@@ -563,14 +640,14 @@ class Parser:
     def _book(self, recv_ns: int, message: dict) -> Message | None:
         self.counts["book"] += 1
         data = message["data"]
-        u, kind = data["u"], message["type"]
+        u, kind = data["u"], KIND_OF.get(message["type"])
         if type(u) is not int or not 0 <= u < 2**63:
             raise ValueError(f"u {str(u)[:30]} is not a count")
         exch_ns = self._time(message["cts"] if "cts" in message else message["ts"], recv_ns)
         if kind == SNAPSHOT or u == 1:  # u == 1: the service restarted
             kind = SNAPSHOT
-        elif kind != DELTA:
-            raise ValueError(f"type {str(kind)[:30]!r} of a book message is not known")
+        elif kind is None:
+            raise ValueError(f"type {str(message['type'])[:30]!r} of a book message is not known")
         elif self.last_u is None:
             self.counts["before snapshot"] += 1
             return self._lose(recv_ns, "delta before a snapshot")
@@ -1118,7 +1195,7 @@ def measure_recording(messages: Iterable[Message], parser: Parser) -> Iterator[t
             book.clear()
         if message.kind == TRADES:
             continue
-        book.apply(build_slice([message]))
+        book.apply(build_tape([message]))
         crossed += bool(book.fault)
         if not book.fault:
             spreads.append(book.best(ASK) - book.best(BID))

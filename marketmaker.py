@@ -7,10 +7,11 @@ The loop, the same for the live socket, a recording and the backtest:
       show it to the book
       if a decision is due:  measure the market, solve the program, quote, log
 
-Between two decisions our orders do not move, so messages are gathered into slices and
-applied as columns; single messages are looked at only where they touch our price. A
-slice ends at a decision, at every whole second (the volatility's grid), and at whatever
-changes the rules: a snapshot, a lost book, a control line.
+Between two decisions our orders do not move, so messages come as columns (a tape) and are
+applied in slices; single messages are looked at only where they touch our price. A slice
+ends at a decision, at every whole second (the volatility's grid) unless the tape knows the
+mid then, and at whatever changes the rules: a snapshot, a lost book, a control line. Where
+else a tape or a slice ends changes nothing.
 
 When is a decision made? At the first message that is due, with that message applied;
 its time is that message's recv_ns, and the next is due one optimization interval later.
@@ -63,7 +64,26 @@ import websocket
 from scipy.optimize import linprog
 
 import feed
-from feed import ASK, BID, MS, NS, SIDES, Instrument, Message, OrderBook, Slice, UserError
+from feed import (
+    ASK,
+    BID,
+    DELTA,
+    MS,
+    NO_LEVEL,
+    NS,
+    SIDES,
+    SNAPSHOT,
+    TICKER,
+    TRADES,
+    Instrument,
+    Message,
+    OrderBook,
+    Rows,
+    Tape,
+    Trades,
+    UserError,
+    build_tape,
+)
 from optimize import (
     FIELDS,
     INF,
@@ -80,6 +100,7 @@ WARMUP_RETURNS = 10  # no quote before so many 1 s returns
 NEVER = 2**63 - 1  # ns
 MIN_SILENCE_NS = NS // 2  # the least that stale_after_s can be
 LATE_NS = 10 * NS  # no trade is heard of later than this
+IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
 SAMPLE_SPEED = 10.0
 MAX_LAG_MS, MAX_DRIFT_MS = 2000.0, 500.0  # a lag beyond, or so far from the first, is warned of
@@ -87,7 +108,7 @@ LOG_HEADER = (
     "time_ns,mid_price,best_bid,best_ask,bid_price,bid_qty,ask_price,ask_qty,base_spread_bps,"
     "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason\n"
 )
-LOOK_EVERY = 100  # messages, in a replay without pauses
+BURST = 500  # messages taken at once in a replay without pauses
 GATHER_S = 0.0005  # after a message, so that a burst costs few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
@@ -108,6 +129,7 @@ class Fill(NamedTuple):
     queue_ahead: float  # base coin, at the fill
     queue_at_arrival: float  # base coin
     is_taker: bool = False
+    arrival_ns: int = 0  # when the order reached the exchange, exchange time
 
 
 @dataclass
@@ -128,7 +150,7 @@ class State:
     mark_price: float = math.nan
     index_price: float = math.nan
     funding_rate: float = math.nan  # per funding period
-    recent_trades: deque = field(default_factory=deque)  # (recv_ns, M USDT, TRADE rows)
+    recent_trades: deque = field(default_factory=lambda: deque(maxlen=WINDOW_S))  # M USDT a second
     returns_bps: deque = field(default_factory=lambda: deque(maxlen=WINDOW_S))
     grid_mid: float = math.nan  # the mid at the last whole second
     volatility_ns: int = 0  # when ema_volatility was last renewed
@@ -203,19 +225,21 @@ def exponential_average(previous: float, value: float, dt_s: float, half_life_s:
     return value + (previous - value) * 2 ** (-dt_s / half_life_s)
 
 
-def update_measures(state: State, second_ns: int, tick_size: float, half_life_s: float) -> None:
+def update_measures(
+    state: State, second_ns: int, turnover_musd: float, tick_size: float, half_life_s: float
+) -> None:
     """One whole second of receive time has passed: volatility, its EMA, liquidity.
 
     volatility = root mean square of the 1 s log returns of the mid in the window;
     liquidity = turnover of the window / sum of the absolute returns (at least a tick).
+    turnover_musd is that of the second.
     """
     previous, state.grid_mid = state.grid_mid, state.mid_price
     if math.isnan(previous):
         return
     returns = state.returns_bps
     returns.append(1e4 * math.log(state.mid_price / previous))
-    while state.recent_trades and state.recent_trades[0][0] < second_ns - WINDOW_S * NS:
-        state.recent_trades.popleft()
+    state.recent_trades.append(turnover_musd)
     if len(returns) < WARMUP_RETURNS:
         return
     dt_s = (second_ns - state.volatility_ns) / NS
@@ -224,8 +248,8 @@ def update_measures(state: State, second_ns: int, tick_size: float, half_life_s:
         state.ema_volatility, state.volatility, dt_s, half_life_s
     )
     state.volatility_ns = second_ns
-    moved_bps = max(math.fsum(map(abs, returns)), 1e4 * tick_size / state.mid_price)
-    state.liquidity = math.fsum(entry[1] for entry in state.recent_trades) / moved_bps
+    moved_bps = max(sum(map(abs, returns)), 1e4 * tick_size / state.mid_price)
+    state.liquidity = sum(state.recent_trades) / moved_bps
 
 
 def restart_measures(state: State) -> None:
@@ -253,9 +277,10 @@ class Order:
     eaten: float = 0.0  # of the queue, by trades since arrival
     has_arrived: bool = False
 
-    def lives_at(self, exch_ns: int) -> bool:
-        """Market data go before orders at equal times."""
-        return self.has_arrived and self.arrival_ns < exch_ns <= self.cancel_ns
+    def lives_at(self, exch_ns: int, passed_ns: int) -> bool:
+        """Market data go before orders at equal times; what has passed is over."""
+        is_there = self.has_arrived and self.arrival_ns < exch_ns <= self.cancel_ns
+        return is_there and passed_ns <= self.cancel_ns
 
 
 class PaperExchange:
@@ -274,29 +299,40 @@ class PaperExchange:
         state: State,
         participation: float = 1.0,
         peer_rules: bool = False,
+        impact_bps: float = 0.0,
     ) -> None:
         self.parameters, self.instrument, self.state = parameters, instrument, state
         self.participation, self.peer_rules = participation, peer_rules
+        self.impact_bps = impact_bps
+        self.shifts = [(0, 0.0)]  # (exchange time, shift of the prices we see after it, bps)
+        self.back_ns = 0  # cut off until then: we hear of nothing and nothing hears of us
         self.offset_ns = round(parameters.clock_offset_ms * MS)  # our clock - exchange's
         self.latency_ns = round(parameters.order_latency_ms * MS) - self.offset_ns
         self.orders: dict[int, list[Order]] = {BID: [], ASK: []}
         self.sent: dict[int, Order | None] = {BID: None, ASK: None}
         self.flatten_ns = NEVER  # arrival of an order that closes the inventory
         self.trade_ns = 0  # exchange time of the last trade heard of
+        self.passed_ns = 0  # no event before this can come, of trades and book in order
+        self.mid_price = math.nan  # just before the message that is being matched
         self.fills: list[Fill] = []
         self.counts: Counter[str] = Counter()
 
     # -- orders
 
-    def send(self, side: int, level: int | None, qty: float, time_ns: int) -> None:
+    def send(self, side: int, level: int | None, qty: float, time_ns: int) -> bool:
         """Ask for one order at a level (None: for none), decided at time_ns.
 
         Unchanged against the last one sent, the order keeps its place. Otherwise cancel
-        and new order arrive at one instant.
+        and new order arrive at one instant. True if anything was sent or cancelled.
         """
         standing = self.sent[side]
-        if standing is not None and (standing.level, standing.qty) == (level, qty):
-            return
+        if standing is None:
+            if level is None:
+                return False
+        elif (standing.level, standing.qty) == (level, qty):
+            return False
+        if time_ns < self.back_ns:
+            return False
         arrival_ns = time_ns + self.latency_ns
         if standing is not None:
             standing.cancel_ns, self.sent[side] = arrival_ns, None
@@ -305,10 +341,11 @@ class PaperExchange:
             self.orders[side].append(order)
             self.sent[side] = order
             self.counts["sent"] += 1
+        return True
 
     def flatten(self, time_ns: int) -> None:
         """Send a taker order that closes the inventory, unless one is under way."""
-        if self.flatten_ns == NEVER and self.state.inventory:
+        if self.flatten_ns == NEVER and self.state.inventory and time_ns >= self.back_ns:
             self.flatten_ns = time_ns + self.latency_ns
 
     def _drop(self, order: Order) -> None:
@@ -318,37 +355,100 @@ class PaperExchange:
 
     # -- where a slice touches us
 
-    def touched(self, piece: Slice) -> list[int]:
-        """The messages of a slice that can matter to an order of ours; in order."""
-        marks: list[np.ndarray] = []
+    def touched(self, tape: Tape, start: int, stop: int, book: OrderBook) -> list[int]:
+        """The messages start..stop-1 of a tape to be looked at one by one; in order.
 
-        def mark(end: np.ndarray, hits: np.ndarray) -> None:
-            rows = hits.nonzero()[0]
-            if len(rows):
-                marks.append(end.searchsorted(rows, "right"))  # the rows' messages
+        None if no trade and no opposite best reaches an order of ours: what arrives and
+        what shortens a queue is then settled here, by columns.
+        """
+        orders = [*self.orders[BID], *self.orders[ASK]]
+        if not orders and self.flatten_ns == NEVER:
+            return []
+        if self._is_in_reach(tape, start, stop, book):
+            return self._marks(tape, start, stop)
+        waits = [self._wait(order, tape, start, stop, book) for order in orders]
+        if None in waits:
+            return self._marks(tape, start, stop)
+        for order, wait in zip(orders, waits):
+            order.has_arrived, order.queue_at_arrival, order.queue_ahead = wait
+        return []
 
-        arrivals = [self.flatten_ns]
-        trades, latest_ns = piece.trades, np.maximum.reduce(piece.exch_ns)
-        reach = {BID: NEVER, ASK: NEVER}  # how far trades went towards either side
-        if len(trades):
-            ticks = trades["tick"]
-            reach = {BID: np.minimum.reduce(ticks), ASK: -np.maximum.reduce(ticks)}
+    def _is_in_reach(self, tape: Tape, start: int, stop: int, book: OrderBook) -> bool:
+        """Whether a trade, the opposite side, or a taker order of ours may fill an order."""
+        tick, end = tape.trades.tick, tape.trades.end
+        ticks = tick[end[start] : end[stop]]
         for side, orders in self.orders.items():
             if not orders:
                 continue
-            levels = {order.level for order in orders}
-            own, facing, top = piece.rows[side], piece.rows[-side], max(levels)
-            for level in levels:
-                mark(own.end, own.level == level)
-            if len(facing.level) and np.maximum.reduce(facing.level) >= -top:
-                mark(facing.end, (facing.level >= -top) & (facing.size > 0))
-            if reach[side] <= top:
-                mark(piece.trade_end, (trades["side"] == -side) & (side * trades["tick"] <= top))
+            top = max([order.level for order in orders])
+            facing, (level, _, end) = book.ladders[-side].best, tape.rows[-side]
+            if (
+                (facing is not None and facing >= -top)
+                or is_any(level[end[start] : end[stop]] >= -top)
+                or is_any(ticks <= top if side == BID else ticks >= -top)
+            ):
+                return True
+        return self.flatten_ns != NEVER
+
+    def _wait(
+        self, order: Order, tape: Tape, start: int, stop: int, book: OrderBook
+    ) -> tuple[bool, float, float] | None:
+        """(has arrived, queue at arrival, queue ahead) after a slice that does not reach the
+        order; None where only single messages can tell. `book` is as before the slice.
+        """
+        has_arrived, at_arrival, ahead = (
+            order.has_arrived, order.queue_at_arrival, order.queue_ahead
+        )  # fmt: skip
+        (level, size, end), since = tape.rows[order.side], start
+        first, last = int(end[start]), int(end[stop])
+        ladder = book.ladders[order.side]
+        is_known = self.peer_rules or ladder.stays_visible(order.level, last - first)
+        if not has_arrived:
+            is_later = tape.exch_ns[start:stop] > order.arrival_ns
+            since += int(is_later.argmax())
+            if not is_later[since - start]:
+                return has_arrived, at_arrival, ahead
+            if self._is_over_limit(order):
+                return None
+            has_arrived, at_arrival = True, ladder.size_at(order.level)
+            ahead = at_arrival
+        for row in (level[first:last] == order.level).nonzero()[0].tolist():
+            m, now = int(end.searchsorted(first + row, "right")) - 1, float(size[first + row])
+            if m < since:
+                at_arrival = ahead = now
+            elif tape.exch_ns[m] <= order.arrival_ns or not (now or is_known):
+                return None
+            elif tape.exch_ns[m] <= order.cancel_ns:
+                ahead = min(ahead, now)
+        return (has_arrived, at_arrival, ahead) if at_arrival or is_known else None
+
+    def _marks(self, tape: Tape, start: int, stop: int) -> list[int]:
+        """Every message that can matter to an order of ours."""
+        trades, arrivals = tape.trades, [self.flatten_ns]
+        found: list[np.ndarray] = []
+
+        def mark(end: np.ndarray, hits: np.ndarray) -> None:
+            found.append(end.searchsorted(hits.nonzero()[0] + end[start], "right") - 1)
+
+        for side, orders in self.orders.items():
+            if not orders:
+                continue
+            top = max(order.level for order in orders)
+            level, size, end = self._part(tape.rows[side], start, stop)
+            mark(end, np.isin(level, [order.level for order in orders]))
+            level, size, end = self._part(tape.rows[-side], start, stop)
+            mark(end, (level >= -top) & (size > 0))
+            _, taker, tick, _, _, end = self._part(trades, start, stop)
+            mark(end, (taker == -side) & (side * tick <= top))
             arrivals += [order.arrival_ns for order in orders if not order.has_arrived]
-        for arrival_ns in arrivals:
-            if latest_ns > arrival_ns:  # from the first later message on, it has arrived
-                marks.append((piece.exch_ns > arrival_ns).nonzero()[0][:1])
-        return np.unique(np.concatenate(marks)).tolist() if marks else []
+        for arrival_ns in arrivals:  # from the first later message on, it has arrived
+            found.append((tape.exch_ns[start:stop] > arrival_ns).nonzero()[0][:1] + start)
+        return np.unique(np.concatenate(found)).tolist()
+
+    def _part(self, rows: Rows | Trades, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """The rows of messages start..stop-1, and all their ends."""
+        *columns, end = rows
+        return *(column[end[start] : end[stop]] for column in columns), end
 
     # -- one message at a time
 
@@ -356,44 +456,53 @@ class PaperExchange:
         """Orders that arrive before exch_ns meet the book as it stood at their arrival."""
         if self.flatten_ns < exch_ns:
             self._walk_the_book(recv_ns, book)
-        limit = self.parameters.max_inventory + self.instrument.lot_size / 2
         for order in [o for orders in self.orders.values() for o in orders]:
             if order.has_arrived or order.arrival_ns >= exch_ns:
                 continue
             order.has_arrived = True
             if self._is_reached(order, book):
                 self._refuse(order, "would take")
-            elif order.side * self.state.inventory + order.qty > limit:
+            elif self._is_over_limit(order):
                 self._refuse(order, "inventory limit")
             else:
                 order.queue_ahead = order.queue_at_arrival = self._shown(order, book)
 
-    def meet_book(self, exch_ns: int, recv_ns: int, book: OrderBook) -> None:
-        """A book message, just applied: does it reach our price, or shorten our queue?"""
+    def meet_book(self, tape: Tape, m: int, book: OrderBook) -> None:
+        """Book message m, just applied: does it reach our price, or shorten our queue?"""
+        exch_ns, recv_ns = int(tape.exch_ns[m]), int(tape.recv_ns[m])
         for order in [o for orders in self.orders.values() for o in orders]:
+            level, _, end = tape.rows[order.side]
+            is_told = tape.kind[m] == SNAPSHOT or is_any(level[end[m] : end[m + 1]] == order.level)
             if order.has_arrived and exch_ns <= order.arrival_ns:
                 # subtle: a row from before the arrival, heard of after a later trade
-                order.queue_ahead = max(self._shown(order, book) - order.eaten, 0.0)
+                if is_told:
+                    order.queue_ahead = max(self._shown(order, book) - order.eaten, 0.0)
                 if self._is_reached(order, book):
                     self._refuse(order, "would take")
-            elif order.lives_at(exch_ns):
-                order.queue_ahead = min(order.queue_ahead, self._shown(order, book))
+            elif order.lives_at(exch_ns, self.passed_ns):
+                if is_told:
+                    order.queue_ahead = min(order.queue_ahead, self._shown(order, book))
                 if self._is_reached(order, book):
                     self._fill(order, order.remaining, exch_ns, recv_ns)
 
-    def meet_trades(self, trades: np.ndarray, recv_ns: int, book: OrderBook) -> None:
-        """Trades, one after the other: through our price, or at it."""
-        model = self.parameters.fill_model
-        for exch_ns, taker, tick, size, is_rpi in trades.tolist():
+    def meet_trades(self, tape: Tape, m: int, book: OrderBook) -> None:
+        """The trades of message m, one after the other: through our price, or at it."""
+        model, recv_ns = self.parameters.fill_model, int(tape.recv_ns[m])
+        *columns, end = tape.trades
+        rows = slice(end[m], end[m + 1])
+        for exch_ns, taker, tick, size, is_rpi in zip(*(c[rows].tolist() for c in columns)):
+            if exch_ns < recv_ns - self.offset_ns - LATE_NS:
+                continue
             side = -taker
             for order in self.orders[side]:
                 beyond = order.level - side * tick  # above 0: the trade went through
-                if beyond < 0 or not order.lives_at(exch_ns):
+                if beyond < 0 or not order.lives_at(exch_ns, self.passed_ns):
                     continue
                 if beyond > 0 or (model == "touch" and not is_rpi):
                     self._fill(order, order.remaining, exch_ns, recv_ns)
-                elif model == "queue" and not is_rpi and exch_ns > book.exch_ns:
-                    # else the size shown has it already
+                elif model == "queue" and not is_rpi and (
+                    self.peer_rules or exch_ns > book.exch_ns
+                ):  # else the size shown has it already
                     order.queue_ahead = min(order.queue_ahead, self._shown(order, book))
                     self._eat(order, size, exch_ns, recv_ns)
                 break  # one order lives at a time, and a volume fills us once
@@ -408,6 +517,10 @@ class PaperExchange:
         ladder = book.ladders[order.side]
         is_known = self.peer_rules or ladder.is_visible(order.level)
         return ladder.size_at(order.level) if is_known else math.inf
+
+    def _is_over_limit(self, order: Order) -> bool:
+        limit = self.parameters.max_inventory + self.instrument.lot_size / 2
+        return order.side * self.state.inventory + order.qty > limit
 
     def _refuse(self, order: Order, why: str) -> None:
         self.counts[f"refused: {why}"] += 1
@@ -427,22 +540,34 @@ class PaperExchange:
         if qty <= 0:
             return
         price = order.side * order.level * self.instrument.tick_size
-        queues = (order.queue_ahead, order.queue_at_arrival)
-        self._settle(exch_ns, recv_ns, order.side, price, qty, queues)
+        told = (order.queue_ahead, order.queue_at_arrival, False, order.arrival_ns)
+        self._settle(exch_ns, recv_ns, order.side, price, qty, told)
         order.remaining = round(order.remaining - qty, 9)
         if order.remaining <= 0:
             self._drop(order)
 
     def _settle(
         self, exch_ns: int, recv_ns: int, side: int, price: float, qty: float,
-        queues: tuple[float, float] = (0.0, 0.0), is_taker: bool = False,
+        told: tuple[float, float, bool, int],
     ) -> None:  # fmt: skip
-        """The one place where a fill is made."""
-        p, mid_price = self.parameters, self.state.mid_price
+        """The one place where a fill is made; told are the last four fields of it."""
+        p, s, is_taker = self.parameters, self.state, told[2]
+        if self.mid_price == self.mid_price:
+            s.revalue(self.mid_price * (1 + self.shift_bps(recv_ns) * 1e-4))
         fee = price * qty * (p.taker_fee_bps if is_taker else p.maker_fee_bps) * 1e-4
-        fill = Fill(exch_ns, recv_ns, side, price, qty, fee, mid_price, *queues, is_taker)
-        self.state.settle(fill)
+        recv_ns = max(recv_ns, self.back_ns)
+        fill = Fill(exch_ns, recv_ns, side, price, qty, fee, s.mid_price, *told)
+        s.settle(fill)
         self.fills.append(fill)
+        depth = s.bid_depth if side == BID else s.ask_depth
+        if self.impact_bps and depth > 0:
+            shift = self.shift_bps(exch_ns) - side * self.impact_bps * qty / depth
+            self.shifts.append((exch_ns, shift))
+
+    def shift_bps(self, time_ns: int) -> float:
+        """How far our own fills have moved the prices that we see, bps; it decays."""
+        since_ns, shift = self.shifts[-1]
+        return shift and shift * 2 ** (-(time_ns - since_ns) / (IMPACT_HALF_LIFE_S * NS))
 
     def _walk_the_book(self, recv_ns: int, book: OrderBook) -> None:
         """The taker order arrives: level by level until the inventory is closed."""
@@ -453,7 +578,7 @@ class PaperExchange:
             if qty < self.instrument.lot_size / 2:
                 break
             price = -side * level * self.instrument.tick_size
-            self._settle(arrival_ns, recv_ns, side, price, qty, is_taker=True)
+            self._settle(arrival_ns, recv_ns, side, price, qty, (0.0, 0.0, True, arrival_ns))
             left = round(left - qty, 9)
 
     def retire(self, recv_ns: int, book_ns: int) -> None:
@@ -462,6 +587,11 @@ class PaperExchange:
         for side, orders in self.orders.items():
             if len(orders) > 1 or (orders and self.sent[side] is None):
                 self.orders[side] = [order for order in orders if order.cancel_ns >= passed]
+
+
+def is_any(hits: np.ndarray) -> bool:
+    """hits.any(), several times as fast on a few hundred."""
+    return bool(len(hits) and hits[hits.argmax()])
 
 
 def floor_to_lot(qty: float, lot_size: float) -> float:
@@ -476,6 +606,23 @@ def floor_to_lot(qty: float, lot_size: float) -> float:
 # ---- The market maker --------------------------------------------------------------
 
 
+def find_breaks(tape: Tape, start: int, stop: int) -> list[int]:
+    """The messages that no step may pass over: the first, those that change the rules,
+    those after a silence of the book, and those around a fault of a book known beforehand.
+    """
+    kind, last = tape.kind[start:stop], tape.last_book[start:stop]
+    is_break = kind > TICKER
+    is_break[:1] = True
+    silence = tape.recv_ns[start + 1 : stop] - tape.recv_ns[last[:-1]]
+    is_break[1:] |= (silence > MIN_SILENCE_NS) | (last[:-1] < start)
+    if tape.best is not None:
+        bid, ask = tape.best[BID][start:stop], tape.best[ASK][start:stop]
+        has_fault = (bid >= -ask) | (bid == NO_LEVEL) | (ask == NO_LEVEL)
+        is_break |= has_fault
+        is_break[1:] |= has_fault[:-1]
+    return (is_break.nonzero()[0] + start).tolist()
+
+
 class MarketMaker:
     """The loop's body: messages in, decisions out. Holds book, state, orders and log."""
 
@@ -486,9 +633,10 @@ class MarketMaker:
         log: TextIO | None = None,
         overrides: Mapping[str, Any] | None = None,
         solver: Callable = linprog,
+        strategy: Callable[..., Distances] = choose_distances,
         **exchange: Any,
     ) -> None:
-        self.parameters, self.instrument = parameters, instrument
+        self.parameters, self.instrument, self.strategy = parameters, instrument, strategy
         self.overrides = dict(overrides or {})  # parameters that a recording cannot change
         self.solver, self.log = solver, log
         self.state, self.book = State(), OrderBook()
@@ -497,7 +645,10 @@ class MarketMaker:
         self.last_good: tuple[int, Distances] | None = None  # (time_ns, distances)
         self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
         self.counts: Counter[str] = Counter()  # decisions by source and by reason
-        self.pending: list[Message] = []  # the slice that is being gathered
+        self.tape: Tape | None = None  # of it, what message was
+        self.heard = self.shown = 0  # the first not yet heard; not yet shown to exchange, book
+        self.second_start = self.ticker = 0  # first message of this second, first ticker to see
+        self.traded: list[float] = []  # turnover of this second in tapes before
         self.due_ns = 0  # the next decision
         self.second_ns = 0  # the next whole second of receive time
         self.book_recv_ns = 0  # when the last book message was received
@@ -507,54 +658,95 @@ class MarketMaker:
         self.guard_shown = "book lost"
         self.is_stale = False
         self.is_stopped = False  # by max_drawdown_usdt, for good
+        self.is_cut_off = False  # by an outage
+        self.has_sent = False  # whether the last decision sent or cancelled anything
         if log:
             log.write(LOG_HEADER)
 
     # -- time and messages
 
-    def take(self, message: Message) -> None:
-        """One message: gather it, and decide if that is due."""
-        kind, now_ns = message.kind, message.recv_ns
+    def take(self, *messages: Message) -> None:
+        """Messages as they come."""
+        if messages:
+            self.follow(build_tape(messages))
+
+    def follow(self, tape: Tape, start: int = 0, stop: int | None = None) -> None:
+        """Messages start..stop-1 of a tape: decide wherever that is due.
+
+        From one message that may change something to the next it goes in one step: these
+        are the first at or past the time due, the first of a new second, and the tape's
+        breaks.
+        """
+        stop = len(tape) if stop is None else stop
+        self.tape, self.shown, self.heard, self.second_start = tape, start, start, start
+        self.ticker = int(tape.quotes[:, 0].searchsorted(start))
+        self.messages += stop - start
+        breaks = iter([*find_breaks(tape, start, stop), stop])
+        at, next_break = start, start
+        while at < stop:
+            while next_break < at:
+                next_break = next(breaks)
+            due_ns = min(self.due_ns, self.second_ns)
+            at = max(at, min(next_break, int(tape.recv_ns.searchsorted(due_ns))))
+            if at >= stop:
+                break
+            self._hear(at)
+            self._meet(int(tape.kind[at]), int(tape.recv_ns[at]))
+            if at == next_break:
+                self.flush()
+            at += 1
+        self._hear(stop)
+        self._see_tickers()
+        self.flush()
+        self.traded += [t for t in tape.turnover[self.second_start : stop].tolist() if t]
+        self.second_start = stop
+        self.last_ns = max(self.last_ns, int(tape.recv_ns[stop - 1]))
+        books = np.isin(tape.kind[start:stop], (DELTA, SNAPSHOT))
+        lags = tape.recv_ns[start:stop][books] - tape.exch_ns[start:stop][books]
+        self.lags.extend((lags[-self.lags.maxlen :] - self.exchange.offset_ns).tolist())
+
+    def _hear(self, stop: int) -> None:
+        """Messages before `stop` of the tape have come."""
+        self.heard = stop
+        book = self.tape.last_book[stop - 1] if stop else -1
+        if book >= 0:
+            self.book_recv_ns = max(self.book_recv_ns, int(self.tape.recv_ns[book]))
+
+    def _meet(self, kind: int, now_ns: int) -> None:
+        """One message, the first not yet heard: decide if that is due."""
+        m = self.heard
         if now_ns >= self.second_ns or now_ns > self.book_recv_ns + MIN_SILENCE_NS:
             self.pass_time(now_ns)
-        self.messages += 1
         self.last_ns = now_ns
-        if kind in (feed.DELTA, feed.TRADES, feed.TICKER):
-            at_once = False
-            if kind == feed.TICKER:
-                for name, value in message.fields.items():
-                    setattr(self.state, name, value)
-            else:
-                self.pending.append(message)
-                if kind == feed.DELTA:
-                    self.book_recv_ns, at_once = now_ns, self.is_stale
-                    self.lags.append(now_ns - self.exchange.offset_ns - message.exch_ns)
-            if at_once or now_ns >= self.due_ns:
+        if kind in (DELTA, TRADES, TICKER):
+            self._hear(m + 1)
+            if now_ns >= self.due_ns or (kind == DELTA and self.is_stale):
                 self.flush()
                 self.decide(now_ns)
             return
         self.flush()
-        if kind == feed.SNAPSHOT:
-            self._take_snapshot(message)
+        self._hear(m + 1)
+        self.shown = m + 1
+        if kind == SNAPSHOT:
+            self._take_snapshot(m, now_ns)
         elif kind == feed.LOST and not self.lost:
-            self.lost = message.fields["reason"]
+            self.lost = self.tape.notes[m]["reason"]
             self.exchange.flatten_ns = NEVER  # at what price, nobody can say: sent again later
             restart_measures(self.state)
             self.decide(now_ns)
-        elif kind == feed.CONTROL and message.fields["event"] == "params":
-            self._change_parameters(message)
+        elif kind == feed.CONTROL and self.tape.notes[m]["event"] == "params":
+            self._change_parameters(self.tape.notes[m], now_ns)
 
-    def _take_snapshot(self, message: Message) -> None:
+    def _take_snapshot(self, m: int, now_ns: int) -> None:
         """The whole book anew; after a loss it decides at once."""
-        self.book_recv_ns = message.recv_ns
-        self.advance(feed.build_slice([message]), is_snapshot=True)
+        self.advance(m, m + 1, is_snapshot=True)
         was_away, self.lost = self.lost or self.is_stale, ""
-        if was_away or message.recv_ns >= self.due_ns:
-            self.decide(message.recv_ns)
+        if was_away or now_ns >= self.due_ns:
+            self.decide(now_ns)
 
-    def _change_parameters(self, message: Message) -> None:
+    def _change_parameters(self, note: dict[str, Any], now_ns: int) -> None:
         try:
-            changes = {**message.fields["parameters"], **self.overrides}
+            changes = {**note["parameters"], **self.overrides}
             parameters = change_parameters(
                 self.parameters, changes, self.instrument.min_order, running=True
             )
@@ -562,7 +754,7 @@ class MarketMaker:
             logging.warning("parameters in the recording are refused: %s", error)
             return
         self.parameters = self.exchange.parameters = parameters
-        self.decide(message.recv_ns)
+        self.decide(now_ns)
 
     def pass_time(self, now_ns: int) -> None:
         """What time alone brings up to now_ns: whole seconds, and a book gone silent."""
@@ -570,8 +762,9 @@ class MarketMaker:
             self.first_ns = now_ns
             self.second_ns = (now_ns // NS + 1) * NS
         self.last_ns = now_ns
-        if self.lost or self.is_stale:  # nothing is measured, however long it lasts
+        if self.lost or self.is_stale or self.is_cut_off:  # nothing is measured
             self.second_ns = (now_ns // NS + 1) * NS
+            self._turnover_musd()
             return
         while True:
             silent_ns = self.book_recv_ns + round(self.parameters.stale_after_s * NS)
@@ -586,68 +779,110 @@ class MarketMaker:
 
     def _pass_second(self) -> None:
         """The mid after the last message before this second is a point of the grid."""
-        self.flush()
         second_ns, self.second_ns = self.second_ns, self.second_ns + NS
+        self._look(second_ns)
+        turnover = self._turnover_musd()
         if math.isnan(self.state.mid_price):
             return
         p = self.parameters
-        update_measures(self.state, second_ns, self.instrument.tick_size, p.half_life_s)
+        update_measures(
+            self.state, second_ns, turnover, self.instrument.tick_size, p.half_life_s
+        )
         if self.guard(second_ns) != self.guard_shown:
             self.due_ns = second_ns  # the next message decides
 
-    def flush(self) -> None:
-        """Close the slice that is being gathered."""
-        if self.pending:
-            piece = feed.build_slice(self.pending)
-            self.pending.clear()
-            self.advance(piece)
+    def _look(self, time_ns: int) -> None:
+        """Bring the mid up to date. A tape that knows it spares a slice."""
+        best, m, p = self.tape.best if self.tape else None, self.heard - 1, self.parameters
+        must_match = p.max_drawdown_usdt is not None or self.exchange.impact_bps
+        if best is None or m < self.shown or must_match:
+            self.flush()
+            self._see_mid(time_ns)
+            self._see_tickers()
+            return
+        bid, ask = int(best[BID][m]), int(best[ASK][m])
+        if NO_LEVEL < bid < -ask and ask > NO_LEVEL:
+            self.state.revalue((bid - ask) / 2 * self.instrument.tick_size)
+        self._see_tickers()
 
-    def advance(self, piece: Slice, is_snapshot: bool = False) -> None:
-        """Let the exchange match a slice, and show it to the book.
+    def _turnover_musd(self) -> float:
+        """What was traded in the second that has passed, million USDT."""
+        if self.tape is not None:
+            self.traded += self.tape.turnover[self.second_start : self.heard].tolist()
+            self.second_start = self.heard
+        traded, self.traded = math.fsum(self.traded), []  # exact: however it was sliced
+        return traded * self.instrument.tick_size * 1e-6
+
+    def _see_tickers(self) -> None:
+        """What the tickers heard so far say."""
+        quotes = self.tape.quotes if self.tape is not None else ()
+        while self.ticker < len(quotes) and quotes[self.ticker, 0] < self.heard:
+            for name, value in zip(feed.QUOTES, quotes[self.ticker, 1:].tolist()):
+                if value == value:
+                    setattr(self.state, name, value)
+            self.ticker += 1
+
+    def flush(self) -> None:
+        """Show what was heard to the exchange and to the book."""
+        if self.shown < self.heard:
+            start, self.shown = self.shown, self.heard
+            self.advance(start, self.heard)
+
+    def advance(self, start: int, stop: int, is_snapshot: bool = False) -> None:
+        """Let the exchange match messages start..stop-1, and show them to the book.
 
         Columns at once where no order of ours is touched; else message by message, each
         met with the book as it stood just before (trades) or just after (book rows).
         """
-        book, exchange, done = self.book, self.exchange, 0
-        for m in [0] if is_snapshot else exchange.touched(piece):
-            book.apply(piece, done, m)
-            self._see_mid()
-            exch_ns, recv_ns = int(piece.exch_ns[m]), int(piece.recv_ns[m])
-            exchange.arrive(exch_ns, recv_ns, book)
-            if piece.is_book[m]:
+        tape, book, exchange, done = self.tape, self.book, self.exchange, start
+        marks = [start] if is_snapshot else exchange.touched(tape, start, stop, book)
+        for m in marks:
+            book.apply(tape, done, m)
+            exchange.passed_ns = min(self._last_trade_ns(m), book.exch_ns)
+            exchange.mid_price = book.mid_ticks * self.instrument.tick_size
+            exchange.arrive(int(tape.exch_ns[m]), int(tape.recv_ns[m]), book)
+            if tape.kind[m] == TRADES:
+                exchange.meet_trades(tape, m, book)
+            else:
                 if is_snapshot:
                     book.clear()
-                book.apply(piece, m, m + 1)
-                exchange.meet_book(exch_ns, recv_ns, book)
-            else:
-                trades = piece.trades[feed.span(piece.trade_end, m, m + 1)]
-                exchange.meet_trades(trades, recv_ns, book)
+                book.apply(tape, m, m + 1)
+                exchange.meet_book(tape, m, book)
             done = m + 1
-        book.apply(piece, done)
-        self._see_mid()
-        self._watch_drawdown()
-        self._remember_trades(piece)
-        exchange.retire(int(piece.recv_ns[-1]), book.exch_ns)
+        book.apply(tape, done, stop)
+        exchange.trade_ns = self._last_trade_ns(stop)
+        exchange.retire(int(tape.recv_ns[stop - 1]), book.exch_ns)
 
-    def _see_mid(self) -> None:
-        mid = self.book.mid_ticks
+    def _last_trade_ns(self, m: int) -> int:
+        """Exchange time of the last trade heard of before message m."""
+        trades = self.tape.trades
+        last = trades.end[m] - 1
+        return int(trades.exch_ns[last]) if last >= 0 else self.exchange.trade_ns
+
+    def _mid_ticks(self, time_ns: int) -> float:
+        """The mid that we see: the book's, moved by our own impact if that is modelled."""
+        return self.book.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
+
+    def _see_mid(self, time_ns: int) -> None:
+        """Mark the inventory to the mid, and look at the drawdown."""
+        mid = self._mid_ticks(time_ns)
         if mid == mid:
             self.state.revalue(mid * self.instrument.tick_size)
-
-    def _watch_drawdown(self) -> None:
-        """Too far below the peak: stopped, for good."""
         s, limit = self.state, self.parameters.max_drawdown_usdt
-        s.peak_net = max(s.peak_net, s.equity)
         if limit is not None and s.peak_net - s.equity > limit:
-            self.is_stopped = True
+            self.is_stopped = True  # for good
 
-    def _remember_trades(self, piece: Slice) -> None:
-        trades = piece.trades
-        if len(trades):
-            musd = float(trades["tick"] @ trades["size"]) * self.instrument.tick_size * 1e-6
-            if not math.isnan(self.state.grid_mid):  # else there is no return to set it against
-                self.state.recent_trades.append((int(piece.recv_ns[-1]), musd, trades))
-            self.exchange.trade_ns = int(trades["exch_ns"][-1])
+    def cut_off(self, now_ns: int, back_ns: int) -> None:
+        """An outage begins: until back_ns we hear of nothing and cannot cancel."""
+        self.pass_time(now_ns)
+        restart_measures(self.state)
+        self.is_cut_off, self.exchange.back_ns, self.exchange.flatten_ns = True, back_ns, NEVER
+        self.decide(now_ns)
+
+    def reconnect(self) -> None:
+        """The outage is over: what has happened meanwhile is known, and it decides."""
+        self.is_cut_off = False
+        self.decide(self.exchange.back_ns)
 
     # -- guards
 
@@ -658,6 +893,8 @@ class MarketMaker:
     def guard(self, time_ns: int) -> str:
         """Why there must be no quote now; empty if there may be one."""
         p, s = self.parameters, self.state
+        if self.is_cut_off:
+            return "outage"
         if self.lost:
             return "book lost"
         if self.book.fault:
@@ -674,8 +911,13 @@ class MarketMaker:
 
     def decide(self, time_ns: int) -> None:
         """Measure, choose, quote, log; the next decision is due an interval later."""
+        if self.is_cut_off and self.guard_shown == "outage":
+            return
         state, p, book = self.state, self.parameters, self.book
         state.time_ns = time_ns
+        self._see_tickers()
+        state.peak_net = max(state.peak_net, state.equity)
+        self._see_mid(time_ns)
         is_sound = not self.lost and not book.fault
         tick_size = self.instrument.tick_size
         state.best_bid = book.best(BID) * tick_size if is_sound else math.nan
@@ -693,9 +935,9 @@ class MarketMaker:
                 self.exchange.flatten(time_ns)
         else:
             self.distances = self._choose(time_ns)
-            orders = self._place(self.distances)
-        for side in SIDES:
-            self.exchange.send(side, *orders.get(side, (None, 0.0)), time_ns)
+            orders = self._place(self.distances, self._mid_ticks(time_ns))
+        sent = [self.exchange.send(s, *orders.get(s, (None, 0.0)), time_ns) for s in SIDES]
+        self.has_sent = True in sent
         self.counts[self.quote.source] += 1
         self.counts[self.quote.reason] += 1
         self.due_ns = time_ns + round(get_optimization_frequency(p, state.ema_volatility) * NS)
@@ -710,15 +952,15 @@ class MarketMaker:
         depth_musd = (s.bid_depth + s.ask_depth) / 2 * s.mid_price * 1e-6
         good_ns, good = self.last_good or (-NEVER, None)
         age_s = (time_ns - good_ns) / NS
-        distances = choose_distances(
+        distances = self.strategy(
             p, q, s.ema_volatility, s.liquidity, depth_musd, good, age_s, self.solver
         )
         if distances.source == "lp":
             self.last_good = (time_ns, distances)
         return distances
 
-    def _place(self, distances: Distances) -> dict[int, tuple[int, float]]:
-        """The quote: orders (level, quantity) by side. Sets self.quote, in USDT."""
+    def _place(self, distances: Distances, mid: float) -> dict[int, tuple[int, float]]:
+        """Orders (level, quantity) by side, around a mid in ticks. Sets self.quote, in USDT."""
         orders, reasons = {}, [distances.reason] if distances.reason else []
         for side, bps in ((BID, distances.bid_bps), (ASK, distances.ask_bps)):
             name = "bid" if side == BID else "ask"
@@ -726,7 +968,7 @@ class MarketMaker:
             if why_not:
                 reasons.append(f"no {name}: {why_not}")
             else:
-                orders[side] = (self._level(side, bps), qty)
+                orders[side] = (self._level(side, mid, bps), qty)
         prices = {s: s * level * self.instrument.tick_size for s, (level, _) in orders.items()}
         self.quote = Quote(
             prices.get(BID),
@@ -738,9 +980,8 @@ class MarketMaker:
         )
         return orders
 
-    def _level(self, side: int, bps: float) -> int:
+    def _level(self, side: int, mid: float, bps: float) -> int:
         """bps from the mid, rounded outward to the tick, post-only, and a price above 0."""
-        mid = self.book.mid_ticks
         level = math.floor(side * mid - mid * bps * 1e-4 + 1e-9)
         level = min(level, -self.book.ladders[-side].best - 1)
         return max(level, 1) if side == BID else level
@@ -1048,6 +1289,23 @@ class ParameterFile:
         return values
 
 
+def given_parameters(options: argparse.Namespace, file: ParameterFile | None) -> dict[str, Any]:
+    """What the user set: the flags before the file."""
+    values = dict(file.values) if file else {}
+    return values | {n: v for n in FIELDS if (v := getattr(options, n)) is not None}
+
+
+def choose_parameters(
+    given: Mapping[str, Any], start: Mapping[str, Any], instrument: Instrument
+) -> Parameters:
+    """The user's parameters before those of a recording's start line before the defaults."""
+    try:
+        values = {**start.get("parameters", {}), **given}
+        return change_parameters(Parameters(), values, instrument.min_order)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+
+
 class Session:
     """One run: its market maker, its display, and the files it writes.
 
@@ -1062,13 +1320,8 @@ class Session:
         self.source: feed.LiveFeed | None = None
         self.parser: feed.Parser | None = None
         self.file = ParameterFile(options.params) if options.params else None
-        given = dict(self.file.values) if self.file else {}
-        given |= {n: value for n in FIELDS if (value := getattr(options, n)) is not None}
-        try:
-            values = {**(start or {}).get("parameters", {}), **given}
-            parameters = change_parameters(Parameters(), values, instrument.min_order)
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from None
+        given = given_parameters(options, self.file)
+        parameters = choose_parameters(given, start or {}, instrument)
         if options.plot and (not options.plot.absolute().parent.is_dir() or options.plot.is_dir()):
             raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
         self.log = feed.GrowingFile(options.log) if options.log else None
@@ -1080,12 +1333,11 @@ class Session:
         self.rate_from, self.rate = 0, 0.0
         self.usual_lag_ms: float | None = None  # the first that was shown
 
-    def run(self, messages: Iterator[Message]) -> None:
+    def run(self, bursts: Iterator[list[Message]]) -> None:
         """Take every message (their source looks around in between); close all files."""
         try:
-            for message in messages:
-                self.maker.take(message)
-            self.maker.flush()
+            for messages in bursts:
+                self.maker.take(*messages)
         except UserError:
             self.discard_log()
             raise
@@ -1179,14 +1431,13 @@ def describe_lag(lag_ms: float, usual_ms: float) -> str:
 
 def live_messages(
     session: Session, source: feed.LiveFeed, stop: threading.Event, duration_s: float
-) -> Iterator[Message]:
+) -> Iterator[list[Message]]:
     """Messages as they come. At the end the feed stops first, then the rest is drained."""
     end_ns = source.clock_ns() + duration_s * NS
     while not stop.is_set() and source.clock_ns() < end_ns and not source.fatal:
         try:
-            yield source.queue.get(timeout=TICK_S)
-            for _ in range(source.queue.qsize()):
-                yield source.queue.get()
+            burst = [source.queue.get(timeout=TICK_S)]
+            yield burst + [source.queue.get() for _ in range(source.queue.qsize())]
             session.look()
             time.sleep(GATHER_S)
         except queue.Empty:
@@ -1196,32 +1447,34 @@ def live_messages(
             session.look()
     source.stop()
     source.emit(feed.control_line("end"))
-    while not source.queue.empty():
-        yield source.queue.get()
+    yield [source.queue.get() for _ in range(source.queue.qsize())]
     if source.fatal:
         raise UserError(source.fatal)
 
 
 def replayed_messages(
     session: Session, path: Path, parser: feed.Parser, stop: threading.Event, speed: float
-) -> Iterator[Message]:
+) -> Iterator[list[Message]]:
     """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
-    began_s, first_ns, end_ns = time.monotonic(), 0, NEVER
-    for number, message in enumerate(feed.replay(path, parser)):
+    began_s, first_ns, end_ns, burst = time.monotonic(), 0, NEVER, []
+    for message in feed.replay(path, parser):
         if not first_ns:
             first_ns = message.recv_ns
             end_ns = first_ns + min(session.options.duration * NS, NEVER // 2)
         if message.recv_ns > end_ns or stop.is_set():
-            return
+            break
         if speed < math.inf:
             due_s = began_s + (message.recv_ns - first_ns) / NS / speed
             while (wait_s := due_s - time.monotonic()) > 0:
                 session.look()
                 if stop.wait(min(wait_s, TICK_S)):
                     return
-        elif number % LOOK_EVERY == 0:
+        burst.append(message)
+        if speed < math.inf or len(burst) == BURST:
             session.look()
-        yield message
+            yield burst
+            burst = []
+    yield burst
 
 
 def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) -> None:

@@ -86,12 +86,11 @@ def time_live(url: str, record: Path | None = None) -> float:
     maker = MarketMaker(Parameters(), source.parser.instrument)
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
     began = 0.0
-    for message in live_messages(source, maker):
-        maker.take(message)
+    for messages in live_messages(source, maker):
+        maker.take(*messages)
         began = began or time.perf_counter()
-        if maker.messages == MESSAGES:
+        if maker.messages >= MESSAGES:
             break
-    maker.flush()
     elapsed = time.perf_counter() - began
     source.stop()
     if source.recorder:
@@ -99,7 +98,7 @@ def time_live(url: str, record: Path | None = None) -> float:
     return elapsed
 
 
-def live_messages(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[feed.Message]:
+def live_messages(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[list[feed.Message]]:
     """The program's own loop over a live feed, without display and files."""
     source.start(source.connect())
     session = SimpleNamespace(maker=maker, look=lambda: None)
@@ -148,8 +147,8 @@ def measure_latency(fresh: bool) -> None:
         source = feed.LiveFeed(url, parser_of_sample())
         maker.on_decision = decided
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
-        for message in live_messages(source, maker):
-            maker.take(message)
+        for messages in live_messages(source, maker):
+            maker.take(*messages)
             if time.monotonic() > end:
                 break
         source.stop()
@@ -187,11 +186,14 @@ def resident_bytes() -> int:
 def measure_memory() -> None:
     """Resident memory after a tenth of the sample, and at its end."""
     parser = parser_of_sample()
-    messages = sum(1 for _ in feed.replay(SAMPLE, parser_of_sample()))
-    maker, early = MarketMaker(Parameters(), parser.instrument), 0
+    count = sum(1 for _ in feed.replay(SAMPLE, parser_of_sample()))
+    maker, early, messages = MarketMaker(Parameters(), parser.instrument), 0, []
     for number, message in enumerate(feed.replay(SAMPLE, parser)):
-        maker.take(message)
-        if number == messages // 10:
+        messages.append(message)
+        if len(messages) == marketmaker.BURST:
+            maker.take(*messages)
+            messages.clear()
+        if number == count // 10:
             early = resident_bytes()
     late = resident_bytes()
     print(

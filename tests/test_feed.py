@@ -40,7 +40,7 @@ from feed import (
     Parser,
     Recorder,
     UserError,
-    build_slice,
+    build_tape,
     parse_instrument,
     read_lines,
     sound_line,
@@ -145,7 +145,7 @@ def take(book: OrderBook, message: Message) -> None:
     if message.kind == SNAPSHOT:
         book.clear()
     if message.kind in (SNAPSHOT, DELTA):
-        book.apply(build_slice([message]))
+        book.apply(build_tape([message]))
 
 
 def assert_same(book: OrderBook, plain: PlainBook) -> None:
@@ -240,7 +240,7 @@ def test_a_slice_of_many_messages_applies_like_one_message_after_another(parser)
     plain.apply(json.loads(first))
     for size in (1, 2, 5, 3, 9, 4) * 6:
         texts = [market.text("delta") for _ in range(size)]
-        piece = build_slice(parse(parser, *texts))
+        piece = build_tape(parse(parser, *texts))
         assert len(piece) == size
         half = size // 2
         book.apply(piece, 0, half)
@@ -336,7 +336,7 @@ def test_a_snapshot_leaves_nothing_of_the_old_book(parser):
 def test_the_book_shows_the_exchange_time_of_its_last_book_message(parser):
     book = OrderBook(WIDTH)
     snapshot, trade = parse(parser, book_text(1, *GOOD, kind="snapshot"), trade_text({}))
-    book.apply(build_slice([snapshot, trade]))
+    book.apply(build_tape([snapshot, trade]))
     assert book.exch_ns == (NOW_MS - 2) * 1_000_000  # not the trade's T
 
 
@@ -347,15 +347,16 @@ def test_a_slice_keeps_trades_and_book_rows_apart_and_in_order(parser):
         trade_text({"RPI": True}, {"S": "Buy", "v": "2", "p": "65114.3", "T": NOW_MS}),
         book_text(2, [["99.8", "7"]]),
     )
-    piece = build_slice([snapshot, trades, delta])
-    assert piece.is_book.tolist() == [True, False, True]
-    assert piece.rows[BID].end.tolist() == [2, 2, 3]
+    piece = build_tape([snapshot, trades, delta])
+    assert piece.kind.tolist() == [SNAPSHOT, TRADES, DELTA]
+    assert piece.last_book.tolist() == [0, 0, 2]
+    assert piece.rows[BID].end.tolist() == [0, 2, 2, 3]
     assert piece.rows[ASK].level.tolist() == [-1001, -1002]
-    assert piece.trade_end.tolist() == [0, 2, 2]
-    assert piece.trades.tolist() == [
-        ((NOW_MS - 3) * 1_000_000, BID * -1, 651142, 0.004, True),
-        (NOW_MS * 1_000_000, BID, 651143, 2.0, False),
-    ]
+    assert [column.tolist() for column in piece.trades] == [
+        [(NOW_MS - 3) * 1_000_000, NOW_MS * 1_000_000],
+        [BID * -1, BID], [651142, 651143], [0.004, 2.0], [True, False], [0, 0, 2, 2],
+    ]  # fmt: skip
+    assert piece.turnover.tolist() == [0, 651142 * 0.004 + 651143 * 2.0, 0]
 
 
 # ---- Real recordings ---------------------------------------------------------------

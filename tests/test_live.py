@@ -121,7 +121,7 @@ class Consumer:
         elif message.kind == DELTA:
             assert self.trusted, "a delta for a book that was lost"
         if message.kind in (SNAPSHOT, DELTA):
-            self.book.apply(feed.build_slice([message]))
+            self.book.apply(feed.build_tape([message]))
 
     @property
     def losses(self) -> list[str]:
