@@ -408,8 +408,10 @@ class Ladder:
         if self.best is None:
             return None
         top = self.best - self.origin
-        self._low += int(np.argmax(self.sizes[self._low : top + 1] > 0))
-        return self.origin + self._low
+        worst = self._low + int(np.argmax(self.sizes[self._low : top + 1] > 0))
+        if self._held is None:  # else lower levels may be put without a word
+            self._low = worst
+        return self.origin + worst
 
     def is_visible(self, level: int) -> bool:
         """Whether the feed shows this level (perhaps as empty)."""

@@ -878,6 +878,7 @@ class MarketMaker:
         restart_measures(self.state)
         self.is_cut_off, self.exchange.back_ns, self.exchange.flatten_ns = True, back_ns, NEVER
         self.decide(now_ns)
+        self.due_ns = NEVER
 
     def reconnect(self) -> None:
         """The outage is over: what has happened meanwhile is known, and it decides."""
