@@ -43,6 +43,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -112,18 +113,19 @@ def flatten(tape: Tape) -> dict[str, np.ndarray]:
     columns |= zip(TRADE_NAMES, tape.trades)
     for side, name in SIDE_NAMES.items():
         columns |= zip((f"{name}_level", f"{name}_size", f"{name}_end"), tape.rows[side])
-        columns[f"{name}_best"] = tape.best[side]
+        columns |= {f"{name}_best": tape.best[side], f"{name}_reach": tape.reach[side]}
     return columns
 
 
-def unflatten(columns: dict[str, np.ndarray], notes: dict, reach: dict[int, np.ndarray]) -> Tape:
+def unflatten(columns: dict[str, np.ndarray], notes: dict, bounds: dict[int, np.ndarray]) -> Tape:
     """The other way round."""
-    sides = {s: [columns.pop(f"{n}_{c}") for c in (*Rows._fields, "best")]
-             for s, n in SIDE_NAMES.items()}  # fmt: skip
     trades = Trades(*(columns.pop(name) for name in TRADE_NAMES))
-    best = {side: found.pop() for side, found in sides.items()}
-    rows = {side: Rows(*found) for side, found in sides.items()}
-    return Tape(**columns, rows=rows, trades=trades, notes=notes, best=best, reach=reach)
+    rows, best, reach = {}, {}, {}
+    for side, name in SIDE_NAMES.items():
+        rows[side] = Rows(*(columns.pop(f"{name}_{column}") for column in Rows._fields))
+        best[side], reach[side] = columns.pop(f"{name}_best"), columns.pop(f"{name}_reach")
+    sides = dict(rows=rows, best=best, reach=reach, bounds=bounds)
+    return Tape(**columns, **sides, trades=trades, notes=notes)
 
 
 def find_best(tape: Tape, book: OrderBook) -> dict[int, np.ndarray]:
@@ -192,11 +194,11 @@ class Column:
 
 def write_tape(messages: Iterator[Message], folder: Path) -> dict[str, Any]:
     """Parse messages block by block into columns in a folder; what is not a column is
-    returned: notes by message, and the reach of the levels by side.
+    returned: notes by message, and the bounds of the levels by side.
     """
     book, files, notes = OrderBook(), {}, {}
     ends = Counter[str]()  # rows so far
-    reach = {name: [2**62, NO_LEVEL] for name in SIDE_NAMES.values()}
+    bounds = {name: [-NO_LEVEL, NO_LEVEL] for name in SIDE_NAMES.values()}
     count, last_book = 0, -1
     while block := list(islice(messages, BLOCK)):
         tape = build_tape(block)
@@ -206,8 +208,8 @@ def write_tape(messages: Iterator[Message], folder: Path) -> dict[str, Any]:
                 columns[name] = column[count > 0 :] + ends[name]
                 ends[name] += int(column[-1])
             elif name.endswith("_level") and len(column):
-                low, high = reach[name[:3]]
-                reach[name[:3]] = [min(low, int(column.min())), max(high, int(column.max()))]
+                low, high = bounds[name[:3]]
+                bounds[name[:3]] = [min(low, int(column.min())), max(high, int(column.max()))]
         books = columns["last_book"]
         columns["last_book"] = np.where(books < 0, last_book, books + count)
         columns["quotes"][:, 0] += count
@@ -219,7 +221,7 @@ def write_tape(messages: Iterator[Message], folder: Path) -> dict[str, Any]:
         count, last_book = count + len(block), int(columns["last_book"][-1])
     for file in files.values():
         file.close()
-    return dict(messages=count, notes=notes, reach=reach)
+    return dict(messages=count, notes=notes, bounds=bounds)
 
 
 def read_tape(folder: Path, facts: dict[str, Any], latency_ns: int = 0) -> Tape:
@@ -228,8 +230,8 @@ def read_tape(folder: Path, facts: dict[str, Any], latency_ns: int = 0) -> Tape:
     if latency_ns:
         columns["recv_ns"] = columns["recv_ns"] + latency_ns
     notes = {int(m): fields for m, fields in facts["notes"].items()}
-    reach = {side: np.array(facts["reach"][name]) for side, name in SIDE_NAMES.items()}
-    return unflatten(columns, notes, reach)
+    bounds = {side: np.array(facts["bounds"][name]) for side, name in SIDE_NAMES.items()}
+    return unflatten(columns, notes, bounds)
 
 
 def read_column(path: Path) -> np.ndarray:
@@ -414,11 +416,9 @@ class Notebook:
         bid = math.nan if q.bid_price is None else q.bid_price
         ask = math.nan if q.ask_price is None else q.ask_price
         seconds = (s.time_ns - maker.first_ns) / NS
-        self.rows.extend((seconds, s.mid_price, bid, ask, s.inventory, s.gross, s.fees_paid))
-        if terms:
-            self.rows.extend((*terms[:3], terms.total_bps))
-        else:
-            self.rows.extend((math.nan,) * 4)
+        spread = (*terms[:3], terms.total_bps) if terms else (math.nan,) * 4
+        account = (s.inventory, s.gross, s.fees_paid)
+        self.rows.extend((seconds, s.mid_price, bid, ask, *account, *spread))
         if self.quotes and maker.has_sent:
             self.quotes.write(quote_row(maker))
 
@@ -531,6 +531,18 @@ def seen_share(shifts: list[tuple[int, float]], at_ns: np.ndarray) -> np.ndarray
     return 1 + shift[row] * 2.0**-age * 1e-4
 
 
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """The loop makes millions of tuples and no cycles: looking for these only costs time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def run_backtest(
     history: History,
     parameters: Parameters,
@@ -546,9 +558,10 @@ def run_backtest(
         parameters, history.instrument, log, overrides, strategy=strategy, **exchange
     )
     notebook, player, markouts = Notebook(maker, quotes), Outages(maker, outages or []), Markouts()
-    for tape, start, stop in history.tapes():
-        player.follow(tape, start, stop)
-        markouts.see(maker.exchange, tape, maker.instrument.tick_size)
+    with paused_collector():
+        for tape, start, stop in history.tapes():
+            player.follow(tape, start, stop)
+            markouts.see(maker.exchange, tape, maker.instrument.tick_size)
     notebook.note_end(maker)
     options = dict(participation=1.0, impact_bps=0.0, peer_rules=False) | exchange
     return Result(

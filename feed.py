@@ -53,7 +53,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, DecimalException
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,15 +114,15 @@ class Instrument:
             if not sound:
                 raise UserError(f"{flag} {text!r} must be a number above 0, such as 0.1")
 
-    @property
+    @cached_property
     def tick_size(self) -> float:
         return float(self.tick_text)
 
-    @property
+    @cached_property
     def lot_size(self) -> float:
         return float(self.lot_text)
 
-    @property
+    @cached_property
     def min_order(self) -> float:
         """The smallest order, base coin."""
         return max(self.lot_size, self.min_qty)
@@ -132,7 +132,7 @@ class Instrument:
         """BTC of BTCUSDT."""
         return self.symbol.removesuffix("USDT")
 
-    @property
+    @cached_property
     def digits(self) -> int:
         """Decimals of a price."""
         return max(0, -Decimal(self.tick_text).normalize().as_tuple().exponent)
@@ -253,10 +253,11 @@ class Tape:
     turnover: np.ndarray  # (messages,): sum of ticks x base coin traded
     rows: dict[int, Rows]  # by side
     trades: Trades
+    reach: dict[int, np.ndarray]  # (messages,) by side: orders at or above that level are reached
     quotes: np.ndarray  # (tickers, 1 + fields): message, values; nan = unchanged
     notes: dict[int, dict[str, Any]]  # fields of losses, control lines, refusals, by message
     best: dict[int, np.ndarray] | None = None  # by side: best level after each message
-    reach: dict[int, np.ndarray] | None = None  # by side: lowest and highest level of all
+    bounds: dict[int, np.ndarray] | None = None  # by side: lowest and highest level of all
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -270,14 +271,16 @@ def build_tape(messages: Sequence[Message]) -> Tape:
     for m, kind in enumerate(kinds):
         book.append(m if kind == DELTA or kind == SNAPSHOT else book[-1])
     tickers = [m for m, kind in enumerate(kinds) if kind == TICKER]
+    rows, columns = {BID: _rows_of(bids), ASK: _rows_of(asks)}, _trades_of(trades)
     return Tape(
         np.array(kinds, np.int8),
         np.array(recv_ns, np.int64),
         np.array(exch_ns, np.int64) * is_event,
         np.array(book[1:]),
         np.array([sum(t[2] * t[3] for t in found) for found in trades], float),
-        {BID: _rows_of(bids), ASK: _rows_of(asks)},
-        _trades_of(trades),
+        rows,
+        columns,
+        {side: _reach_of(side, rows[-side], columns) for side in SIDES},
         np.array(
             [[m, *(fields[m].get(name, math.nan) for name in QUOTES)] for m in tickers]
         ).reshape(-1, 1 + len(QUOTES)),
@@ -299,6 +302,21 @@ def _trades_of(trades: Sequence[list]) -> Trades:
     columns = list(zip(*chain.from_iterable(trades))) or [()] * 5
     types = (np.int64, np.int8, np.int64, float, bool)
     return Trades(*map(np.array, columns, types), _ends(trades))
+
+
+def _reach_of(side: int, facing: Rows, trades: Trades) -> np.ndarray:
+    """How far each message comes towards our orders on a side: by a level of the opposite
+    side that it shows, or a trade of the opposite taker; as a level of ours.
+    """
+    shown = np.where(facing.size > 0, -facing.level, -NO_LEVEL)
+    traded = np.where(trades.side == -side, side * trades.tick, -NO_LEVEL)
+    reach = np.full(len(facing.end) - 1, -NO_LEVEL)
+    for levels, end in ((shown, facing.end), (traded, trades.end)):
+        has_any = (np.diff(end) > 0).nonzero()[0]
+        if len(has_any):
+            nearest = np.minimum.reduceat(levels, end[has_any])
+            reach[has_any] = np.minimum(reach[has_any], nearest)
+    return reach
 
 
 def list_messages(tape: Tape, start: int, stop: int) -> list[Message]:
@@ -344,7 +362,7 @@ class Ladder:
         self.origin = 0  # level of index 0
         self.best: int | None = None  # level
         self._low = self.width  # no occupied index is lower
-        self._held: np.ndarray | None = None  # the reach known to fit into the array
+        self._held: np.ndarray | None = None  # bounds known to fit into the array
 
     def set(self, levels: np.ndarray, sizes: np.ndarray) -> None:
         """Set sizes at levels; the later of two rows for one level wins."""
@@ -359,17 +377,17 @@ class Ladder:
             high = max(high, self.best - self.origin)
         self.best = self._occupied_from(high)
 
-    def put(self, levels: np.ndarray, sizes: np.ndarray, best: int, reach: np.ndarray) -> None:
+    def put(self, levels: np.ndarray, sizes: np.ndarray, best: int, bounds: np.ndarray) -> None:
         """The same where the outcome is known: `best` afterwards (NO_LEVEL: none), and
-        `reach`, the lowest and highest of all levels to come, so that nothing is searched.
+        `bounds`, the lowest and highest of all levels to come, so that nothing is searched.
         """
-        if reach is not self._held:
-            low, high = reach.tolist()
+        if bounds is not self._held:
+            low, high = bounds.tolist()
             if self.best is None:
                 self.origin = (low + high - self.width) // 2
             if not self.origin <= low <= high < self.origin + self.width:
                 return self.set(levels, sizes)
-            self._held, self._low = reach, min(self._low, low - self.origin)
+            self._held, self._low = bounds, min(self._low, low - self.origin)
         self.sizes[levels - self.origin] = sizes
         self.best = None if best == NO_LEVEL else best
 
@@ -418,15 +436,10 @@ class Ladder:
         worst = self.worst()
         return worst is not None and level >= worst
 
-    def stays_visible(self, level: int, changes: int) -> bool:
-        """Whether this level is shown whatever the next changes are: more levels than that
-        are occupied just below it. Cheap; False means nobody looked further.
-        """
+    def count_below(self, level: int, span: int) -> int:
+        """How many levels are occupied among the span levels just below one."""
         index = level - self.origin
-        if self._low > index:
-            return False
-        below = self.sizes[max(index - 2 * changes - SCAN, 0) : index]
-        return np.count_nonzero(below) > changes
+        return np.count_nonzero(self.sizes[max(index - span, self._low) : max(index, 0)])
 
     def size_at(self, level: int) -> float:
         """Size resting at a level, base coin; 0 where none is shown."""
@@ -438,7 +451,7 @@ class Ladder:
         if self.best is None:
             return 0.0
         start = max(math.ceil(floor) - self.origin, 0)
-        return float(self.sizes[start : self.best - self.origin + 1].sum())
+        return float(np.add.reduce(self.sizes[start : self.best - self.origin + 1]))
 
     def occupied(self) -> tuple[np.ndarray, np.ndarray]:
         """Levels and sizes, best first."""
@@ -474,7 +487,7 @@ class OrderBook:
                 ladder.set(level[first:last], size[first:last])
             else:
                 best = int(tape.best[side][stop - 1])
-                ladder.put(level[first:last], size[first:last], best, tape.reach[side])
+                ladder.put(level[first:last], size[first:last], best, tape.bounds[side])
         book = tape.last_book[stop - 1]
         if book >= start:
             self.exch_ns = int(tape.exch_ns[book])
@@ -495,7 +508,8 @@ class OrderBook:
     @property
     def mid_ticks(self) -> float:
         """(best bid + best ask) / 2 in ticks; nan while the book has a fault."""
-        return math.nan if self.fault else (self.ladders[BID].best - self.ladders[ASK].best) / 2
+        bid, ask = self.ladders[BID].best, self.ladders[ASK].best
+        return math.nan if bid is None or ask is None or bid >= -ask else (bid - ask) / 2
 
     def depth(self, side: int, band_bps: float) -> float:
         """Base coin resting within band_bps of the mid on a side."""

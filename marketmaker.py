@@ -56,6 +56,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -78,9 +79,7 @@ from feed import (
     Instrument,
     Message,
     OrderBook,
-    Rows,
     Tape,
-    Trades,
     UserError,
     build_tape,
 )
@@ -100,6 +99,7 @@ WARMUP_RETURNS = 10  # no quote before so many 1 s returns
 NEVER = 2**63 - 1  # ns
 MIN_SILENCE_NS = NS // 2  # the least that stale_after_s can be
 LATE_NS = 10 * NS  # no trade is heard of later than this
+LOOK_BELOW = 500  # levels, for a sign that the window reaches further than an order
 IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
 SAMPLE_SPEED = 10.0
@@ -150,8 +150,9 @@ class State:
     mark_price: float = math.nan
     index_price: float = math.nan
     funding_rate: float = math.nan  # per funding period
-    recent_trades: deque = field(default_factory=lambda: deque(maxlen=WINDOW_S))  # M USDT a second
-    returns_bps: deque = field(default_factory=lambda: deque(maxlen=WINDOW_S))
+    recent_trades: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
+    returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))
+    moves_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # their sizes
     grid_mid: float = math.nan  # the mid at the last whole second
     volatility_ns: int = 0  # when ema_volatility was last renewed
     # our account
@@ -239,6 +240,7 @@ def update_measures(
         return
     returns = state.returns_bps
     returns.append(1e4 * math.log(state.mid_price / previous))
+    state.moves_bps.append(abs(returns[-1]))
     state.recent_trades.append(turnover_musd)
     if len(returns) < WARMUP_RETURNS:
         return
@@ -248,7 +250,7 @@ def update_measures(
         state.ema_volatility, state.volatility, dt_s, half_life_s
     )
     state.volatility_ns = second_ns
-    moved_bps = max(sum(map(abs, returns)), 1e4 * tick_size / state.mid_price)
+    moved_bps = max(sum(state.moves_bps), 1e4 * tick_size / state.mid_price)
     state.liquidity = sum(state.recent_trades) / moved_bps
 
 
@@ -256,6 +258,7 @@ def restart_measures(state: State) -> None:
     """The grid begins anew after a loss or a silence; the EMA is kept."""
     state.grid_mid = state.volatility = state.liquidity = math.nan
     state.returns_bps.clear()
+    state.moves_bps.clear()
     state.recent_trades.clear()
 
 
@@ -355,100 +358,101 @@ class PaperExchange:
 
     # -- where a slice touches us
 
-    def touched(self, tape: Tape, start: int, stop: int, book: OrderBook) -> list[int]:
-        """The messages start..stop-1 of a tape to be looked at one by one; in order.
-
-        None if no trade and no opposite best reaches an order of ours: what arrives and
-        what shortens a queue is then settled here, by columns.
+    def next_touch(self, tape: Tape, start: int, stop: int) -> int:
+        """The first of messages start..stop-1 of a tape that may fill an order: a trade or the
+        opposite side reaches its price, or a taker order of ours arrives. Else stop.
         """
-        orders = [*self.orders[BID], *self.orders[ASK]]
-        if not orders and self.flatten_ns == NEVER:
-            return []
-        if self._is_in_reach(tape, start, stop, book):
-            return self._marks(tape, start, stop)
-        waits = [self._wait(order, tape, start, stop, book) for order in orders]
-        if None in waits:
-            return self._marks(tape, start, stop)
-        for order, wait in zip(orders, waits):
-            order.has_arrived, order.queue_at_arrival, order.queue_ahead = wait
+        for side, orders in self.orders.items():
+            if orders and start < stop:
+                hits = tape.reach[side][start:stop] <= max([order.level for order in orders])
+                first = int(hits.argmax())
+                if hits[first]:
+                    stop = start + first
+        if self.flatten_ns != NEVER and start < stop:
+            return min([*self._arrival(self.flatten_ns, tape, start, stop), stop])
+        return stop
+
+    def wait(self, tape: Tape, start: int, stop: int, book: OrderBook) -> list[int]:
+        """Messages that fill no order go by: who arrives, whose queue gets shorter?
+
+        By columns; `book` is as before the first. The answer is empty, or what must be
+        looked at one by one because only that can tell; nothing is changed then.
+        """
+        waits: list[tuple[Order, tuple[float, float]]] = []
+        when: dict[int, list[int]] = {}
+        for order in (*self.orders[BID], *self.orders[ASK]):
+            since, arrival_ns = start, order.arrival_ns
+            if not order.has_arrived:
+                if arrival_ns not in when:
+                    when[arrival_ns] = self._arrival(arrival_ns, tape, start, stop)
+                if not when[arrival_ns]:
+                    continue
+                since = when[arrival_ns][0]
+            wait = self._wait(order, tape, start, stop, since, book)
+            if wait is None:
+                return self._marks(tape, start, stop)
+            waits.append((order, wait))
+        for order, (order.queue_at_arrival, order.queue_ahead) in waits:
+            order.has_arrived = True
         return []
 
-    def _is_in_reach(self, tape: Tape, start: int, stop: int, book: OrderBook) -> bool:
-        """Whether a trade, the opposite side, or a taker order of ours may fill an order."""
-        tick, end = tape.trades.tick, tape.trades.end
-        ticks = tick[end[start] : end[stop]]
-        for side, orders in self.orders.items():
-            if not orders:
-                continue
-            top = max([order.level for order in orders])
-            facing, (level, _, end) = book.ladders[-side].best, tape.rows[-side]
-            if (
-                (facing is not None and facing >= -top)
-                or is_any(level[end[start] : end[stop]] >= -top)
-                or is_any(ticks <= top if side == BID else ticks >= -top)
-            ):
-                return True
-        return self.flatten_ns != NEVER
+    def _arrival(self, arrival_ns: int, tape: Tape, start: int, stop: int) -> list[int]:
+        """The first message after an arrival, if there is one."""
+        is_later = tape.exch_ns[start:stop] > arrival_ns
+        first = int(is_later.argmax())
+        return [start + first] if is_later[first] else []
+
+    def passed_before(self, tape: Tape, m: int, book: OrderBook) -> int:
+        """Before this exchange time nothing can come any more once message m is due: trades
+        and book have each gone past it, or it is too long ago.
+        """
+        trade, last = tape.trades.end[m] - 1, tape.last_book[m - 1] if m else -1
+        trade_ns = tape.trades.exch_ns[trade] if trade >= 0 else self.trade_ns
+        book_ns = tape.exch_ns[last] if last >= 0 else book.exch_ns
+        return int(trade_ns if trade_ns < book_ns else book_ns)
 
     def _wait(
-        self, order: Order, tape: Tape, start: int, stop: int, book: OrderBook
-    ) -> tuple[bool, float, float] | None:
-        """(has arrived, queue at arrival, queue ahead) after a slice that does not reach the
-        order; None where only single messages can tell. `book` is as before the slice.
+        self, order: Order, tape: Tape, start: int, stop: int, since: int, book: OrderBook
+    ) -> tuple[float, float] | None:
+        """Queue at arrival and queue ahead after messages that do not reach the order, which
+        is there from message `since` on; None where only single messages can tell.
         """
-        has_arrived, at_arrival, ahead = (
-            order.has_arrived, order.queue_at_arrival, order.queue_ahead
-        )  # fmt: skip
-        (level, size, end), since = tape.rows[order.side], start
+        level, size, end = tape.rows[order.side]
         first, last = int(end[start]), int(end[stop])
-        ladder = book.ladders[order.side]
-        is_known = self.peer_rules or ladder.stays_visible(order.level, last - first)
-        if not has_arrived:
-            is_later = tape.exch_ns[start:stop] > order.arrival_ns
-            since += int(is_later.argmax())
-            if not is_later[since - start]:
-                return has_arrived, at_arrival, ahead
-            if self._is_over_limit(order):
+        at_arrival, ahead = order.queue_at_arrival, order.queue_ahead
+        if not order.has_arrived:
+            if self._is_reached(order, book) or self._is_over_limit(order):
                 return None
-            has_arrived, at_arrival = True, ladder.size_at(order.level)
-            ahead = at_arrival
+            at_arrival = ahead = book.ladders[order.side].size_at(order.level)
         for row in (level[first:last] == order.level).nonzero()[0].tolist():
-            m, now = int(end.searchsorted(first + row, "right")) - 1, float(size[first + row])
+            row += first
+            m, now = int(end.searchsorted(row, "right")) - 1, float(size[row])
+            exch_ns = tape.exch_ns[m]
             if m < since:
                 at_arrival = ahead = now
-            elif tape.exch_ns[m] <= order.arrival_ns or not (now or is_known):
+            elif exch_ns <= order.arrival_ns:
                 return None
-            elif tape.exch_ns[m] <= order.cancel_ns:
-                ahead = min(ahead, now)
-        return (has_arrived, at_arrival, ahead) if at_arrival or is_known else None
+            elif exch_ns <= order.cancel_ns and now < ahead:
+                ahead = now
+        if ahead or (order.has_arrived and not order.queue_ahead) or self.peer_rules:
+            return at_arrival, ahead
+        # empty, or beyond the visible window? More levels below than can have been deleted:
+        below = book.ladders[order.side].count_below(order.level, LOOK_BELOW)
+        deleted = last - first
+        if below <= deleted:
+            deleted = np.count_nonzero((level[first:last] < order.level) & (size[first:last] == 0))
+        return (at_arrival, ahead) if below > deleted else None
 
     def _marks(self, tape: Tape, start: int, stop: int) -> list[int]:
-        """Every message that can matter to an order of ours."""
-        trades, arrivals = tape.trades, [self.flatten_ns]
-        found: list[np.ndarray] = []
-
-        def mark(end: np.ndarray, hits: np.ndarray) -> None:
-            found.append(end.searchsorted(hits.nonzero()[0] + end[start], "right") - 1)
-
-        for side, orders in self.orders.items():
-            if not orders:
-                continue
-            top = max(order.level for order in orders)
-            level, size, end = self._part(tape.rows[side], start, stop)
-            mark(end, np.isin(level, [order.level for order in orders]))
-            level, size, end = self._part(tape.rows[-side], start, stop)
-            mark(end, (level >= -top) & (size > 0))
-            _, taker, tick, _, _, end = self._part(trades, start, stop)
-            mark(end, (taker == -side) & (side * tick <= top))
-            arrivals += [order.arrival_ns for order in orders if not order.has_arrived]
-        for arrival_ns in arrivals:  # from the first later message on, it has arrived
-            found.append((tape.exch_ns[start:stop] > arrival_ns).nonzero()[0][:1] + start)
-        return np.unique(np.concatenate(found)).tolist()
-
-    def _part(self, rows: Rows | Trades, start: int, stop: int) -> tuple[np.ndarray, ...]:
-        """The rows of messages start..stop-1, and all their ends."""
-        *columns, end = rows
-        return *(column[end[start] : end[stop]] for column in columns), end
+        """Every message that can matter to an order of ours that is not reached."""
+        found: list[int] = []
+        for order in (*self.orders[BID], *self.orders[ASK]):
+            level, _, end = tape.rows[order.side]
+            hits = (level[end[start] : end[stop]] == order.level).nonzero()[0]
+            found += (end.searchsorted(hits + end[start], "right") - 1).tolist()
+            if not order.has_arrived:
+                found += self._arrival(order.arrival_ns, tape, start, stop)
+        return sorted(set(found))
 
     # -- one message at a time
 
@@ -581,12 +585,16 @@ class PaperExchange:
             self._settle(arrival_ns, recv_ns, side, price, qty, (0.0, 0.0, True, arrival_ns))
             left = round(left - qty, 9)
 
-    def retire(self, recv_ns: int, book_ns: int) -> None:
-        """Forget past orders that no event can meet any more."""
-        passed = max(min(self.trade_ns, book_ns), recv_ns - self.offset_ns - LATE_NS)
+    def retire(self, tape: Tape, stop: int, book: OrderBook) -> None:
+        """Forget orders that are over, and that no event from message stop on can meet; none
+        before it may touch them.
+        """
         for side, orders in self.orders.items():
             if len(orders) > 1 or (orders and self.sent[side] is None):
-                self.orders[side] = [order for order in orders if order.cancel_ns >= passed]
+                passed_ns = self.passed_before(tape, stop, book)
+                late_ns = int(tape.recv_ns[stop - 1]) - self.offset_ns - LATE_NS
+                passed_ns = passed_ns if passed_ns > late_ns else late_ns
+                self.orders[side] = [o for o in orders if o.cancel_ns >= passed_ns]
 
 
 def is_any(hits: np.ndarray) -> bool:
@@ -594,6 +602,7 @@ def is_any(hits: np.ndarray) -> bool:
     return bool(len(hits) and hits[hits.argmax()])
 
 
+@lru_cache
 def floor_to_lot(qty: float, lot_size: float) -> float:
     """The largest multiple of the lot that is not above qty.
 
@@ -641,6 +650,7 @@ class MarketMaker:
         self.solver, self.log = solver, log
         self.state, self.book = State(), OrderBook()
         self.exchange = PaperExchange(parameters, instrument, self.state, **exchange)
+        self.stale_ns = round(parameters.stale_after_s * NS)
         self.quote, self.distances = Quote(reason="no message yet"), None
         self.last_good: tuple[int, Distances] | None = None  # (time_ns, distances)
         self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
@@ -686,18 +696,21 @@ class MarketMaker:
         while at < stop:
             while next_break < at:
                 next_break = next(breaks)
-            due_ns = min(self.due_ns, self.second_ns)
-            at = max(at, min(next_break, int(tape.recv_ns.searchsorted(due_ns))))
+            due = int(tape.recv_ns.searchsorted(min(self.due_ns, self.second_ns)))
+            at = max(at, min(next_break, due))
             if at >= stop:
                 break
             self._hear(at)
-            self._meet(int(tape.kind[at]), int(tape.recv_ns[at]))
+            self._meet(at, int(tape.kind[at]), int(tape.recv_ns[at]))
             if at == next_break:
                 self.flush()
             at += 1
         self._hear(stop)
         self._see_tickers()
         self.flush()
+        last_trade = tape.trades.end[stop] - 1
+        if last_trade >= 0:
+            self.exchange.trade_ns = int(tape.trades.exch_ns[last_trade])
         self.traded += [t for t in tape.turnover[self.second_start : stop].tolist() if t]
         self.second_start = stop
         self.last_ns = max(self.last_ns, int(tape.recv_ns[stop - 1]))
@@ -712,18 +725,23 @@ class MarketMaker:
         if book >= 0:
             self.book_recv_ns = max(self.book_recv_ns, int(self.tape.recv_ns[book]))
 
-    def _meet(self, kind: int, now_ns: int) -> None:
-        """One message, the first not yet heard: decide if that is due."""
-        m = self.heard
+    def _meet(self, m: int, kind: int, now_ns: int) -> None:
+        """Message m: decide if that is due."""
         if now_ns >= self.second_ns or now_ns > self.book_recv_ns + MIN_SILENCE_NS:
             self.pass_time(now_ns)
         self.last_ns = now_ns
-        if kind in (DELTA, TRADES, TICKER):
-            self._hear(m + 1)
-            if now_ns >= self.due_ns or (kind == DELTA and self.is_stale):
-                self.flush()
-                self.decide(now_ns)
+        if kind > TICKER:
+            self._change_rules(m, kind, now_ns)
             return
+        self.heard = m + 1
+        if kind == DELTA:
+            self.book_recv_ns = now_ns
+        if now_ns >= self.due_ns or (kind == DELTA and self.is_stale):
+            self.flush()
+            self.decide(now_ns)
+
+    def _change_rules(self, m: int, kind: int, now_ns: int) -> None:
+        """A snapshot, a loss, or a control line: never part of a slice."""
         self.flush()
         self._hear(m + 1)
         self.shown = m + 1
@@ -739,7 +757,7 @@ class MarketMaker:
 
     def _take_snapshot(self, m: int, now_ns: int) -> None:
         """The whole book anew; after a loss it decides at once."""
-        self.advance(m, m + 1, is_snapshot=True)
+        self._match(m)
         was_away, self.lost = self.lost or self.is_stale, ""
         if was_away or now_ns >= self.due_ns:
             self.decide(now_ns)
@@ -754,6 +772,7 @@ class MarketMaker:
             logging.warning("parameters in the recording are refused: %s", error)
             return
         self.parameters = self.exchange.parameters = parameters
+        self.stale_ns = round(parameters.stale_after_s * NS)
         self.decide(now_ns)
 
     def pass_time(self, now_ns: int) -> None:
@@ -767,7 +786,7 @@ class MarketMaker:
             self._turnover_musd()
             return
         while True:
-            silent_ns = self.book_recv_ns + round(self.parameters.stale_after_s * NS)
+            silent_ns = self.book_recv_ns + self.stale_ns
             if self.second_ns <= min(now_ns, silent_ns):
                 self._pass_second()
             elif silent_ns < now_ns:
@@ -828,36 +847,42 @@ class MarketMaker:
             start, self.shown = self.shown, self.heard
             self.advance(start, self.heard)
 
-    def advance(self, start: int, stop: int, is_snapshot: bool = False) -> None:
+    def advance(self, start: int, stop: int) -> None:
         """Let the exchange match messages start..stop-1, and show them to the book.
 
-        Columns at once where no order of ours is touched; else message by message, each
-        met with the book as it stood just before (trades) or just after (book rows).
+        Where no order is reached, by columns; else message by message.
         """
-        tape, book, exchange, done = self.tape, self.book, self.exchange, start
-        marks = [start] if is_snapshot else exchange.touched(tape, start, stop, book)
-        for m in marks:
-            book.apply(tape, done, m)
-            exchange.passed_ns = min(self._last_trade_ns(m), book.exch_ns)
-            exchange.mid_price = book.mid_ticks * self.instrument.tick_size
-            exchange.arrive(int(tape.exch_ns[m]), int(tape.recv_ns[m]), book)
-            if tape.kind[m] == TRADES:
-                exchange.meet_trades(tape, m, book)
-            else:
-                if is_snapshot:
-                    book.clear()
-                book.apply(tape, m, m + 1)
-                exchange.meet_book(tape, m, book)
-            done = m + 1
-        book.apply(tape, done, stop)
-        exchange.trade_ns = self._last_trade_ns(stop)
-        exchange.retire(int(tape.recv_ns[stop - 1]), book.exch_ns)
+        tape, exchange = self.tape, self.exchange
+        while start < stop:
+            touch = exchange.next_touch(tape, start, stop)
+            if start < touch:
+                self._pass_by(start, touch)
+            if touch < stop:
+                self._match(touch)
+            start = touch + 1
 
-    def _last_trade_ns(self, m: int) -> int:
-        """Exchange time of the last trade heard of before message m."""
-        trades = self.tape.trades
-        last = trades.end[m] - 1
-        return int(trades.exch_ns[last]) if last >= 0 else self.exchange.trade_ns
+    def _pass_by(self, start: int, stop: int) -> None:
+        """Messages that reach no order."""
+        self.exchange.retire(self.tape, stop, self.book)
+        for m in self.exchange.wait(self.tape, start, stop, self.book):
+            self.book.apply(self.tape, start, m)
+            self._match(m)
+            start = m + 1
+        self.book.apply(self.tape, start, stop)
+
+    def _match(self, m: int) -> None:
+        """One message: trades meet the book as it stood just before, book rows just after."""
+        tape, book, exchange = self.tape, self.book, self.exchange
+        exchange.passed_ns = exchange.passed_before(tape, m, book)
+        exchange.mid_price = book.mid_ticks * self.instrument.tick_size
+        exchange.arrive(int(tape.exch_ns[m]), int(tape.recv_ns[m]), book)
+        if tape.kind[m] == TRADES:
+            exchange.meet_trades(tape, m, book)
+        else:
+            if tape.kind[m] == SNAPSHOT:
+                book.clear()
+            book.apply(tape, m, m + 1)
+            exchange.meet_book(tape, m, book)
 
     def _mid_ticks(self, time_ns: int) -> float:
         """The mid that we see: the book's, moved by our own impact if that is modelled."""
@@ -889,7 +914,7 @@ class MarketMaker:
 
     def is_silent(self, time_ns: int) -> bool:
         """Whether no book message has come for stale_after_s."""
-        return time_ns - self.book_recv_ns >= round(self.parameters.stale_after_s * NS)
+        return time_ns - self.book_recv_ns >= self.stale_ns
 
     def guard(self, time_ns: int) -> str:
         """Why there must be no quote now; empty if there may be one."""
@@ -914,37 +939,42 @@ class MarketMaker:
         """Measure, choose, quote, log; the next decision is due an interval later."""
         if self.is_cut_off and self.guard_shown == "outage":
             return
-        state, p, book = self.state, self.parameters, self.book
+        state, p = self.state, self.parameters
         state.time_ns = time_ns
         self._see_tickers()
         state.peak_net = max(state.peak_net, state.equity)
         self._see_mid(time_ns)
-        is_sound = not self.lost and not book.fault
-        tick_size = self.instrument.tick_size
-        state.best_bid = book.best(BID) * tick_size if is_sound else math.nan
-        state.best_ask = book.best(ASK) * tick_size if is_sound else math.nan
-        state.bid_depth = book.depth(BID, p.depth_band_bps) if is_sound else math.nan
-        state.ask_depth = book.depth(ASK, p.depth_band_bps) if is_sound else math.nan
+        self._see_book()
         reason = self.guard_shown = self.guard(time_ns)
         was_stale, self.is_stale = self.is_stale, self.is_silent(time_ns)
         if self.is_stale and not was_stale:
             restart_measures(state)
-        orders: dict[int, tuple[int, float]] = {}
         if reason:
             self.distances, self.quote = None, Quote(reason=reason)
+            wanted: list[tuple[int | None, float]] = [(None, 0.0)] * 2
             if self.is_stopped and not self.lost:
                 self.exchange.flatten(time_ns)
         else:
             self.distances = self._choose(time_ns)
-            orders = self._place(self.distances, self._mid_ticks(time_ns))
-        sent = [self.exchange.send(s, *orders.get(s, (None, 0.0)), time_ns) for s in SIDES]
-        self.has_sent = True in sent
+            wanted = self._place(self.distances, self._mid_ticks(time_ns))
+        send = self.exchange.send
+        self.has_sent = True in [send(s, *order, time_ns) for s, order in zip(SIDES, wanted)]
         self.counts[self.quote.source] += 1
         self.counts[self.quote.reason] += 1
         self.due_ns = time_ns + round(get_optimization_frequency(p, state.ema_volatility) * NS)
         if self.log:
             self.log.write(self.log_row())
         self.on_decision(self)
+
+    def _see_book(self) -> None:
+        """Best prices and depths; nan where they cannot be trusted."""
+        s, book, band_bps = self.state, self.book, self.parameters.depth_band_bps
+        if self.lost or book.fault:
+            s.best_bid = s.best_ask = s.bid_depth = s.ask_depth = math.nan
+            return
+        s.best_bid = book.best(BID) * self.instrument.tick_size
+        s.best_ask = book.best(ASK) * self.instrument.tick_size
+        s.bid_depth, s.ask_depth = book.depth(BID, band_bps), book.depth(ASK, band_bps)
 
     def _choose(self, time_ns: int) -> Distances:
         """Distances from the mid, by the program or its fallbacks."""
@@ -960,26 +990,28 @@ class MarketMaker:
             self.last_good = (time_ns, distances)
         return distances
 
-    def _place(self, distances: Distances, mid: float) -> dict[int, tuple[int, float]]:
-        """Orders (level, quantity) by side, around a mid in ticks. Sets self.quote, in USDT."""
-        orders, reasons = {}, [distances.reason] if distances.reason else []
-        for side, bps in ((BID, distances.bid_bps), (ASK, distances.ask_bps)):
-            name = "bid" if side == BID else "ask"
-            qty, why_not = self._quantity(side)
+    def _place(self, distances: Distances, mid: float) -> list[tuple[int | None, float]]:
+        """(level, quantity) of bid and ask around a mid in ticks. Sets self.quote, in USDT."""
+        s, tick_size = self.state, self.instrument.tick_size
+        wanted, reasons = [], [distances.reason] if distances.reason else []
+        for side, name, bps, depth in (
+            (BID, "bid", distances.bid_bps, s.bid_depth),
+            (ASK, "ask", distances.ask_bps, s.ask_depth),
+        ):
+            qty, why_not = self._quantity(side, depth)
             if why_not:
                 reasons.append(f"no {name}: {why_not}")
-            else:
-                orders[side] = (self._level(side, mid, bps), qty)
-        prices = {s: s * level * self.instrument.tick_size for s, (level, _) in orders.items()}
+            wanted.append((None if why_not else self._level(side, mid, bps), qty))
+        (bid, bid_qty), (ask, ask_qty) = wanted
         self.quote = Quote(
-            prices.get(BID),
-            orders.get(BID, (0, 0.0))[1],
-            prices.get(ASK),
-            orders.get(ASK, (0, 0.0))[1],
+            None if bid is None else bid * tick_size,
+            bid_qty,
+            None if ask is None else -ask * tick_size,
+            ask_qty,
             distances.source,
             "; ".join(reasons),
         )
-        return orders
+        return wanted
 
     def _level(self, side: int, mid: float, bps: float) -> int:
         """bps from the mid, rounded outward to the tick, post-only, and a price above 0."""
@@ -987,14 +1019,13 @@ class MarketMaker:
         level = min(level, -self.book.ladders[-side].best - 1)
         return max(level, 1) if side == BID else level
 
-    def _quantity(self, side: int) -> tuple[float, str]:
+    def _quantity(self, side: int, depth: float) -> tuple[float, str]:
         """How much to quote on a side, or why nothing."""
-        p, s = self.parameters, self.state
-        depth, lot = (s.bid_depth if side == BID else s.ask_depth), self.instrument.lot_size
+        p, lot = self.parameters, self.instrument.lot_size
         qty = floor_to_lot(min(p.order_qty, p.max_depth_share * depth), lot)
         if qty < self.instrument.min_order * (1 - 1e-9):
             return 0.0, "book too thin for a lot"
-        if side * s.inventory + qty > p.max_inventory + lot / 2:
+        if side * self.state.inventory + qty > p.max_inventory + lot / 2:
             return 0.0, "inventory limit"
         return qty, ""
 

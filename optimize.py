@@ -360,10 +360,24 @@ class _NotSolved(Exception):
 
 
 @lru_cache(maxsize=100_000)
-def _remembered(q: float, alpha: float, beta: float, d_min: float, solver: Callable) -> Solution:
-    solution = solve_program(build_program(q, alpha, beta, d_min), solver)
+def _remembered(
+    steps: int, alpha: float, beta: float, d_min: float, solver: Callable
+) -> Solution:
+    """The answer at q = steps x Q_STEP; for a negative q the mirror image."""
+    if steps < 0:
+        mirror = _remembered(-steps, alpha, beta, d_min, solver)
+        return mirror._replace(
+            bid_distance=mirror.ask_distance,
+            ask_distance=mirror.bid_distance,
+            bid_edge_price=mirror.ask_edge_price,
+            ask_edge_price=mirror.bid_edge_price,
+            inventory_price=-mirror.inventory_price,
+        )
+    solution = solve_program(build_program(steps * Q_STEP, alpha, beta, d_min), solver)
     if solution.failure:
         raise _NotSolved(solution.failure)
+    if steps == 0:  # a kink: of its slopes take the middle, which favours no side
+        return solution._replace(inventory_price=0.0)
     return solution
 
 
@@ -376,23 +390,11 @@ def solve_quote(
     solves of about 2 ms; solving for |q| and swapping the sides makes bid and ask
     exact mirror images.
     """
-    steps = round(q / Q_STEP)
     d_min = min(math.ceil(d_min / D_MIN_STEP - 1e-9) * D_MIN_STEP, 1.0)
     try:
-        solution = _remembered(abs(steps) * Q_STEP, alpha, beta, d_min, solver)
+        return _remembered(round(q / Q_STEP), alpha, beta, d_min, solver)
     except _NotSolved as failure:
         return Solution(failure=str(failure))
-    if steps == 0:  # a kink: of its slopes take the middle, which favours no side
-        return solution._replace(inventory_price=0.0)
-    if steps > 0:
-        return solution
-    return solution._replace(
-        bid_distance=solution.ask_distance,
-        ask_distance=solution.bid_distance,
-        bid_edge_price=solution.ask_edge_price,
-        ask_edge_price=solution.bid_edge_price,
-        inventory_price=-solution.inventory_price,
-    )
 
 
 # ---- From market to distances, with fallback ---------------------------------------
@@ -411,10 +413,12 @@ class Distances(NamedTuple):
 
 def validate_market(q: float, sigma: float, liquidity: float, depth_musd: float) -> str:
     """What is wrong with the market's inputs; empty if nothing is."""
+    if 0 <= sigma < INF and 0 <= liquidity < INF and 0 <= depth_musd < INF and -1 <= q <= 1:
+        return ""
     for name, value in (("volatility", sigma), ("liquidity", liquidity), ("depth", depth_musd)):
         if not (math.isfinite(value) and value >= 0):
             return f"{name} is {value}"
-    return "" if -1 <= q <= 1 else f"inventory is {q} of its limit"
+    return f"inventory is {q} of its limit"
 
 
 def choose_distances(
