@@ -57,9 +57,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
@@ -68,6 +68,7 @@ import feed
 from feed import (
     ASK,
     BID,
+    MS,
     NO_LEVEL,
     NS,
     SIDES,
@@ -99,6 +100,7 @@ from optimize import FIELDS, Distances, Parameters, choose_distances
 CACHE = Path(__file__).parent / "data" / "cache"  # of parsed history; may be deleted
 CACHE_VERSION = 1  # of the columns below; another one is parsed anew
 BLOCK = 20_000  # messages parsed before they are written
+MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 
 # ---- History: messages become columns on disk --------------------------------------
 
@@ -288,20 +290,47 @@ def cached(
     return folder, json.loads((folder / "facts.json").read_text())
 
 
+class Piece(NamedTuple):
+    """Messages start..stop-1 of a tape, and the grid of their prices."""
+
+    tape: Tape
+    start: int
+    stop: int
+    tick_text: str
+
+
 @dataclass
 class History:
-    """What is replayed: tapes one after the other, each with its instrument."""
+    """What is replayed, piece by piece. pieces takes the feed's latency in ns, which an
+    archive does not know and a recording ignores.
+    """
 
-    instrument: Instrument  # of the first tape
-    start: dict[str, Any]  # the start line of a recording; empty without one
-    tapes: Callable[[], Iterator[tuple[Tape, int, int]]]  # and the part of it to play
-    span_ns: tuple[int, int]  # of receive time
-    title: str
-    counts: Counter = field(default_factory=Counter)  # of messages, and of defects
+    instrument: Instrument
+    pieces: Callable[[int], Iterator[Piece]]
+    span_ns: tuple[int, int]  # of receive time, roughly for archives
+    name: str
+    start: dict[str, Any] = field(default_factory=dict)  # the start line of a recording
+    counts: Counter = field(default_factory=Counter)  # of messages and of defects, once read
 
     @property
     def is_synthetic(self) -> bool:
         return bool(self.start.get("synthetic"))
+
+    @property
+    def title(self) -> str:
+        return f"{self.instrument.symbol} {self.instrument.category}   backtest of {self.name}"
+
+
+def load_history(
+    paths: list[Path], tick_text: str | None, lot_text: str | None, depth: int | None
+) -> History:
+    """A recording in parts, or archives of days. UserError for what is neither."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--data {path} does not exist: check the path")
+    if any(path.is_dir() or path.suffix == ".zip" for path in paths):
+        return load_archives(paths, tick_text, lot_text)
+    return load_recording(paths, tick_text, lot_text, depth)
 
 
 def load_recording(
@@ -315,16 +344,91 @@ def load_recording(
             yield from feed.replay(path, parser)
         counts.update(parser.counts)
 
-    how = dict(tick=parser.instrument.tick_text, topics=list(parser.handlers))
-    folder, facts = cached(paths, parse, **how)
+    tick_text = parser.instrument.tick_text
+    folder, facts = cached(paths, parse, tick=tick_text, topics=list(parser.handlers))
     tape = read_tape(folder, facts)
-    span_ns = (int(tape.recv_ns[0]), int(tape.recv_ns[-1]))
+    piece = Piece(tape, 0, len(tape), tick_text)
+    span_ns = int(tape.recv_ns[0]), int(tape.recv_ns[-1])
     counts = Counter(facts["counts"])
+    name = paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     return History(
-        parser.instrument, header.start, lambda: iter([(tape, 0, len(tape))]), span_ns,
-        f"{parser.instrument.symbol} {parser.instrument.category}   backtest of {paths[0].name}",
-        counts,
-    )  # fmt: skip
+        parser.instrument, lambda _: iter([piece]), span_ns, name, header.start, counts
+    )
+
+
+def load_archives(paths: list[Path], tick_text: str | None, lot_text: str | None) -> History:
+    """Bybit's archives of one or several days; each is read when it is its turn."""
+    days, counts = feed.pair_archives(paths), Counter[str]()
+    instrument = feed.parser_of_archive(days[0], tick_text, lot_text).instrument
+
+    def pieces(latency_ns: int) -> Iterator[Piece]:
+        counts.clear()
+        before: Piece | None = None
+        for day in days:
+            now = read_day(day, tick_text, lot_text, latency_ns, counts)
+            if before:
+                *whole, now = join_days(before, now)
+                yield from chain.from_iterable(map(split_grids, whole))
+            before = now
+        yield from split_grids(before)
+
+    span_ns = days[0].noon_ns - DAY_S * NS // 2, days[-1].noon_ns + DAY_S * NS // 2
+    name = f"{len(days)} days from {days[0].day}" if len(days) > 1 else days[0].day
+    return History(instrument, pieces, span_ns, name, counts=counts)
+
+
+def read_day(
+    day: feed.ArchiveDay, tick_text: str | None, lot_text: str | None, latency_ns: int,
+    counts: Counter,
+) -> Piece:  # fmt: skip
+    """One day's archives, by way of the cache; counts what was found in them."""
+    parser = feed.parser_of_archive(day, tick_text, lot_text)
+
+    def parse(found: Counter) -> Iterator[Message]:
+        yield from feed.replay_archive(day, parser)
+        found.update(parser.counts)
+
+    grid = parser.instrument.tick_text
+    folder, facts = cached([day.book, day.trades], parse, tick=grid, topics=list(parser.handlers))
+    counts.update(facts["counts"])
+    tape = read_tape(folder, facts, latency_ns)
+    return Piece(tape, 0, len(tape), grid)
+
+
+def join_days(before: Piece, now: Piece) -> list[Piece]:
+    """Two days in succession: the earlier one, what both tell of, the later one.
+
+    A day's book begins about a second after midnight and goes on as far after the next;
+    its trades change at midnight. So the first trades of a day go with the last of the
+    book of the day before, and of that what the new book tells again is dropped.
+    """
+    book = int((now.tape.last_book < 0).sum())  # the first book message
+    begin_ns, book_ns = (int(now.tape.recv_ns[m]) for m in (0, min(book, now.stop - 1)))
+    end, cut = before.tape.recv_ns.searchsorted([begin_ns, book_ns]).tolist()
+    pieces = [before._replace(stop=max(end, before.start))]
+    if before.tick_text == now.tick_text and not grids_of(before):
+        both = [*feed.list_messages(now.tape, 0, book)]
+        both += feed.list_messages(before.tape, max(end, before.start), cut)
+        if both:  # a stable sort: at equal times the trades come first
+            joint = build_tape(sorted(both, key=lambda message: message.recv_ns))
+            pieces.append(Piece(joint, 0, len(joint), now.tick_text))
+    return [*pieces, now._replace(start=book)]
+
+
+def grids_of(piece: Piece) -> dict[int, str]:
+    """The messages from which on a piece is on another grid, and that grid's tick."""
+    notes = piece.tape.notes.items()
+    return {m: note["tick_size"] for m, note in notes if note.get("event") == "tick"}
+
+
+def split_grids(piece: Piece) -> Iterator[Piece]:
+    """A piece, cut where the tick size changes."""
+    for m, tick_text in sorted(grids_of(piece).items()):
+        if m > piece.start:
+            yield piece._replace(stop=m)
+        piece = piece._replace(start=m, tick_text=tick_text)
+    if piece.start < piece.stop:
+        yield piece
 
 
 # ---- Baselines ---------------------------------------------------------------------
@@ -494,11 +598,12 @@ class Markouts:
         self.rest = np.zeros((0, len(HORIZONS_S)))  # of the fills after them, as far as known
         self.last = (np.zeros(0, np.int64), np.zeros(0))  # last book time, and the mid then
 
-    def see(self, exchange: PaperExchange, tape: Tape, tick_size: float) -> None:
-        """Complete what a tape tells of, now that it has been played."""
-        if tape.best is None:
+    def see(self, exchange: PaperExchange, piece: Piece, tick_size: float) -> None:
+        """Complete what a piece tells of, now that it has been played."""
+        tape, start, stop, _ = piece
+        if tape.best is None:  # the second between two days
             return
-        books = (np.diff(tape.last_book, prepend=-1) > 0).nonzero()[0]
+        books = (np.diff(tape.last_book[start:stop], prepend=-1) > 0).nonzero()[0] + start
         bid, ask = (tape.best[side][books] for side in SIDES)
         has_mid = (bid > NO_LEVEL) & (ask > NO_LEVEL) & (bid < -ask)
         times = np.concatenate((self.last[0], tape.exch_ns[books]))
@@ -559,9 +664,12 @@ def run_backtest(
     )
     notebook, player, markouts = Notebook(maker, quotes), Outages(maker, outages or []), Markouts()
     with paused_collector():
-        for tape, start, stop in history.tapes():
+        for piece in history.pieces(round(parameters.feed_latency_ms * MS)):
+            tape, start, stop, tick_text = piece
+            if tick_text != maker.instrument.tick_text:
+                maker.change_tick(tick_text, int(tape.recv_ns[start]))
             player.follow(tape, start, stop)
-            markouts.see(maker.exchange, tape, maker.instrument.tick_size)
+            markouts.see(maker.exchange, piece, maker.instrument.tick_size)
     notebook.note_end(maker)
     options = dict(participation=1.0, impact_bps=0.0, peer_rules=False) | exchange
     return Result(
@@ -585,7 +693,6 @@ def run_backtest(
 
 # ---- Metrics -----------------------------------------------------------------------
 
-MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 YEAR_MINUTES = 365 * 1440  # the market never closes
 ANNUAL_FROM_S = 3 * DAY_S  # a shorter span says nothing of a year
 NORMAL_95 = 1.96
@@ -1202,18 +1309,10 @@ def choose_strategy(options: argparse.Namespace) -> Callable[..., Distances]:
     return choose_distances
 
 
-def find_data(options: argparse.Namespace) -> History:
-    """The history that --data names; the bundled sample without it."""
-    paths = options.data or [SAMPLE]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"--data {path} does not exist: check the path")
-    return load_recording(paths, options.tick_size, options.lot_size, options.depth)
-
-
 def run(options: argparse.Namespace) -> None:
     """Load, play, print, write."""
-    history = find_data(options)
+    steps = options.tick_size, options.lot_size, options.depth
+    history = load_history(options.data or [SAMPLE], *steps)
     given = given_parameters(options, ParameterFile(options.params) if options.params else None)
     parameters = choose_parameters(given, history.start, history.instrument)
     rng = np.random.default_rng(options.seed)

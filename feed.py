@@ -39,22 +39,28 @@ import http.client
 import json
 import logging
 import math
+import os
 import queue
+import re
 import signal
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal, DecimalException
 from functools import cached_property, partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby, islice, repeat
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +92,14 @@ MAX_CLOCK_GAP_NS = 86_400 * NS  # exchange time further than this from ours is n
 MAX_TICK = 2**31 - 1
 MAX_SIZE = 1e15  # base coin
 FLUSH_S = 0.5  # a recording is on disk after so long
+
+BOOK_HOST = "https://quote-saver.bycsi.com/orderbook"  # Bybit's archives of past days
+TRADES_HOST = "https://public.bybit.com"
+LAST_OB500 = "2025-08-20"  # linear order books have 200 levels a side since then
+TRIES, RETRY_S = 5, 2.0  # a failed download waits 2, 4, 8, 16 s
+PAUSE_S = 0.5  # between requests; 50 a second get the address blocked
+INFLATION, SMALL = 100, 64 << 20  # text / file: a book has 5 to 25; bytes always allowed
+SILENCE_NS = 2 * NS  # a book pushed every 100 ms that is silent for longer has a hole
 
 
 class UserError(Exception):
@@ -544,11 +558,11 @@ class Table(dict):
         return number
 
 
-def level_of(text: str, tick: Decimal, side: int = BID) -> int:
+def level_of(text: str, tick: Decimal, side: int = BID, limit: int = MAX_TICK) -> int:
     """A price text as side x ticks, exactly: "64474.1" and "64474.10" agree."""
     try:
         ticks = Decimal(text) / tick
-        if not 0 < ticks <= MAX_TICK:
+        if not 0 < ticks <= limit:
             raise ValueError(f"price {text[:40]} is out of range")
     except DecimalException:
         raise ValueError(f"price {text[:40]!r} is not a number") from None
@@ -600,9 +614,7 @@ class Parser:
     """
 
     def __init__(self, instrument: Instrument, depth: int = 200) -> None:
-        self.instrument = instrument
-        tick = Decimal(instrument.tick_text)
-        self.levels = {s: Table(partial(level_of, tick=tick, side=s)) for s in SIDES}
+        self.use(instrument)
         self.sizes = Table(size_of)
         symbol = instrument.symbol
         self.handlers = {
@@ -615,6 +627,12 @@ class Parser:
         self.last_u: int | None = None  # None: no book that can be vouched for
         self._loss_told = False  # said once until the next snapshot or connection
         self.had_book = False
+
+    def use(self, instrument: Instrument) -> None:
+        """Read prices on an instrument's grid from here on."""
+        self.instrument = instrument
+        tick = Decimal(instrument.tick_text)
+        self.levels = {s: Table(partial(level_of, tick=tick, side=s)) for s in SIDES}
 
     def parse(self, recv_ns: int, text: str, from_exchange: bool = False) -> Message | None:
         """A line's message; None for what carries nothing (acks, pongs, other topics)."""
@@ -915,6 +933,321 @@ def replay(path: Path, parser: Parser) -> Iterator[Message]:
             yield message
 
 
+# ---- Archives ----------------------------------------------------------------------
+
+BOOK_NAME = re.compile(r"(?P<day>\d{4}-\d\d-\d\d)_(?P<symbol>[A-Z0-9]+)_ob\d+\.data\.zip")
+TRADES_NAME = re.compile(r"(?P<symbol>[A-Z0-9]+)_?(?P<day>\d{4}-\d\d-\d\d)\.csv\.gz")
+
+
+class ArchiveDay(NamedTuple):
+    """Bybit's two files of one UTC day. They carry no receive time."""
+
+    day: str  # YYYY-MM-DD
+    symbol: str
+    category: str  # linear or spot
+    book: Path
+    trades: Path | None = None  # None: the book alone
+
+    @property
+    def noon_ns(self) -> int:
+        """The clock that stamps are judged by: further than a day from it is nonsense."""
+        return int(datetime.fromisoformat(f"{self.day}T12:00+00:00").timestamp()) * NS
+
+
+def archive_names(day: str, symbol: str, category: str) -> dict[str, str]:
+    """How Bybit names a day's order book and trades; the keys are the names' ends."""
+    depth = 500 if category == "linear" and day <= LAST_OB500 else 200
+    joint = "_" if category == "spot" else ""
+    return {".zip": f"{day}_{symbol}_ob{depth}.data.zip", ".gz": f"{symbol}{joint}{day}.csv.gz"}
+
+
+def parse_day(text: str) -> str:
+    """A day's text, checked."""
+    try:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
+            raise ValueError
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{text!r} is no day: write it as 2025-09-01 (UTC)") from None
+    return text
+
+
+def pair_archives(paths: Iterable[Path]) -> list[ArchiveDay]:
+    """The days in files, and in folders with all below them, by date.
+
+    UserError unless all are of one symbol and each day has one order book and one trades file.
+    """
+    paths, days, symbols = list(paths), {}, {}
+    files = [f.absolute() for p in paths for f in (p.rglob("*.*") if p.is_dir() else [p])]
+    for path in sorted(set(files)):
+        if match := BOOK_NAME.fullmatch(path.name) or TRADES_NAME.fullmatch(path.name):
+            symbols[match["symbol"]] = path
+            if len(symbols) > 1:
+                both = " and ".join(map(str, symbols.values()))
+                raise UserError(f"{both} are of two symbols: give the files of one")
+            other = days.setdefault(parse_day(match["day"]), {}).setdefault(path.suffix, path)
+            if other != path:
+                raise UserError(f"{other} and {path} are of one day: give one of them")
+    if not days:
+        names = " and ".join(archive_names("2025-09-01", "BTCUSDT", "linear").values())
+        raise UserError(f"no archive in {', '.join(map(str, paths))}: names are like {names}")
+    return [_pair(day, *symbols, files) for day, files in sorted(days.items())]
+
+
+def _pair(day: str, symbol: str, files: dict[str, Path]) -> ArchiveDay:
+    """Two files become a day; UserError naming the one that is missing."""
+    spot = "_" in files[".gz"].name if ".gz" in files else "spot" in files[".zip"].parts
+    category = "spot" if spot else "linear"
+    for end, name in archive_names(day, symbol, category).items():
+        if end not in files:
+            remedy = f"feed.py download {day} --symbol {symbol} --category {category}"
+            raise UserError(f"{name} is missing beside {[*files.values()][0]}: {remedy}")
+    return ArchiveDay(day, symbol, category, files[".zip"], files[".gz"])
+
+
+DAMAGE = (OSError, EOFError, ValueError, OverflowError, RuntimeError, struct.error, zlib.error)
+
+
+def archive_lines(path: Path, counts: Counter[str]) -> Iterator[list[str]]:
+    """Blocks of lines of a zip's single member or a gzip, up to where it is damaged.
+
+    Memory stays small whatever the file claims or inflates to. UserError if nothing at all
+    can be read; damage further on is a warning, and counted as "cut off".
+    """
+    read, rest = False, b""
+    try:
+        room = max(SMALL, INFLATION * path.stat().st_size)
+        with _open_archive(path) as file:
+            while chunk := file.read1(READ_AHEAD):
+                whole, newline, rest = (rest + chunk).rpartition(b"\n")
+                room -= len(chunk)
+                if room < 0 or len(rest) > MAX_MESSAGE:
+                    raise ValueError("a line, or the whole, is absurdly long")
+                if newline:
+                    read = True
+                    yield [line for line in whole.decode("utf-8", "replace").split("\n") if line]
+        if rest:
+            yield [rest.decode("utf-8", "replace")]
+    except (*DAMAGE, zipfile.BadZipFile) as error:
+        reason = printable(getattr(error, "strerror", None) or str(error) or "cut off")
+        if not read:
+            raise UserError(f"{path} cannot be read ({reason}): download it again") from None
+        counts["cut off"] += 1
+        logging.warning("%s is damaged (%s): read up to there", path, reason)
+
+
+def _open_archive(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    with zipfile.ZipFile(path) as archive:  # the open member keeps the file open
+        (member,) = archive.infolist()
+        return archive.open(member)
+
+
+UNIT = Decimal("1e-12")  # of a price, USDT, while the tick is not known
+units_of = partial(level_of, tick=UNIT, limit=2**63 - 1)
+
+
+def grid_of(prices: Iterable[str]) -> str:
+    """The coarsest tick that fits all prices: of 30247.5 and 30249.0 it is 1.5."""
+    return f"{(math.gcd(*map(units_of, prices)) * UNIT).normalize():f}"
+
+
+class ArchiveParser(Parser):
+    """A Parser that also watches `seq`, and goes on where a snapshot refines the grid."""
+
+    last_seq = 0
+
+    def _book(self, recv_ns: int, message: dict) -> Message | None:
+        data, before = message["data"], self.instrument
+        if type(seq := data.get("seq")) is int:
+            self.counts["seq went back"] += seq < self.last_seq
+            self.last_seq = seq
+        try:
+            return super()._book(recv_ns, message)
+        except OffGrid:
+            if not self.had_book or (message["type"] != "snapshot" and data["u"] != 1):
+                raise
+        try:
+            self.counts["book"] -= 1  # it is read twice
+            prices = [before.tick_text, *(price for price, _ in data["b"] + data["a"])]
+            self.use(dataclasses.replace(before, tick_text=grid_of(prices)))
+            return super()._book(recv_ns, message)
+        except MALFORMED:
+            self.use(before)
+            raise
+
+
+def parser_of_archive(
+    day: ArchiveDay, tick_text: str | None = None, lot_text: str | None = None
+) -> ArchiveParser:
+    """A parser that fits a day: depth, and tick unless given, from its first snapshot."""
+    depth = None
+    for text in islice(chain.from_iterable(archive_lines(day.book, Counter())), 2000):
+        with contextlib.suppress(*MALFORMED):
+            message = _decode(text)
+            _, levels, symbol = message["topic"].split(".")
+            is_of_day = abs(message["ts"] - day.noon_ns // MS) < MAX_CLOCK_GAP_NS // MS
+            if symbol != day.symbol or not is_of_day:
+                what = printable(f"{symbol} at {message['ts']} ms")
+                raise UserError(f"{day.book} holds {what}, unlike its name: download it again")
+            depth, data = depth or int(levels), message["data"]
+            if message["type"] == "snapshot" and (rows := data["b"] + data["a"]):
+                tick_text = tick_text or grid_of(price for price, _ in rows)
+                break
+    if depth is None:
+        raise UserError(f"{day.book} holds no order book: download it again")
+    return ArchiveParser(known_instrument(day.symbol, day.category, tick_text, lot_text), depth)
+
+
+def read_book(day: ArchiveDay, parser: ArchiveParser) -> Iterator[Message]:
+    """A day's order book as messages, stamped with exchange time, which never goes back.
+
+    The control message `tick` precedes the first snapshot on a finer grid. Whether the book
+    is crossed is for its owner to see.
+    """
+    counts, noon_ns, grid = parser.counts, day.noon_ns, parser.instrument
+    last_ns, cuts = noon_ns - MAX_CLOCK_GAP_NS // 2, counts["cut off"]
+    for text in chain.from_iterable(archive_lines(day.book, counts)):
+        message = parser.parse(noon_ns, text, from_exchange=True)
+        if message is None:
+            continue
+        exch_ns = message.exch_ns or last_ns  # a loss has no stamp of its own
+        counts["silences over 2 s"] += exch_ns - last_ns > SILENCE_NS
+        counts["time went back"] += exch_ns < last_ns
+        last_ns = max(last_ns, exch_ns)
+        if parser.instrument is not grid:
+            grid = parser.instrument
+            fields = {"event": "tick", "tick_size": grid.tick_text}
+            yield Message(CONTROL, last_ns, last_ns, fields=fields)
+        yield Message(message.kind, last_ns, last_ns, *message[3:])
+    if counts["cut off"] > cuts:
+        yield Message(LOST, last_ns, last_ns, fields={"reason": "the archive is cut off"})
+
+
+LINEAR = (
+    "timestamp,symbol,side,size,price,tickDirection,trdMatchID,grossValue,homeNotional,"
+    "foreignNotional,RPI"
+)
+SPOT = "id,timestamp,price,volume,side,rpi"
+UNTITLED = {10: LINEAR, 11: LINEAR, 5: SPOT, 6: SPOT}  # what a file without header has
+ARCHIVED = np.dtype(
+    [("exch_ns", "i8"), ("side", "i1"), ("price", "i8"), ("size", "f8"), ("rpi", "?")]
+)  # side is the taker's, price in UNITs
+AS_READ = np.dtype([("timestamp", "f8"), *ARCHIVED.descr[1:], ("id", "i8")])  # id is hashed
+IS_RPI = {"1": True, "true": True, "0": False, "false": False, "": False, "null": False}
+BLOCK = 1 << 14  # trades that are Python objects at a time
+
+
+def read_trades(day: ArchiveDay, counts: Counter[str]) -> np.ndarray:
+    """A day's trades as rows of ARCHIVED, each once, in the order of matching."""
+    raw, names = bytearray(), []  # 35 bytes a trade
+    convert = {
+        "timestamp": float,
+        "side": Table(lambda text: TAKER_SIDE[text.capitalize()]).__getitem__,
+        "price": Table(units_of).__getitem__,
+        "size": Table(size_of).__getitem__,
+        "rpi": Table(lambda text: IS_RPI[text.lower()]).__getitem__,
+        "id": hash,
+    }
+    for lines in archive_lines(day.trades, counts) if day.trades else ():
+        if lines and not names:
+            names, has_header = trade_columns(lines[0], day)
+            lines = lines[has_header:]
+        for rows in _trade_rows(lines, day.symbol, names, convert, counts):
+            raw += rows.tobytes()
+    counts["empty files"] += bool(day.trades and not names)
+    read = np.frombuffer(raw, AS_READ)
+    with np.errstate(over="ignore"):  # subtle: exact, being whole us below 2**53; ns are not
+        read["timestamp"] = np.rint(read["timestamp"] * (1e3 if day.category == "spot" else 1e6))
+    order = _order_of(read, day.noon_ns / 1e3, "id" in names, counts)
+    trades = np.empty(len(order), ARCHIVED)
+    for ours, theirs in zip(ARCHIVED.names, AS_READ.names):
+        trades[ours] = read[theirs][order]
+    trades["exch_ns"] = trades["exch_ns"] // 1000 * MS  # the websocket's T is in whole ms
+    return trades
+
+
+def _order_of(read: np.ndarray, noon_us: float, has_ids: bool, counts: Counter) -> np.ndarray:
+    """The order of matching: indexes of sound rows by time, each trade once."""
+    is_near = abs(read["timestamp"] - noon_us) < MAX_CLOCK_GAP_NS / 1e3
+    order = np.flatnonzero(is_near & (read["size"] > 0))
+    counts["malformed trades"] += len(read) - len(order)
+    if np.sign(np.diff(read["timestamp"][order])).sum() < 0:  # old files have the newest first
+        order = order[::-1]
+    order = order[np.argsort(read["timestamp"][order], kind="stable")]
+    if has_ids:
+        _, first = np.unique(read["id"][order], return_index=True)
+        counts["repeated trades"] += len(order) - len(first)
+        order = order[np.sort(first)]
+    return order
+
+
+def trade_columns(line: str, day: ArchiveDay) -> tuple[list[str], bool]:
+    """The columns of a trades file, from its first line, and whether that is a header."""
+    width, has_header = line.count(",") + 1, "timestamp" in line.lower()
+    header = line if has_header else UNTITLED.get(width, "")
+    names = header.lower().replace("volume", "size").replace("trdmatchid", "id").split(",")[:width]
+    if missing := {"timestamp", "side", "price", "size"} - set(names):
+        raise UserError(f"{day.trades} has no {', '.join(sorted(missing))}: download it again")
+    return names, has_header
+
+
+def _trade_rows(
+    lines: list[str], symbol: str, names: list[str], convert: dict[str, Callable], counts: Counter
+) -> Iterator[np.ndarray]:
+    """Lines column by column; lines that fail are halved until the bad one is found."""
+    try:
+        table = list(map(str.split, lines, repeat(",")))
+        if not set(map(len, table)) <= {len(names)}:
+            raise ValueError("a row has not the header's number of fields")
+        rows = np.zeros(len(lines), AS_READ)
+        for name, column in zip(names, zip(*table)):
+            if name == "symbol" and set(column) != {symbol}:
+                raise ValueError("a trade of another symbol")
+            if name in convert:
+                rows[name] = np.fromiter(map(convert[name], column), AS_READ[name], len(lines))
+        yield rows
+    except MALFORMED:
+        if len(lines) == 1:
+            counts["malformed trades"] += 1
+        else:
+            for half in lines[: len(lines) // 2], lines[len(lines) // 2 :]:
+                yield from _trade_rows(half, symbol, names, convert, counts)
+
+
+def replay_archive(day: ArchiveDay, parser: ArchiveParser) -> Iterator[Message]:
+    """A day's messages by exchange time; at equal times the trades come before the book.
+
+    Ticks are those of the last control message `tick`, if one came. Defects are counted in
+    parser.counts.
+    """
+    trades, end = read_trades(day, parser.counts), (2**63, ())
+    blocks = (trades[i : i + BLOCK].tolist() for i in range(0, len(trades), BLOCK))
+    by_ms = groupby(chain.from_iterable(blocks), key=itemgetter(0))
+    step = int(Decimal(parser.instrument.tick_text) / UNIT)
+    next_ns, rows = next(by_ms, end)
+    for message in chain(read_book(day, parser), [None]):
+        until_ns = message.recv_ns if message else 2**63 - 1
+        while next_ns <= until_ns:
+            if told := _on_grid(rows, step, parser.counts):
+                yield Message(TRADES, next_ns, next_ns, NO_ROWS, NO_ROWS, told)
+            next_ns, rows = next(by_ms, end)
+        if message:
+            if message.kind == CONTROL:
+                step = int(Decimal(message.fields["tick_size"]) / UNIT)
+            yield message
+
+
+def _on_grid(rows: Iterable[tuple], step: int, counts: Counter[str]) -> list[tuple]:
+    """Trades with prices in ticks of `step` UNITs, without those between two ticks."""
+    rows = list(rows)
+    told = [(ns, side, n // step, size, rpi) for ns, side, n, size, rpi in rows if not n % step]
+    if len(told) < len(rows):
+        counts["malformed trades"] += len(rows) - len(told)
+    return told
+
+
 # ---- Live feed ---------------------------------------------------------------------
 
 
@@ -1154,6 +1487,117 @@ def open_feed(
     return source
 
 
+# ---- Download ----------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """A download that is worth another try."""
+
+
+def run_download(options: argparse.Namespace) -> None:
+    """Fetch the archives of some days, one file after the other."""
+    symbol, category, folder = options.symbol, options.category, options.out / options.category
+    if not re.fullmatch("[A-Z0-9]+", symbol):
+        raise UserError(f"--symbol {symbol} must be capital letters and digits, as BTCUSDT")
+    with _on_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    trades = "spot" if category == "spot" else "trading"
+    bases = f"{BOOK_HOST}/{category}/{symbol}", f"{TRADES_HOST}/{trades}/{symbol}"
+    for day in sorted(set(map(parse_day, options.days))):
+        for base, name in zip(bases, archive_names(day, symbol, category).values()):
+            if (folder / name).exists():
+                print(f"{folder / name}: already there")
+            else:
+                fetch_file(f"{base}/{name}", folder / name)
+                time.sleep(PAUSE_S)
+
+
+REFUSALS = {
+    403: "refused: too many requests, or blocked here: wait 10 min, then run it again",
+    404: "does not exist: a day's file appears the next day: check DAY, --symbol, --category",
+}
+
+
+def fetch_file(url: str, path: Path) -> None:
+    """Download to a path by way of `path.part`, which a later try or run continues.
+
+    UserError where Bybit refuses, has no such file, or fails in TRIES tries.
+    """
+    part, tag, reason = Path(f"{path}.part"), Path(f"{path}.tag"), ""
+    for attempt in range(TRIES):
+        time.sleep(RETRY_S * 2**attempt if attempt else 0)
+        try:
+            _fetch_rest(url, part, tag)
+            with _on_disk(path):
+                os.replace(part, path)
+                tag.unlink()
+            return _show(f"{path}: {path.stat().st_size / 1e6:.1f} MB", end="\n")
+        except urllib.error.HTTPError as error:
+            error.close()
+            reason = f"status {error.code}"
+            if error.code == 416:  # nothing behind what we have: it is of another version
+                part.unlink(missing_ok=True)
+            elif error.code < 500:
+                raise UserError(f"{url} {REFUSALS.get(error.code, reason)}") from None
+        except (Interrupted, OSError, http.client.HTTPException) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+    raise UserError(f"{url} failed ({reason}): run it again later, it goes on where it ended")
+
+
+def _fetch_rest(url: str, part: Path, tag: Path) -> None:
+    """One request for what a part lacks. Its tag tells which version it is of."""
+    with _on_disk(part):
+        known = tag.read_text() if part.exists() and tag.exists() else ""
+        have = part.stat().st_size if known else 0
+    headers = USER_AGENT | ({"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=CONNECT_S) as answer:  # TLS is verified
+        extent = answer.headers["Content-Range"] or ""
+        start, size = 0, int(answer.headers["Content-Length"] or -1)
+        if answer.status == 206 and (match := re.fullmatch(r"bytes (\d+)-\d+/(\d+)", extent)):
+            start, size = int(match[1]), int(match[2])
+        version = answer.headers["ETag"] or answer.headers["Last-Modified"]
+        found = f"{version} {size}" if version else ""  # without one nothing is continued
+        if answer.status == 206 and (start, known) != (have, found):
+            part.unlink(missing_ok=True)
+            raise Interrupted("the file has changed")
+        with _on_disk(part):
+            tag.write_text(found)
+            file = open(part, "ab" if start else "wb")
+        with file:
+            _receive(answer, file, start, size)
+
+
+def _receive(answer: Any, file: Any, have: int, size: int) -> None:
+    """Append what comes; Interrupted unless it is all of an archive."""
+    told_s = time.monotonic()
+    while chunk := answer.read1(READ_AHEAD):  # what is there: a stall costs nothing
+        if not have and not chunk.startswith((b"PK", b"\x1f\x8b")):
+            raise Interrupted("no archive came, but somebody's page")
+        with _on_disk(file.name):
+            file.write(chunk)
+        have += len(chunk)
+        if sys.stdout.isatty() and time.monotonic() - told_s > FLUSH_S:
+            told_s = time.monotonic()
+            _show(f"{file.name}: {have / 1e6:.1f} of {size / 1e6:.1f} MB", end="")
+    if not have or 0 <= size != have:
+        raise Interrupted(f"it ended after {have} of {size} bytes")
+
+
+def _show(text: str, end: str) -> None:
+    """Progress, on one line of a terminal."""
+    print(f"\r{text}\x1b[K" if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+@contextlib.contextmanager
+def _on_disk(path: Path | str) -> Iterator[None]:
+    """What a disk refuses is no fault of the network."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
 # ---- Command line: record, info ----------------------------------------------------
 
 
@@ -1295,7 +1739,7 @@ def exit_cleanly(run: Callable[[], None]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """python feed.py record|info; the exit status."""
+    """python feed.py record|download|info; the exit status."""
     parser = Arguments(prog="feed.py", description="Record Bybit, inspect a file.")
     commands = parser.add_subparsers(dest="command", required=True)
     record = commands.add_parser("record", help="record the live feed to FILE")
@@ -1303,6 +1747,12 @@ def main(arguments: list[str] | None = None) -> int:
     record.add_argument("--minutes", type=positive, default=math.inf, help="default: no end")
     add_market_flags(record)
     record.set_defaults(run=run_record)
+    download = commands.add_parser("download", help="fetch Bybit's archives of past days")
+    download.add_argument("days", nargs="+", metavar="DAY", help="UTC, such as 2025-09-01")
+    download.add_argument("--symbol", default="BTCUSDT", help="upper case, as Bybit writes it")
+    download.add_argument("--category", default="linear", choices=("linear", "spot"))
+    download.add_argument("--out", type=Path, default=Path("data/archive"), metavar="DIR")
+    download.set_defaults(run=run_download)
     info = commands.add_parser("info", help="what FILE, a recording, holds")
     info.add_argument("file", type=Path, metavar="FILE")
     for flag, kind in (("--tick-size", str), ("--lot-size", str), ("--depth", int)):

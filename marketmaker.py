@@ -43,6 +43,7 @@ Not modelled: funding, our own impact on the market, exchange outages.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -350,6 +351,13 @@ class PaperExchange:
         """Send a taker order that closes the inventory, unless one is under way."""
         if self.flatten_ns == NEVER and self.state.inventory and time_ns >= self.back_ns:
             self.flatten_ns = time_ns + self.latency_ns
+
+    def change_instrument(self, instrument: Instrument) -> None:
+        """Another grid of prices: whatever stood is cancelled."""
+        self.instrument = instrument
+        self.counts["cancelled: tick size changed"] += sum(map(bool, self.sent.values()))
+        self.orders, self.sent = {BID: [], ASK: []}, {BID: None, ASK: None}
+        self.flatten_ns = NEVER
 
     def _drop(self, order: Order) -> None:
         self.orders[order.side].remove(order)
@@ -896,6 +904,16 @@ class MarketMaker:
         s, limit = self.state, self.parameters.max_drawdown_usdt
         if limit is not None and s.peak_net - s.equity > limit:
             self.is_stopped = True  # for good
+
+    def change_tick(self, tick_text: str, now_ns: int) -> None:
+        """The exchange has changed the grid of prices: a new book, and no order survives it."""
+        self.pass_time(now_ns)
+        self.instrument = dataclasses.replace(self.instrument, tick_text=tick_text)
+        self.exchange.change_instrument(self.instrument)
+        self.book.clear()
+        restart_measures(self.state)
+        self.lost = "tick size changed"
+        self.decide(now_ns)
 
     def cut_off(self, now_ns: int, back_ns: int) -> None:
         """An outage begins: until back_ns we hear of nothing and cannot cancel."""
