@@ -630,6 +630,8 @@ class Markouts:
 
 def seen_share(shifts: list[tuple[int, float]], at_ns: np.ndarray) -> np.ndarray:
     """The mid that we see as a share of the market's, where our own impact is modelled."""
+    if len(shifts) == 1:
+        return np.ones(len(at_ns))
     since_ns, shift = (np.array(column) for column in zip(*shifts))
     row = np.searchsorted(since_ns, at_ns, "right") - 1
     age = (at_ns - since_ns[row]) / (IMPACT_HALF_LIFE_S * NS)

@@ -99,6 +99,7 @@ WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # no quote before so many 1 s returns
 NEVER = 2**63 - 1  # ns
 MIN_SILENCE_NS = NS // 2  # the least that stale_after_s can be
+LOOK_AHEAD = 512  # messages, for the next that something is due at
 LATE_NS = 10 * NS  # no trade is heard of later than this
 LOOK_BELOW = 500  # levels, for a sign that the window reaches further than an order
 IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
@@ -133,7 +134,7 @@ class Fill(NamedTuple):
     arrival_ns: int = 0  # when the order reached the exchange, exchange time
 
 
-@dataclass
+@dataclass(slots=True)
 class State:
     """What is known of the market, and our simulated account. nan = not known yet."""
 
@@ -704,10 +705,12 @@ class MarketMaker:
         while at < stop:
             while next_break < at:
                 next_break = next(breaks)
-            due = int(tape.recv_ns.searchsorted(min(self.due_ns, self.second_ns)))
-            at = max(at, min(next_break, due))
-            if at >= stop:
-                break
+            ahead = tape.recv_ns[at : min(next_break, at + LOOK_AHEAD)]
+            due_ns = self.due_ns if self.due_ns < self.second_ns else self.second_ns
+            due = int(ahead.searchsorted(due_ns))
+            at += due
+            if due == len(ahead) and at < next_break or at >= stop:
+                continue  # nothing is due among these
             self._hear(at)
             self._meet(at, int(tape.kind[at]), int(tape.recv_ns[at]))
             if at == next_break:
