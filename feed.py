@@ -450,10 +450,16 @@ class Ladder:
         worst = self.worst()
         return worst is not None and level >= worst
 
-    def count_below(self, level: int, span: int) -> int:
-        """How many levels are occupied among the span levels just below one."""
+    def holds_below(self, level: int, deleted: np.ndarray) -> bool:
+        """Whether a level just below one stays occupied though those are deleted: then the
+        feed goes on showing this one. False means nobody looked further down.
+        """
         index = level - self.origin
-        return np.count_nonzero(self.sizes[max(index - span, self._low) : max(index, 0)])
+        first = max(index - 2 * SCAN, self._low)
+        below = self.sizes[first : max(index, 0)].copy()
+        gone = deleted - (first + self.origin)
+        below[gone[gone >= 0]] = 0
+        return bool(below.any())
 
     def size_at(self, level: int) -> float:
         """Size resting at a level, base coin; 0 where none is shown."""

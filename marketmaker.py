@@ -101,7 +101,6 @@ NEVER = 2**63 - 1  # ns
 MIN_SILENCE_NS = NS // 2  # the least that stale_after_s can be
 LOOK_AHEAD = 512  # messages, for the next that something is due at
 LATE_NS = 10 * NS  # no trade is heard of later than this
-LOOK_BELOW = 500  # levels, for a sign that the window reaches further than an order
 IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
 SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
 SAMPLE_SPEED = 10.0
@@ -281,6 +280,7 @@ class Order:
     queue_at_arrival: float = math.inf
     eaten: float = 0.0  # of the queue, by trades since arrival
     has_arrived: bool = False
+    is_doubtful: bool = False  # it would be refused if it arrived now
 
     def lives_at(self, exch_ns: int, passed_ns: int) -> bool:
         """Market data go before orders at equal times; what has passed is over."""
@@ -316,7 +316,9 @@ class PaperExchange:
         self.orders: dict[int, list[Order]] = {BID: [], ASK: []}
         self.sent: dict[int, Order | None] = {BID: None, ASK: None}
         self.flatten_ns = NEVER  # arrival of an order that closes the inventory
-        self.trade_ns = 0  # exchange time of the last trade heard of
+        self.book = OrderBook()  # of the messages done; those after them wait for a touch
+        self.done = 0  # the first message of the tape that is not
+        self.trade_ns = 0  # exchange time of the last trade of earlier tapes
         self.passed_ns = 0  # no event before this can come, of trades and book in order
         self.mid_price = math.nan  # just before the message that is being matched
         self.fills: list[Fill] = []
@@ -359,17 +361,62 @@ class PaperExchange:
         self.counts["cancelled: tick size changed"] += sum(map(bool, self.sent.values()))
         self.orders, self.sent = {BID: [], ASK: []}, {BID: None, ASK: None}
         self.flatten_ns = NEVER
+        self.book.clear()
 
     def _drop(self, order: Order) -> None:
         self.orders[order.side].remove(order)
         if self.sent[order.side] is order:
             self.sent[order.side] = None
 
-    # -- where a slice touches us
+    # -- messages
 
-    def next_touch(self, tape: Tape, start: int, stop: int) -> int:
-        """The first of messages start..stop-1 of a tape that may fill an order: a trade or the
-        opposite side reaches its price, or a taker order of ours arrives. Else stop.
+    def begin(self, start: int) -> None:
+        """A tape begins, at message start of it."""
+        self.done = start
+
+    def match(self, tape: Tape, start: int, stop: int) -> None:
+        """Messages start..stop-1 of a tape: one by one where they reach an order, else later."""
+        while start < stop:
+            touch = self._next_touch(tape, start, stop)
+            self._retire(tape, touch)
+            if touch < stop:
+                self.match_one(tape, touch)
+            start = touch + 1
+
+    def match_one(self, tape: Tape, m: int) -> None:
+        """Trades meet the book as it stood just before, book rows just after."""
+        self.catch_up(tape, m)
+        book = self.book
+        self.passed_ns = self._passed_before(tape, m)
+        self.mid_price = book.mid_ticks * self.instrument.tick_size
+        self._arrive(int(tape.exch_ns[m]), int(tape.recv_ns[m]))
+        if tape.kind[m] == TRADES:
+            self._meet_trades(tape, m)
+        else:
+            if tape.kind[m] == SNAPSHOT:
+                book.clear()
+            book.apply(tape, m, m + 1)
+            self._meet_book(tape, m)
+        self.done = m + 1
+        for order in (*self.orders[BID], *self.orders[ASK]):
+            order.is_doubtful = not order.has_arrived and (
+                self._is_reached(order) or self._is_over_limit(order)
+            )
+
+    def catch_up(self, tape: Tape, stop: int) -> None:
+        """Messages before stop, none of which reached an order, that were put off: who has
+        arrived, whose queue got shorter? Until somebody asks, nobody needs to know.
+        """
+        if self.done < stop and (self.orders[BID] or self.orders[ASK]):
+            for m in self._wait(tape, self.done, stop):
+                self.match_one(tape, m)
+        self.book.apply(tape, self.done, stop)
+        self.done = max(self.done, stop)
+
+    def _next_touch(self, tape: Tape, start: int, stop: int) -> int:
+        """The first of messages start..stop-1 of a tape that may fill an order, or refuse it:
+        a trade or the opposite side reaches its price, a doubtful or a taker order arrives.
+        Else stop.
         """
         for side, orders in self.orders.items():
             if orders and start < stop:
@@ -377,27 +424,31 @@ class PaperExchange:
                 first = int(hits.argmax())
                 if hits[first]:
                     stop = start + first
-        if self.flatten_ns != NEVER and start < stop:
-            return min([*self._arrival(self.flatten_ns, tape, start, stop), stop])
-        return stop
+                for order in orders:
+                    if order.is_doubtful:
+                        stop = self._arrival(order.arrival_ns, tape, start, stop)
+        return self._arrival(self.flatten_ns, tape, start, stop)
 
-    def wait(self, tape: Tape, start: int, stop: int, book: OrderBook) -> list[int]:
-        """Messages that fill no order go by: who arrives, whose queue gets shorter?
+    def _arrival(self, arrival_ns: int, tape: Tape, start: int, stop: int) -> int:
+        """The first of messages start..stop-1 after an arrival. Else stop."""
+        if arrival_ns == NEVER or start >= stop:
+            return stop
+        is_later = tape.exch_ns[start:stop] > arrival_ns
+        first = int(is_later.argmax())
+        return start + first if is_later[first] else stop
 
-        By columns; `book` is as before the first. The answer is empty, or what must be
-        looked at one by one because only that can tell; nothing is changed then.
+    def _wait(self, tape: Tape, start: int, stop: int) -> list[int]:
+        """Messages that reach no order, by columns. The answer is empty, or what must be looked
+        at one by one because only that can tell; nothing is changed then.
         """
         waits: list[tuple[Order, tuple[float, float]]] = []
-        when: dict[int, list[int]] = {}
         for order in (*self.orders[BID], *self.orders[ASK]):
-            since, arrival_ns = start, order.arrival_ns
+            since = start
             if not order.has_arrived:
-                if arrival_ns not in when:
-                    when[arrival_ns] = self._arrival(arrival_ns, tape, start, stop)
-                if not when[arrival_ns]:
+                since = self._arrival(order.arrival_ns, tape, start, stop)
+                if since == stop:
                     continue
-                since = when[arrival_ns][0]
-            wait = self._wait(order, tape, start, stop, since, book)
+            wait = self._queue_after(order, tape, start, stop, since)
             if wait is None:
                 return self._marks(tape, start, stop)
             waits.append((order, wait))
@@ -405,34 +456,19 @@ class PaperExchange:
             order.has_arrived = True
         return []
 
-    def _arrival(self, arrival_ns: int, tape: Tape, start: int, stop: int) -> list[int]:
-        """The first message after an arrival, if there is one."""
-        is_later = tape.exch_ns[start:stop] > arrival_ns
-        first = int(is_later.argmax())
-        return [start + first] if is_later[first] else []
-
-    def passed_before(self, tape: Tape, m: int, book: OrderBook) -> int:
-        """Before this exchange time nothing can come any more once message m is due: trades
-        and book have each gone past it, or it is too long ago.
-        """
-        trade, last = tape.trades.end[m] - 1, tape.last_book[m - 1] if m else -1
-        trade_ns = tape.trades.exch_ns[trade] if trade >= 0 else self.trade_ns
-        book_ns = tape.exch_ns[last] if last >= 0 else book.exch_ns
-        return int(trade_ns if trade_ns < book_ns else book_ns)
-
-    def _wait(
-        self, order: Order, tape: Tape, start: int, stop: int, since: int, book: OrderBook
+    def _queue_after(
+        self, order: Order, tape: Tape, start: int, stop: int, since: int
     ) -> tuple[float, float] | None:
         """Queue at arrival and queue ahead after messages that do not reach the order, which
         is there from message `since` on; None where only single messages can tell.
         """
         level, size, end = tape.rows[order.side]
         first, last = int(end[start]), int(end[stop])
-        at_arrival, ahead = order.queue_at_arrival, order.queue_ahead
+        ladder, at_arrival, ahead = (
+            self.book.ladders[order.side], order.queue_at_arrival, order.queue_ahead
+        )  # fmt: skip
         if not order.has_arrived:
-            if self._is_reached(order, book) or self._is_over_limit(order):
-                return None
-            at_arrival = ahead = book.ladders[order.side].size_at(order.level)
+            at_arrival = ahead = ladder.size_at(order.level)
         for row in (level[first:last] == order.level).nonzero()[0].tolist():
             row += first
             m, now = int(end.searchsorted(row, "right")) - 1, float(size[row])
@@ -445,60 +481,86 @@ class PaperExchange:
                 ahead = now
         if ahead or (order.has_arrived and not order.queue_ahead) or self.peer_rules:
             return at_arrival, ahead
-        # empty, or beyond the visible window? More levels below than can have been deleted:
-        below = book.ladders[order.side].count_below(order.level, LOOK_BELOW)
-        deleted = last - first
-        if below <= deleted:
-            deleted = np.count_nonzero((level[first:last] < order.level) & (size[first:last] == 0))
-        return (at_arrival, ahead) if below > deleted else None
+        # empty, or beyond the visible window? A level below that is never deleted tells
+        deleted = level[first:last][(level[first:last] < order.level) & (size[first:last] == 0)]
+        return (at_arrival, ahead) if ladder.holds_below(order.level, deleted) else None
 
     def _marks(self, tape: Tape, start: int, stop: int) -> list[int]:
         """Every message that can matter to an order of ours that is not reached."""
-        found: list[int] = []
+        found: set[int] = set()
         for order in (*self.orders[BID], *self.orders[ASK]):
             level, _, end = tape.rows[order.side]
             hits = (level[end[start] : end[stop]] == order.level).nonzero()[0]
-            found += (end.searchsorted(hits + end[start], "right") - 1).tolist()
+            found.update((end.searchsorted(hits + end[start], "right") - 1).tolist())
             if not order.has_arrived:
-                found += self._arrival(order.arrival_ns, tape, start, stop)
-        return sorted(set(found))
+                found.add(self._arrival(order.arrival_ns, tape, start, stop))
+        return sorted(found - {stop})
 
-    # -- one message at a time
+    def _passed_before(self, tape: Tape, m: int) -> int:
+        """Before this exchange time nothing can come any more once message m is due: trades
+        and book have each gone past it.
+        """
+        trade, last = tape.trades.end[m] - 1, tape.last_book[m - 1] if m else -1
+        trade_ns = tape.trades.exch_ns[trade] if trade >= 0 else self.trade_ns
+        book_ns = tape.exch_ns[last] if last >= 0 else self.book.exch_ns
+        return int(trade_ns if trade_ns < book_ns else book_ns)
 
-    def arrive(self, exch_ns: int, recv_ns: int, book: OrderBook) -> None:
+    def _retire(self, tape: Tape, stop: int) -> None:
+        """Forget orders that are over, and that no event from message stop on can meet; none
+        before it has touched them.
+        """
+        for side, orders in self.orders.items():
+            if stop and (len(orders) > 1 or (orders and self.sent[side] is None)):
+                passed_ns = self._passed_before(tape, stop)
+                late_ns = int(tape.recv_ns[stop - 1]) - self.offset_ns - LATE_NS
+                passed_ns = passed_ns if passed_ns > late_ns else late_ns
+                self.orders[side] = [o for o in orders if o.cancel_ns >= passed_ns]
+
+    def end(self, tape: Tape, stop: int) -> None:
+        """A tape ends: what was put off is made up for."""
+        self.catch_up(tape, stop)
+        last_trade = tape.trades.end[stop] - 1
+        if last_trade >= 0:
+            self.trade_ns = int(tape.trades.exch_ns[last_trade])
+
+    # -- one message and our orders
+
+    def _arrive(self, exch_ns: int, recv_ns: int) -> None:
         """Orders that arrive before exch_ns meet the book as it stood at their arrival."""
         if self.flatten_ns < exch_ns:
-            self._walk_the_book(recv_ns, book)
+            self._walk_the_book(recv_ns)
         for order in [o for orders in self.orders.values() for o in orders]:
             if order.has_arrived or order.arrival_ns >= exch_ns:
                 continue
             order.has_arrived = True
-            if self._is_reached(order, book):
+            if self._is_reached(order):
                 self._refuse(order, "would take")
             elif self._is_over_limit(order):
                 self._refuse(order, "inventory limit")
             else:
-                order.queue_ahead = order.queue_at_arrival = self._shown(order, book)
+                order.queue_ahead = order.queue_at_arrival = self._shown(order)
 
-    def meet_book(self, tape: Tape, m: int, book: OrderBook) -> None:
+    def _meet_book(self, tape: Tape, m: int) -> None:
         """Book message m, just applied: does it reach our price, or shorten our queue?"""
         exch_ns, recv_ns = int(tape.exch_ns[m]), int(tape.recv_ns[m])
         for order in [o for orders in self.orders.values() for o in orders]:
             level, _, end = tape.rows[order.side]
-            is_told = tape.kind[m] == SNAPSHOT or is_any(level[end[m] : end[m + 1]] == order.level)
+            is_told = tape.kind[m] == SNAPSHOT or (
+                order.level in level[end[m] : end[m + 1]].tolist()
+            )
             if order.has_arrived and exch_ns <= order.arrival_ns:
                 # subtle: a row from before the arrival, heard of after a later trade
                 if is_told:
-                    order.queue_ahead = max(self._shown(order, book) - order.eaten, 0.0)
-                if self._is_reached(order, book):
+                    order.queue_ahead = max(self._shown(order) - order.eaten, 0.0)
+                if self._is_reached(order):
                     self._refuse(order, "would take")
             elif order.lives_at(exch_ns, self.passed_ns):
                 if is_told:
-                    order.queue_ahead = min(order.queue_ahead, self._shown(order, book))
-                if self._is_reached(order, book):
+                    order.queue_ahead = min(order.queue_ahead, self._shown(order))
+                if self._is_reached(order):
                     self._fill(order, order.remaining, exch_ns, recv_ns)
 
-    def meet_trades(self, tape: Tape, m: int, book: OrderBook) -> None:
+    def _meet_trades(self, tape: Tape, m: int) -> None:
         """The trades of message m, one after the other: through our price, or at it."""
         model, recv_ns = self.parameters.fill_model, int(tape.recv_ns[m])
         *columns, end = tape.trades
@@ -514,26 +576,27 @@ class PaperExchange:
                 if beyond > 0 or (model == "touch" and not is_rpi):
                     self._fill(order, order.remaining, exch_ns, recv_ns)
                 elif model == "queue" and not is_rpi and (
-                    self.peer_rules or exch_ns > book.exch_ns
+                    self.peer_rules or exch_ns > self.book.exch_ns
                 ):  # else the size shown has it already
-                    order.queue_ahead = min(order.queue_ahead, self._shown(order, book))
+                    order.queue_ahead = min(order.queue_ahead, self._shown(order))
                     self._eat(order, size, exch_ns, recv_ns)
                 break  # one order lives at a time, and a volume fills us once
 
-    def _is_reached(self, order: Order, book: OrderBook) -> bool:
+    def _is_reached(self, order: Order) -> bool:
         """Whether the opposite side's best is at or beyond our price."""
-        facing = book.ladders[-order.side].best
+        facing = self.book.ladders[-order.side].best
         return facing is not None and facing >= -order.level
-
-    def _shown(self, order: Order, book: OrderBook) -> float:
-        """The size displayed at our price; inf where nothing can be seen."""
-        ladder = book.ladders[order.side]
-        is_known = self.peer_rules or ladder.is_visible(order.level)
-        return ladder.size_at(order.level) if is_known else math.inf
 
     def _is_over_limit(self, order: Order) -> bool:
         limit = self.parameters.max_inventory + self.instrument.lot_size / 2
         return order.side * self.state.inventory + order.qty > limit
+
+    def _shown(self, order: Order) -> float:
+        """The size displayed at our price; inf where nothing can be seen."""
+        ladder = self.book.ladders[order.side]
+        size = ladder.size_at(order.level)
+        is_known = size or self.peer_rules or ladder.is_visible(order.level)
+        return size if is_known else math.inf
 
     def _refuse(self, order: Order, why: str) -> None:
         self.counts[f"refused: {why}"] += 1
@@ -582,33 +645,17 @@ class PaperExchange:
         since_ns, shift = self.shifts[-1]
         return shift and shift * 2 ** (-(time_ns - since_ns) / (IMPACT_HALF_LIFE_S * NS))
 
-    def _walk_the_book(self, recv_ns: int, book: OrderBook) -> None:
+    def _walk_the_book(self, recv_ns: int) -> None:
         """The taker order arrives: level by level until the inventory is closed."""
         arrival_ns, self.flatten_ns = self.flatten_ns, NEVER
         side, left = (ASK if self.state.inventory > 0 else BID), abs(self.state.inventory)
-        for level, size in zip(*map(np.ndarray.tolist, book.ladders[-side].occupied())):
+        for level, size in zip(*map(np.ndarray.tolist, self.book.ladders[-side].occupied())):
             qty = min(left, size)
             if qty < self.instrument.lot_size / 2:
                 break
             price = -side * level * self.instrument.tick_size
             self._settle(arrival_ns, recv_ns, side, price, qty, (0.0, 0.0, True, arrival_ns))
             left = round(left - qty, 9)
-
-    def retire(self, tape: Tape, stop: int, book: OrderBook) -> None:
-        """Forget orders that are over, and that no event from message stop on can meet; none
-        before it may touch them.
-        """
-        for side, orders in self.orders.items():
-            if len(orders) > 1 or (orders and self.sent[side] is None):
-                passed_ns = self.passed_before(tape, stop, book)
-                late_ns = int(tape.recv_ns[stop - 1]) - self.offset_ns - LATE_NS
-                passed_ns = passed_ns if passed_ns > late_ns else late_ns
-                self.orders[side] = [o for o in orders if o.cancel_ns >= passed_ns]
-
-
-def is_any(hits: np.ndarray) -> bool:
-    """hits.any(), several times as fast on a few hundred."""
-    return bool(len(hits) and hits[hits.argmax()])
 
 
 @lru_cache
@@ -700,6 +747,7 @@ class MarketMaker:
         self.tape, self.shown, self.heard, self.second_start = tape, start, start, start
         self.ticker = int(tape.quotes[:, 0].searchsorted(start))
         self.messages += stop - start
+        self.exchange.begin(start)
         breaks = iter([*find_breaks(tape, start, stop), stop])
         at, next_break = start, start
         while at < stop:
@@ -719,9 +767,7 @@ class MarketMaker:
         self._hear(stop)
         self._see_tickers()
         self.flush()
-        last_trade = tape.trades.end[stop] - 1
-        if last_trade >= 0:
-            self.exchange.trade_ns = int(tape.trades.exch_ns[last_trade])
+        self.exchange.end(tape, stop)
         self.traded += [t for t in tape.turnover[self.second_start : stop].tolist() if t]
         self.second_start = stop
         self.last_ns = max(self.last_ns, int(tape.recv_ns[stop - 1]))
@@ -768,7 +814,9 @@ class MarketMaker:
 
     def _take_snapshot(self, m: int, now_ns: int) -> None:
         """The whole book anew; after a loss it decides at once."""
-        self._match(m)
+        self.exchange.match_one(self.tape, m)
+        self.book.clear()
+        self.book.apply(self.tape, m, m + 1)
         was_away, self.lost = self.lost or self.is_stale, ""
         if was_away or now_ns >= self.due_ns:
             self.decide(now_ns)
@@ -855,45 +903,9 @@ class MarketMaker:
     def flush(self) -> None:
         """Show what was heard to the exchange and to the book."""
         if self.shown < self.heard:
-            start, self.shown = self.shown, self.heard
-            self.advance(start, self.heard)
-
-    def advance(self, start: int, stop: int) -> None:
-        """Let the exchange match messages start..stop-1, and show them to the book.
-
-        Where no order is reached, by columns; else message by message.
-        """
-        tape, exchange = self.tape, self.exchange
-        while start < stop:
-            touch = exchange.next_touch(tape, start, stop)
-            if start < touch:
-                self._pass_by(start, touch)
-            if touch < stop:
-                self._match(touch)
-            start = touch + 1
-
-    def _pass_by(self, start: int, stop: int) -> None:
-        """Messages that reach no order."""
-        self.exchange.retire(self.tape, stop, self.book)
-        for m in self.exchange.wait(self.tape, start, stop, self.book):
-            self.book.apply(self.tape, start, m)
-            self._match(m)
-            start = m + 1
-        self.book.apply(self.tape, start, stop)
-
-    def _match(self, m: int) -> None:
-        """One message: trades meet the book as it stood just before, book rows just after."""
-        tape, book, exchange = self.tape, self.book, self.exchange
-        exchange.passed_ns = exchange.passed_before(tape, m, book)
-        exchange.mid_price = book.mid_ticks * self.instrument.tick_size
-        exchange.arrive(int(tape.exch_ns[m]), int(tape.recv_ns[m]), book)
-        if tape.kind[m] == TRADES:
-            exchange.meet_trades(tape, m, book)
-        else:
-            if tape.kind[m] == SNAPSHOT:
-                book.clear()
-            book.apply(tape, m, m + 1)
-            exchange.meet_book(tape, m, book)
+            self.exchange.match(self.tape, self.shown, self.heard)
+            self.book.apply(self.tape, self.shown, self.heard)
+            self.shown = self.heard
 
     def _mid_ticks(self, time_ns: int) -> float:
         """The mid that we see: the book's, moved by our own impact if that is modelled."""

@@ -1,0 +1,188 @@
+"""Our fills against those of hftbacktest, on a real recording.
+
+Skipped where hftbacktest is not installed, as it is no dependency. To run it:
+
+    pip install hftbacktest
+    RECORDINGS=folder python -m pytest tests/test_peer.py
+
+The backtest writes its quotes; hftbacktest is given these quotes as fixed ones, on events
+made here from the raw lines, without feed.py. Its exchange fills whole orders or none, its
+queue model is the risk-averse one, and its answers take as long as the feed.
+"""
+
+import csv
+import gzip
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import backtest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what it and numba warn of at import is not ours
+    hftbacktest = pytest.importorskip("hftbacktest")
+    import numba
+    from hftbacktest import BacktestAsset, HashMapMarketDepthBacktest
+    from hftbacktest.order import FILLED, GTX, LIMIT, NEW, NONE
+    from hftbacktest.types import (
+        BUY_EVENT,
+        DEPTH_CLEAR_EVENT,
+        DEPTH_EVENT,
+        DEPTH_SNAPSHOT_EVENT,
+        EXCH_EVENT,
+        LOCAL_EVENT,
+        SELL_EVENT,
+        TRADE_EVENT,
+        event_dtype,
+    )
+
+RECORDING = Path(os.environ.get("RECORDINGS", ".")) / "binance_usdm_BTCUSDT_20230404.jsonl.gz"
+pytestmark = pytest.mark.skipif(
+    not RECORDING.exists(), reason="RECORDINGS names no folder with the recording of Binance"
+)
+TICK, LOT, MS, FEED_LAG_MS = 0.1, 0.001, 1_000_000, 25
+AT_THE_TOUCH = (
+    "--gamma 0 --delta 0 --zeta 0 --min-half-spread-bps 0.01 --requote-move-bps 0.05 "
+    "--max-inventory 1000"  # never reached
+)
+ONE_LOT = "--order-qty 0.001 --max-depth-share 1"
+MANY_LOTS = "--order-qty 0.05 --max-depth-share 0.002"
+
+
+def read_lines():
+    """(receive time, message) of each line."""
+    with gzip.open(RECORDING, "rt") as file:
+        for line in file:
+            stamp, _, text = line.partition(" ")
+            yield int(stamp), json.loads(text)
+
+
+def list_events():
+    """(event, exchange time, receive time, price, size) in the recording's order."""
+    for recv_ns, message in read_lines():
+        topic, data = message["topic"].partition(".")[0], message["data"]
+        if topic == "publicTrade":
+            for trade in data:
+                side = {"Buy": BUY_EVENT, "Sell": SELL_EVENT}[trade["S"]]
+                yield TRADE_EVENT | side, trade["T"] * MS, recv_ns, trade["p"], trade["v"]
+        elif topic == "orderbook":
+            exch_ns, is_whole = message["cts"] * MS, message["type"] == "snapshot"
+            kind = DEPTH_SNAPSHOT_EVENT if is_whole else DEPTH_EVENT
+            for side, rows in ((BUY_EVENT, data["b"]), (SELL_EVENT, data["a"])):
+                if is_whole:
+                    yield DEPTH_CLEAR_EVENT | side, exch_ns, recv_ns, rows[-1][0], 0
+                for price, size in rows:
+                    yield kind | side, exch_ns, recv_ns, price, size
+
+
+@pytest.fixture(scope="module")
+def events():
+    """The recording as hftbacktest's events."""
+    kind, exch_ns, recv_ns, price, size = zip(*list_events())
+    events = np.zeros(len(kind), event_dtype)
+    events["ev"] = np.array(kind, np.uint64) | np.uint64(EXCH_EVENT | LOCAL_EVENT)
+    events["exch_ts"], events["local_ts"] = exch_ns, recv_ns
+    events["px"], events["qty"] = np.array(price, float), np.array(size, float)
+    for clock in ("exch_ts", "local_ts"):
+        assert (np.diff(events[clock]) >= 0).all()  # one array serves both clocks
+    assert (events["local_ts"] - events["exch_ts"] == FEED_LAG_MS * MS).all()
+    return events
+
+
+@numba.njit
+def follow(peer, time_ns, ticks, lots):
+    """Keep the orders wanted in the peer's book; its fills (time, side, ticks) at the end.
+
+    Columns of ticks and lots: bid, ask; 0 lots = no order. An order that is neither filled
+    nor refused, as far as we know, stands; wanted unchanged, it is left alone.
+    """
+    sent = np.zeros(2, np.int64)  # row + 1 that sent the order of each side; 0 = none
+    peer.elapse(0)
+    for row in range(len(time_ns)):
+        if peer.elapse(time_ns[row] - peer.current_timestamp):
+            break  # the data have ended
+        for k in range(2):
+            if sent[k]:
+                status = peer.orders(0).get(2 * sent[k] + k).status
+                before = sent[k] - 1
+                if status != NEW and status != NONE:
+                    sent[k] = 0
+                elif ticks[before, k] == ticks[row, k] and lots[before, k] == lots[row, k]:
+                    continue
+                elif peer.cancel(0, 2 * sent[k] + k, False):
+                    raise RuntimeError("cancel refused: its order is still under way")
+                else:
+                    sent[k] = 0
+            if lots[row, k]:
+                sent[k] = row + 1
+                order = (2 * sent[k] + k, ticks[row, k] * TICK, lots[row, k] * LOT, GTX, LIMIT)
+                if k == 0:
+                    peer.submit_buy_order(0, *order, False)
+                else:
+                    peer.submit_sell_order(0, *order, False)
+    peer.elapse(60_000 * MS)
+    fills = [(np.int64(0), np.int64(0), np.int64(0)) for _ in range(0)]
+    values = peer.orders(0).values()
+    while values.has_next():
+        order = values.get()
+        if order.status == FILLED:
+            fills.append((order.exch_timestamp, np.int64(order.side), order.exec_price_tick))
+    return fills
+
+
+def fills_of_peer(events, quotes, latency_ms):
+    """What hftbacktest fills of the quotes in a file."""
+    with open(quotes) as file:
+        rows = list(csv.DictReader(file))
+    time_ns = np.array([int(row["time_ns"]) for row in rows])
+    ticks, lots = (
+        np.array([[round(float(row[f"{side}_{name}"] or 0) / unit) for side in ("bid", "ask")]
+                  for row in rows])
+        for name, unit in (("price", TICK), ("qty", LOT))
+    )  # fmt: skip
+    asset = (
+        BacktestAsset()
+        .data(events)
+        .linear_asset(1.0)
+        .constant_order_latency(round(latency_ms * MS), FEED_LAG_MS * MS)
+        .risk_adverse_queue_model()
+        .no_partial_fill_exchange()
+        .tick_size(TICK)
+        .lot_size(LOT)
+    )
+    peer = HashMapMarketDepthBacktest([asset])
+    fills = follow(peer, time_ns, ticks, lots)
+    peer.close()
+    return sorted(fills)
+
+
+def fills_of_ours(path):
+    """What fills.csv tells, in the same form."""
+    with open(path) as file:
+        return sorted(
+            (int(row["time_ns"]), 1 if row["side"] == "buy" else -1,
+             round(float(row["price"]) / TICK))
+            for row in csv.DictReader(file)
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "latency_ms, flags",
+    [
+        pytest.param(0, ONE_LOT, id="0 ms"),
+        pytest.param(5, ONE_LOT, id="5 ms"),
+        # decisions at .025 s arrive with a book message; sizes change at every decision
+        pytest.param(75, MANY_LOTS, id="75 ms, many lots"),
+    ],
+)
+def test_every_fill_is_that_of_hftbacktest_on_a_real_recording(events, tmp_path, latency_ms, flags):
+    flags = f"{AT_THE_TOUCH} {flags} --order-latency-ms {latency_ms}".split()
+    given = ["--data", str(RECORDING), "--out", str(tmp_path), "--peer-rules", *flags]
+    assert backtest.main(given) == 0
+    ours = fills_of_ours(tmp_path / "fills.csv")
+    assert ours == fills_of_peer(events, tmp_path / "quotes.csv", latency_ms)
+    assert len(ours) >= 100
