@@ -14,6 +14,7 @@ test: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(PY) tests/bench.py
+	$(PY) tests/bench_backtest.py
 
 lint: $(VENV)/ready
 	$(PY) -m pip install --quiet ruff && $(VENV)/bin/ruff check .

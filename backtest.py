@@ -98,7 +98,7 @@ from marketmaker import (
 from optimize import FIELDS, Distances, Parameters, choose_distances
 
 CACHE = Path(__file__).parent / "data" / "cache"  # of parsed history; may be deleted
-CACHE_VERSION = 1  # of the columns below; another one is parsed anew
+CACHE_VERSION = 2  # of the columns below; another one is parsed anew
 BLOCK = 20_000  # messages parsed before they are written
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
 
@@ -176,7 +176,7 @@ class Column:
 
     def append(self, block: np.ndarray) -> None:
         """Write the rows of a block."""
-        if not self.length:
+        if not self.file.tell():  # the first block, even if it has no row
             self.header(block)
         self.file.write(np.ascontiguousarray(block).tobytes())
         self.length += len(block)
@@ -406,7 +406,7 @@ def join_days(before: Piece, now: Piece) -> list[Piece]:
     begin_ns, book_ns = (int(now.tape.recv_ns[m]) for m in (0, min(book, now.stop - 1)))
     end, cut = before.tape.recv_ns.searchsorted([begin_ns, book_ns]).tolist()
     pieces = [before._replace(stop=max(end, before.start))]
-    if before.tick_text == now.tick_text and not grids_of(before):
+    if before.tick_text == now.tick_text and not grids_of(before._replace(stop=cut)):
         both = [*feed.list_messages(now.tape, 0, book)]
         both += feed.list_messages(before.tape, max(end, before.start), cut)
         if both:  # a stable sort: at equal times the trades come first
@@ -417,8 +417,8 @@ def join_days(before: Piece, now: Piece) -> list[Piece]:
 
 def grids_of(piece: Piece) -> dict[int, str]:
     """The messages from which on a piece is on another grid, and that grid's tick."""
-    notes = piece.tape.notes.items()
-    return {m: note["tick_size"] for m, note in notes if note.get("event") == "tick"}
+    notes, own = piece.tape.notes.items(), range(piece.start, piece.stop)
+    return {m: note["tick_size"] for m, note in notes if note.get("event") == "tick" and m in own}
 
 
 def split_grids(piece: Piece) -> Iterator[Piece]:
@@ -601,9 +601,11 @@ class Markouts:
     def see(self, exchange: PaperExchange, piece: Piece, tick_size: float) -> None:
         """Complete what a piece tells of, now that it has been played."""
         tape, start, stop, _ = piece
-        if tape.best is None:  # the second between two days
+        books = (tape.last_book[start:stop] == np.arange(start, stop)).nonzero()[0] + start
+        if tape.best is None:  # the second between two days: its mids are not known
+            at = tape.exch_ns[books[:1]]
+            self.last = np.append(self.last[0], at), np.append(self.last[1], at * np.nan)
             return
-        books = (np.diff(tape.last_book[start:stop], prepend=-1) > 0).nonzero()[0] + start
         bid, ask = (tape.best[side][books] for side in SIDES)
         has_mid = (bid > NO_LEVEL) & (ask > NO_LEVEL) & (bid < -ask)
         times = np.concatenate((self.last[0], tape.exch_ns[books]))
@@ -666,7 +668,8 @@ def run_backtest(
     )
     notebook, player, markouts = Notebook(maker, quotes), Outages(maker, outages or []), Markouts()
     with paused_collector():
-        for piece in history.pieces(round(parameters.feed_latency_ms * MS)):
+        late_ms = parameters.feed_latency_ms + parameters.clock_offset_ms  # by our clock
+        for piece in history.pieces(round(late_ms * MS)):
             tape, start, stop, tick_text = piece
             if tick_text != maker.instrument.tick_text:
                 maker.change_tick(tick_text, int(tape.recv_ns[start]))
@@ -1022,6 +1025,7 @@ Quotes and inventory, averages over time
 
 Decisions
   by the linear program           {decisions[lp]:>15,}
+  by a baseline                   {baseline_decisions:>15,}
   fallback: last good distances   {decisions[last_good]:>15,}
   fallback: default spread        {decisions[default]:>15,}
   no quote                        {decisions[none]:>15,}{reason_lines}
@@ -1079,6 +1083,7 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
         fee_effect_bps=None if m["fees_bps"] is None else 0 - m["fees_bps"],
         drawdown_end={True: "until net was back at its peak", False: "to the end of the data",
                       None: ""}[m["max_drawdown_recovered"]],
+        baseline_decisions=m["decisions"]["fixed"] + m["decisions"]["as"],
         markout_lines=markout_lines(m["markouts"]),
         orders_refused=sum(m["refused"].values()),
         refused_text=", ".join(f"{count} {why}" for why, count in m["refused"].items()),
@@ -1266,6 +1271,7 @@ def plot_result(result: Result, path: Path | None) -> None:
 # ---- Command line ------------------------------------------------------------------
 
 STRATEGIES = ("lp", "fixed", "as")
+SOUND = {"book", "trades", "tickers", "acks", "pongs", "ignored", "block trades"}  # no defects
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -1301,6 +1307,12 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
     write_file(folder / "equity.csv", equity)
 
 
+def describe_defects(counts: Counter) -> str:
+    """What was found wrong with the data, as a line below the table; empty if nothing."""
+    found = [f"{n:,} {what}" for what, n in counts.items() if n and what not in SOUND]
+    return f"\n\nDefects in the data: {', '.join(found)}"[:TABLE_WIDTH] if found else ""
+
+
 def choose_strategy(options: argparse.Namespace) -> Callable[..., Distances]:
     """The program, or a baseline."""
     if options.strategy == "fixed":
@@ -1332,7 +1344,7 @@ def run(options: argparse.Namespace) -> None:
                 peer_rules=options.peer_rules,
             )  # fmt: skip
             metrics = measure(result)
-            print(format_table(metrics, result))
+            print(format_table(metrics, result) + describe_defects(history.counts))
             for file in (log, quotes):
                 if file:
                     file.close()
