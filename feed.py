@@ -92,6 +92,7 @@ MAX_CLOCK_GAP_NS = 86_400 * NS  # exchange time further than this from ours is n
 MAX_TICK = 2**31 - 1
 MAX_SIZE = 1e15  # base coin
 FLUSH_S = 0.5  # a recording is on disk after so long
+BLOCK = 1 << 14  # messages or trades that are Python objects at a time
 
 BOOK_HOST = "https://quote-saver.bycsi.com/orderbook"  # Bybit's archives of past days
 TRADES_HOST = "https://public.bybit.com"
@@ -1142,7 +1143,6 @@ ARCHIVED = np.dtype(
 )  # side is the taker's, price in UNITs
 AS_READ = np.dtype([("timestamp", "f8"), *ARCHIVED.descr[1:], ("id", "i8")])  # id is hashed
 IS_RPI = {"1": True, "true": True, "0": False, "false": False, "": False, "null": False}
-BLOCK = 1 << 14  # trades that are Python objects at a time
 
 
 def read_trades(day: ArchiveDay, counts: Counter[str]) -> np.ndarray:
@@ -1604,7 +1604,7 @@ def _on_disk(path: Path | str) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-# ---- Command line: record, info ----------------------------------------------------
+# ---- Command line: record, info, download ------------------------------------------
 
 
 def run_record(options: argparse.Namespace) -> None:
@@ -1644,11 +1644,19 @@ def run_info(options: argparse.Namespace) -> None:
         print(f"  {label:<37}{value}")
 
 
+def as_tapes(messages: Iterable[Message]) -> Iterator[tuple[Message, Tape, int]]:
+    """Every message, and where it is on a tape."""
+    messages = iter(messages)
+    while block := list(islice(messages, BLOCK)):
+        tape = build_tape(block)
+        yield from ((message, tape, m) for m, message in enumerate(block))
+
+
 def measure_recording(messages: Iterable[Message], parser: Parser) -> Iterator[tuple[str, Any]]:
     """One pass over messages: the facts of a recording as (label, value)."""
     book, kinds, reasons = OrderBook(), Counter(), Counter()
     first_ns, last_ns, crossed, lags, spreads, sizes, mids = 0, 0, 0, [], [], [], {}
-    for message in messages:
+    for message, tape, m in as_tapes(messages):
         first_ns, last_ns = first_ns or message.recv_ns, message.recv_ns
         kinds[message.kind] += 1
         if message.kind == LOST:
@@ -1661,7 +1669,7 @@ def measure_recording(messages: Iterable[Message], parser: Parser) -> Iterator[t
             book.clear()
         if message.kind == TRADES:
             continue
-        book.apply(build_tape([message]))
+        book.apply(tape, m, m + 1)
         crossed += bool(book.fault)
         if not book.fault:
             spreads.append(book.best(ASK) - book.best(BID))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import backtest
 import feed
 import marketmaker
 import optimize
@@ -43,27 +45,39 @@ def test_command_of_the_readme_runs(command, workplace):
 
 
 def test_commands_that_need_a_network_have_flags_that_exist():
-    known = marketmaker.build_arguments().format_help()
+    modules = {"marketmaker.py": marketmaker, "backtest.py": backtest}
     for line in NEEDS_THE_NET:
-        if line.startswith("python marketmaker.py"):
-            for flag in re.findall(r"--[\w-]+", line):
-                assert flag in known, flag
+        for name, module in modules.items():
+            if line.startswith(f"python {name}"):
+                known = module.build_arguments().format_help()
+                for flag in re.findall(r"--[\w-]+", line):
+                    assert flag in known, flag
 
 
-def test_results_of_the_readme_are_what_the_command_prints():
-    command = "python marketmaker.py --replay data/sample.jsonl.gz --speed max"
-    (shown,) = re.findall(rf"{command}\n```\n\n```text\n(.*?)```", README, re.DOTALL)
-    words = shlex.split(command)[1:]
-    run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    last = run.stdout[run.stdout.rindex("BTCUSDT linear") :]
-    plain = re.compile(r"residual \S+")  # rounding differs between processors
-    assert plain.sub("", shown).split() == plain.sub("", last).split()
+def test_results_of_the_readme_are_what_the_command_prints(tmp_path):
+    (shown,) = re.findall(r"draws this:\n\n.*?```text\n(.*?)```", README, re.DOTALL)
+    command = [sys.executable, str(ROOT / "backtest.py")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    plain = re.compile(r"the sum is off by \S+")  # rounding differs between processors
+    assert plain.sub("", shown).split() == plain.sub("", run.stdout).split()
+
+
+def test_results_of_baselines_and_frictions_are_those_of_the_readme(tmp_path):
+    rows = re.findall(r"^\| (\S.*?) \| ([\d,]+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
+    assert len(rows) > 5
+    for options, fills, gross, net in rows[1:]:
+        words = shlex.split(re.search("`(.*)`", options)[1])
+        assert backtest.main([*words, "--out", str(tmp_path)]) == 0
+        found = json.loads((tmp_path / "metrics.json").read_text())
+        shown = [f"{found['fills']:,}", f"{found['gross_usdt']:+.2f}", f"{found['net_usdt']:+.2f}"]
+        assert shown == [cell.replace("\u2212", "-") for cell in (fills, gross, net)], options
 
 
 def test_files_named_in_the_readme_exist():
     for name in re.findall(r"`([\w/]+\.(?:py|md|png|txt|gz))`", README):
         assert (ROOT / name).exists(), name
-    assert (ROOT / re.search(r"!\[.*?\]\((.*?)\)", README)[1]).exists()
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).exists(), picture
 
 
 def test_symbol_table_of_the_readme_names_what_the_code_names():
