@@ -52,6 +52,7 @@ import shutil
 import string
 import sys
 import tempfile
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -481,6 +482,7 @@ DECISION = (
 )  # fmt: skip
 HORIZONS_S = (0.1, 1, 10, 60)
 OUTAGE_S = (5.0, 60.0)  # shortest and longest
+STEP = 100_000  # messages played before it is looked whether to stop
 
 
 @dataclass
@@ -660,21 +662,30 @@ def run_backtest(
     overrides: dict[str, Any] | None = None,
     log: Any = None,
     quotes: Any = None,
+    stop: threading.Event | None = None,
     **exchange: Any,
 ) -> Result:
-    """Play a history through the market maker. exchange: frictions of the PaperExchange."""
+    """Play a history through the market maker, up to where stop is set.
+
+    log and quotes take lines; exchange: frictions of the PaperExchange.
+    """
     maker = MarketMaker(
         parameters, history.instrument, log, overrides, strategy=strategy, **exchange
     )
     notebook, player, markouts = Notebook(maker, quotes), Outages(maker, outages or []), Markouts()
+    is_stopped = stop.is_set if stop else lambda: False
     with paused_collector():
         late_ms = parameters.feed_latency_ms + parameters.clock_offset_ms  # by our clock
         for piece in history.pieces(round(late_ms * MS)):
-            tape, start, stop, tick_text = piece
+            tape, start, end, tick_text = piece
             if tick_text != maker.instrument.tick_text:
                 maker.change_tick(tick_text, int(tape.recv_ns[start]))
-            player.follow(tape, start, stop)
+            for at in range(start, end, STEP):
+                if not is_stopped():
+                    player.follow(tape, at, min(at + STEP, end))
             markouts.see(maker.exchange, piece, maker.instrument.tick_size)
+            if is_stopped():
+                break
     notebook.note_end(maker)
     options = dict(participation=1.0, impact_bps=0.0, peer_rules=False) | exchange
     return Result(
@@ -686,7 +697,7 @@ def run_backtest(
         order_counts=maker.exchange.counts,
         parameters=maker.parameters,
         coin=maker.instrument.base_coin,
-        title=history.title,
+        title=history.title + ("   STOPPED EARLY" if is_stopped() else ""),
         is_synthetic=history.is_synthetic,
         first_ns=maker.first_ns,
         last_ns=maker.last_ns,
@@ -1340,6 +1351,7 @@ def run(options: argparse.Namespace) -> None:
             result = run_backtest(
                 history, parameters, choose_strategy(options),
                 draw_outages(options.outages, history.span_ns, rng), given, log, quotes,
+                feed.stop_signal(),
                 participation=options.participation, impact_bps=options.impact_bps,
                 peer_rules=options.peer_rules,
             )  # fmt: skip

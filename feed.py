@@ -1729,12 +1729,20 @@ class Arguments(argparse.ArgumentParser):
 
 
 def stop_signal() -> threading.Event:
-    """An event that Ctrl-C and SIGTERM set, so that a loop ends where it chooses to."""
+    """An event that Ctrl-C and SIGTERM set, so that a loop ends where it chooses to; a second
+    one ends the program where it is.
+    """
     stop = threading.Event()
+
+    def ask(number: int, _: Any) -> None:
+        # subtle: set() itself could wait for the lock of the wait() that it interrupts
+        threading.Thread(target=stop.set).start()
+        signal.signal(number, usual[number])
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # subtle: set() itself could wait for the lock of the wait() that it interrupts
-            signal.signal(number, lambda *_: threading.Thread(target=stop.set).start())
+        for number in usual:
+            signal.signal(number, ask)
     return stop
 
 
