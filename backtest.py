@@ -44,6 +44,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import glob
 import hashlib
 import json
 import math
@@ -242,6 +243,8 @@ def read_column(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError(f"{path} is no column of ours")
         if not math.prod(shape):
             return np.zeros(shape, dtype)
         return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
@@ -268,12 +271,12 @@ def cached(
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     sources = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     made_of = json.loads(json.dumps(dict(version=CACHE_VERSION, sources=sources, how=how)))
-    digest = hashlib.sha256(json.dumps([[name for name, _ in stats], how]).encode()).hexdigest()
-    folder = cache_folder() / f"{paths[0].name.split('.')[0]}-{digest[:12]}"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        facts = json.loads((folder / "facts.json").read_text())
-        if facts["made_of"] == made_of:
-            return folder, facts
+    texts = (json.dumps(what) for what in ([[name for name, _ in stats], how], made_of))
+    which, state = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts)
+    name = f"{paths[0].name.split('.')[0]}-{which}"  # of all states of these files
+    folder = cache_folder() / f"{name}-{state}"
+    if facts := read_facts(folder, made_of):
+        return folder, facts
     draft = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
     try:
         counts = Counter[str]()
@@ -281,14 +284,36 @@ def cached(
         facts = write_tape(parse(counts), draft) | dict(made_of=made_of, counts=counts)
         if not facts["messages"]:
             raise UserError(f"{paths[0]} holds no message: choose another file")
+        facts["sizes"] = column_sizes(draft)
         (draft / "facts.json").write_text(json.dumps(facts))
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not read_facts(folder, made_of):  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)  # damaged
+                draft.rename(folder)
+        for old in folder.parent.glob(f"{glob.escape(name)}-*"):
+            if old != folder and old.suffix != ".part":
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"the cache {folder} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder, json.loads((folder / "facts.json").read_text())
+    return folder, json.loads(json.dumps(facts))
+
+
+def read_facts(folder: Path, made_of: dict) -> dict | None:
+    """The facts of a folder that is whole and made of the same; else None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        facts = json.loads((folder / "facts.json").read_text())
+        if facts["made_of"] == made_of and facts["sizes"] == column_sizes(folder):
+            return facts
+    return None
+
+
+def column_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every column."""
+    return {path.name: path.stat().st_size for path in folder.glob("*.npy")}
 
 
 class Piece(NamedTuple):
@@ -341,8 +366,13 @@ def load_recording(
     parser, header = feed.parser_of_recording(paths[0], tick_text, lot_text, depth)
 
     def parse(counts: Counter) -> Iterator[Message]:
+        last_ns = 0
         for path in paths:
-            yield from feed.replay(path, parser)
+            for message in feed.replay(path, parser):
+                if message.recv_ns < last_ns:
+                    raise UserError(f"{path} begins before the part before it ends: order by time")
+                last_ns = message.recv_ns
+                yield message
         counts.update(parser.counts)
 
     tick_text = parser.instrument.tick_text
@@ -686,6 +716,7 @@ def run_backtest(
             markouts.see(maker.exchange, piece, maker.instrument.tick_size)
             if is_stopped():
                 break
+    maker.mark_to_last_mid()
     notebook.note_end(maker)
     options = dict(participation=1.0, impact_bps=0.0, peer_rules=False) | exchange
     return Result(
@@ -1336,6 +1367,9 @@ def choose_strategy(options: argparse.Namespace) -> Callable[..., Distances]:
 
 def run(options: argparse.Namespace) -> None:
     """Load, play, print, write."""
+    plot = options.plot
+    if plot and plot != SCREEN and (not plot.absolute().parent.is_dir() or plot.is_dir()):
+        raise UserError(f"--plot {plot} cannot be written: choose a file in a folder")
     steps = options.tick_size, options.lot_size, options.depth
     history = load_history(options.data or [SAMPLE], *steps)
     given = given_parameters(options, ParameterFile(options.params) if options.params else None)
@@ -1407,20 +1441,20 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--strategy", choices=STRATEGIES, default="lp",
         help="the linear program, or a baseline: a fixed spread (default_spread_bps), or "
         "Avellaneda-Stoikov (default lp)")  # fmt: skip
-    add("--risk-aversion", type=feed.positive, default=0.05, metavar="X",
+    add("--risk-aversion", type=number(1e-6, 1e6), default=0.05, metavar="X",
         help="of --strategy as: gamma, per bps and order (default %(default)s)")  # fmt: skip
-    add("--fill-rate-per-s", type=feed.positive, default=0.55, metavar="X",
+    add("--fill-rate-per-s", type=number(1e-6, 1e6), default=0.55, metavar="X",
         help="of --strategy as: A, fills per s at the mid (default %(default)s)")  # fmt: skip
-    add("--fill-decay-per-bps", type=feed.positive, default=1.2, metavar="X",
+    add("--fill-decay-per-bps", type=number(1e-6, 1e6), default=1.2, metavar="X",
         help="of --strategy as: k, per bps of distance (default %(default)s)")  # fmt: skip
-    add("--participation", type=share, default=1.0, metavar="X",
-        help="share of a trade's rest that fills us, above 0 to 1 (default 1)")  # fmt: skip
-    add("--impact-bps", type=not_negative, default=0.0, metavar="X",
+    add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
+        help="share of a trade's rest that fills us, 0.01 to 1 (default 1)")  # fmt: skip
+    add("--impact-bps", type=number(0), default=0.0, metavar="X",
         help="our fill as large as the depth near the mid moves the prices that we see so "
         "far against us, bps; it decays (default 0)")  # fmt: skip
-    add("--outages", type=int, default=0, metavar="N",
+    add("--outages", type=number(0, kind=int), default=0, metavar="N",
         help="windows of 5 to 60 s in which we hear nothing and cannot cancel")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the outages' times (default 0)")
+    add("--seed", type=number(0, kind=int), default=0, help="of the outages' times (default 0)")
     add("--peer-rules", action="store_true", help="fill rules of hftbacktest, to compare")
     for flag, kind in (("--tick-size", str), ("--lot-size", str), ("--depth", int)):
         add(flag, type=kind, help="of the data, where they do not tell")
@@ -1428,20 +1462,18 @@ def build_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def not_negative(text: str) -> float:
-    """A number of 0 or more."""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise ValueError(text)
-    return number
+def number(low: float, high: float = math.inf, kind: Callable = float) -> Callable[[str], Any]:
+    """What argparse makes of a text: a number from low to high."""
 
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            span = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {span}")
+        return value
 
-def share(text: str) -> float:
-    """A number above 0 and up to 1."""
-    number = not_negative(text)
-    if not 0 < number <= 1:
-        raise ValueError(text)
-    return number
+    convert.__name__ = "number" if kind is float else "whole number"
+    return convert
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -637,13 +637,14 @@ class PaperExchange:
         self.fills.append(fill)
         depth = s.bid_depth if side == BID else s.ask_depth
         if self.impact_bps and depth > 0:
-            shift = self.shift_bps(exch_ns) - side * self.impact_bps * qty / depth
-            self.shifts.append((exch_ns, shift))
+            since_ns = max(exch_ns, self.shifts[-1][0])  # one heard of late counts from now
+            shift = self.shift_bps(since_ns) - side * self.impact_bps * qty / depth
+            self.shifts.append((since_ns, shift))
 
     def shift_bps(self, time_ns: int) -> float:
         """How far our own fills have moved the prices that we see, bps; it decays."""
         since_ns, shift = self.shifts[-1]
-        return shift and shift * 2 ** (-(time_ns - since_ns) / (IMPACT_HALF_LIFE_S * NS))
+        return shift and shift * 2 ** (-max(time_ns - since_ns, 0) / (IMPACT_HALF_LIFE_S * NS))
 
     def _walk_the_book(self, recv_ns: int) -> None:
         """The taker order arrives: level by level until the inventory is closed."""
@@ -716,6 +717,7 @@ class MarketMaker:
         self.second_start = self.ticker = 0  # first message of this second, first ticker to see
         self.traded: list[float] = []  # turnover of this second in tapes before
         self.due_ns = 0  # the next decision
+        self.seen_ns = 0  # the last whole second whose mid the tape told
         self.second_ns = 0  # the next whole second of receive time
         self.book_recv_ns = 0  # when the last book message was received
         self.first_ns = self.last_ns = self.messages = 0
@@ -881,6 +883,7 @@ class MarketMaker:
         bid, ask = int(best[BID][m]), int(best[ASK][m])
         if NO_LEVEL < bid < -ask and ask > NO_LEVEL:
             self.state.revalue((bid - ask) / 2 * self.instrument.tick_size)
+            self.seen_ns = time_ns
         self._see_tickers()
 
     def _turnover_musd(self) -> float:
@@ -903,9 +906,13 @@ class MarketMaker:
     def flush(self) -> None:
         """Show what was heard to the exchange and to the book."""
         if self.shown < self.heard:
+            mid, fills = self.state.mid_price, self.exchange.fills
+            count = len(fills)
             self.exchange.match(self.tape, self.shown, self.heard)
             self.book.apply(self.tape, self.shown, self.heard)
             self.shown = self.heard
+            if len(fills) > count and fills[-1].recv_ns < self.seen_ns:
+                self.state.revalue(mid)  # subtle: seen after the fill, though matched before it
 
     def _mid_ticks(self, time_ns: int) -> float:
         """The mid that we see: the book's, moved by our own impact if that is modelled."""
@@ -930,11 +937,15 @@ class MarketMaker:
         self.lost = "tick size changed"
         self.decide(now_ns)
 
+    def mark_to_last_mid(self) -> None:
+        """The end: what came after the last decision and the last whole second."""
+        self._see_mid(self.last_ns)
+
     def cut_off(self, now_ns: int, back_ns: int) -> None:
         """An outage begins: until back_ns we hear of nothing and cannot cancel."""
         self.pass_time(now_ns)
         restart_measures(self.state)
-        self.is_cut_off, self.exchange.back_ns, self.exchange.flatten_ns = True, back_ns, NEVER
+        self.is_cut_off, self.exchange.back_ns = True, back_ns
         self.decide(now_ns)
         self.due_ns = NEVER
 
@@ -1413,6 +1424,7 @@ class Session:
                     self.source.recorder.close()
             if self.log:
                 self.log.close()
+        self.maker.mark_to_last_mid()
         self.display.show(self.maker, self.health, force=True)
         print(summarize(self.maker, self.title))
         if self.options.plot:
