@@ -20,7 +20,7 @@ lint: $(VENV)/ready
 	$(PY) -m pip install --quiet ruff && $(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__ data/__pycache__
+	rm -rf $(VENV) data/cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__ data/__pycache__
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'

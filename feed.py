@@ -1737,17 +1737,18 @@ def stop_signal() -> threading.Event:
     def ask(number: int, _: Any) -> None:
         # subtle: set() itself could wait for the lock of the wait() that it interrupts
         threading.Thread(target=stop.set).start()
-        signal.signal(number, usual[number])
+        signal.signal(number, signal.default_int_handler)
 
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if threading.current_thread() is threading.main_thread():
-        for number in usual:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask)
     return stop
 
 
 def exit_cleanly(run: Callable[[], None]) -> int:
     """Run a command: 0, or 2 and one line on stderr for an error the user can mend."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are closed
     try:
         run()
     except UserError as error:

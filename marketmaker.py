@@ -318,6 +318,7 @@ class PaperExchange:
         self.flatten_ns = NEVER  # arrival of an order that closes the inventory
         self.book = OrderBook()  # of the messages done; those after them wait for a touch
         self.done = 0  # the first message of the tape that is not
+        self.is_skewed = False  # messages of the tape are stamped later than orders on them
         self.trade_ns = 0  # exchange time of the last trade of earlier tapes
         self.passed_ns = 0  # no event before this can come, of trades and book in order
         self.mid_price = math.nan  # just before the message that is being matched
@@ -370,9 +371,18 @@ class PaperExchange:
 
     # -- messages
 
-    def begin(self, start: int) -> None:
-        """A tape begins, at message start of it."""
+    def begin(self, tape: Tape, start: int, stop: int) -> None:
+        """Messages start..stop-1 of a tape are to come."""
         self.done = start
+        ahead_ns = tape.exch_ns[start:stop] - tape.recv_ns[start:stop]
+        self.is_skewed = int(ahead_ns.max(initial=-NEVER)) > self.latency_ns
+
+    def expect(self, tape: Tape | None, stop: int) -> None:
+        """Orders may follow, decided on messages before stop. Where the exchange's clock runs
+        ahead, some of these are later than the orders' arrival: they must not meet.
+        """
+        if self.is_skewed and tape is not None:
+            self.catch_up(tape, stop)
 
     def match(self, tape: Tape, start: int, stop: int) -> None:
         """Messages start..stop-1 of a tape: one by one where they reach an order, else later."""
@@ -628,12 +638,15 @@ class PaperExchange:
     ) -> None:  # fmt: skip
         """The one place where a fill is made; told are the last four fields of it."""
         p, s, is_taker = self.parameters, self.state, told[2]
+        seen = s.mid_price  # at the last look, which may be after a fill worked out later
         if self.mid_price == self.mid_price:
             s.revalue(self.mid_price * (1 + self.shift_bps(recv_ns) * 1e-4))
         fee = price * qty * (p.taker_fee_bps if is_taker else p.maker_fee_bps) * 1e-4
         recv_ns = max(recv_ns, self.back_ns)
         fill = Fill(exch_ns, recv_ns, side, price, qty, fee, s.mid_price, *told)
         s.settle(fill)
+        if seen == seen:
+            s.revalue(seen)
         self.fills.append(fill)
         depth = s.bid_depth if side == BID else s.ask_depth
         if self.impact_bps and depth > 0:
@@ -717,7 +730,6 @@ class MarketMaker:
         self.second_start = self.ticker = 0  # first message of this second, first ticker to see
         self.traded: list[float] = []  # turnover of this second in tapes before
         self.due_ns = 0  # the next decision
-        self.seen_ns = 0  # the last whole second whose mid the tape told
         self.second_ns = 0  # the next whole second of receive time
         self.book_recv_ns = 0  # when the last book message was received
         self.first_ns = self.last_ns = self.messages = 0
@@ -749,7 +761,7 @@ class MarketMaker:
         self.tape, self.shown, self.heard, self.second_start = tape, start, start, start
         self.ticker = int(tape.quotes[:, 0].searchsorted(start))
         self.messages += stop - start
-        self.exchange.begin(start)
+        self.exchange.begin(tape, start, stop)
         breaks = iter([*find_breaks(tape, start, stop), stop])
         at, next_break = start, start
         while at < stop:
@@ -883,7 +895,6 @@ class MarketMaker:
         bid, ask = int(best[BID][m]), int(best[ASK][m])
         if NO_LEVEL < bid < -ask and ask > NO_LEVEL:
             self.state.revalue((bid - ask) / 2 * self.instrument.tick_size)
-            self.seen_ns = time_ns
         self._see_tickers()
 
     def _turnover_musd(self) -> float:
@@ -906,13 +917,9 @@ class MarketMaker:
     def flush(self) -> None:
         """Show what was heard to the exchange and to the book."""
         if self.shown < self.heard:
-            mid, fills = self.state.mid_price, self.exchange.fills
-            count = len(fills)
             self.exchange.match(self.tape, self.shown, self.heard)
             self.book.apply(self.tape, self.shown, self.heard)
             self.shown = self.heard
-            if len(fills) > count and fills[-1].recv_ns < self.seen_ns:
-                self.state.revalue(mid)  # subtle: seen after the fill, though matched before it
 
     def _mid_ticks(self, time_ns: int) -> float:
         """The mid that we see: the book's, moved by our own impact if that is modelled."""
@@ -1001,6 +1008,7 @@ class MarketMaker:
         else:
             self.distances = self._choose(time_ns)
             wanted = self._place(self.distances, self._mid_ticks(time_ns))
+        self.exchange.expect(self.tape, self.shown)
         send = self.exchange.send
         self.has_sent = True in [send(s, *order, time_ns) for s, order in zip(SIDES, wanted)]
         self.counts[self.quote.source] += 1
@@ -1350,7 +1358,7 @@ class ParameterFile:
         self.path, self.stamp = path, 0
         try:
             self.values = self.read() or {}  # as last accepted
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"--params {path}: {error}") from None
 
     def read(self) -> dict[str, Any] | None:
@@ -1376,7 +1384,10 @@ def choose_parameters(
 ) -> Parameters:
     """The user's parameters before those of a recording's start line before the defaults."""
     try:
-        values = {**start.get("parameters", {}), **given}
+        recorded = start.get("parameters", {})
+        if not isinstance(recorded, dict):
+            raise ValueError(f"parameters {recorded!r} in the recording's start line are no object")
+        values = {**recorded, **given}
         return change_parameters(Parameters(), values, instrument.min_order)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
@@ -1467,7 +1478,7 @@ class Session:
             edits = {n: v for n, v in values.items() if file.values.get(n, INF) != v}
             p = self.maker.parameters
             p = change_parameters(p, edits, self.maker.instrument.min_order, running=True)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             self.display.notice = f"edit of {file.path} refused: {error}"
         else:
             file.values = values
