@@ -53,6 +53,7 @@ import shutil
 import string
 import sys
 import tempfile
+import textwrap
 import threading
 from array import array
 from collections import Counter
@@ -135,8 +136,8 @@ def unflatten(columns: dict[str, np.ndarray], notes: dict, bounds: dict[int, np.
 def find_best(tape: Tape, book: OrderBook) -> dict[int, np.ndarray]:
     """The best level of each side after each message; the book is left as after the last.
 
-    Most messages neither better nor delete the best; only for those that do, the ladder
-    is brought up to date and asked.
+    A better level is the new best at once. Only where the best may have been deleted, and
+    at snapshots, the ladder is brought up to date and asked.
     """
     best: dict[int, np.ndarray] = {}
     is_snapshot = tape.kind == SNAPSHOT
@@ -261,13 +262,15 @@ def cache_folder() -> Path:
 
 
 def cached(
-    paths: list[Path], parse: Callable[[Counter], Iterator[Message]], **how: Any
+    paths: list[Path], parser: feed.Parser, read: Callable[..., Iterator[Message]]
 ) -> tuple[Path, dict]:
     """The folder with the columns of these files, made unless it is there, and its facts.
 
     Valid while size and modification time of every file, the version of this cache, and
-    how the files are read, are what they were. parse counts what it sees.
+    how the files are read, are what they were. If not, read() gives the messages;
+    their parser counts what it sees.
     """
+    how = dict(tick=parser.instrument.tick_text, topics=list(parser.handlers))
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     sources = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     made_of = json.loads(json.dumps(dict(version=CACHE_VERSION, sources=sources, how=how)))
@@ -279,9 +282,8 @@ def cached(
         return folder, facts
     draft = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
     try:
-        counts = Counter[str]()
         print(f"reading {paths[0].name}, once; then from {folder.parent}", file=sys.stderr)
-        facts = write_tape(parse(counts), draft) | dict(made_of=made_of, counts=counts)
+        facts = write_tape(read(), draft) | dict(made_of=made_of, counts=parser.counts)
         if not facts["messages"]:
             raise UserError(f"{paths[0]} holds no message: choose another file")
         facts["sizes"] = column_sizes(draft)
@@ -359,32 +361,30 @@ def load_history(
     return load_recording(paths, tick_text, lot_text, depth)
 
 
+def replay_parts(paths: list[Path], parser: feed.Parser) -> Iterator[Message]:
+    """The messages of a recording in parts; UserError unless these are in order of time."""
+    last_ns = 0
+    for path in paths:
+        for message in feed.replay(path, parser):
+            if message.recv_ns < last_ns:
+                raise UserError(f"{path} begins before the part before it ends: order by time")
+            last_ns = message.recv_ns
+            yield message
+
+
 def load_recording(
     paths: list[Path], tick_text: str | None, lot_text: str | None, depth: int | None
 ) -> History:
     """A recording in one or several parts, given in the order of time."""
     parser, header = feed.parser_of_recording(paths[0], tick_text, lot_text, depth)
-
-    def parse(counts: Counter) -> Iterator[Message]:
-        last_ns = 0
-        for path in paths:
-            for message in feed.replay(path, parser):
-                if message.recv_ns < last_ns:
-                    raise UserError(f"{path} begins before the part before it ends: order by time")
-                last_ns = message.recv_ns
-                yield message
-        counts.update(parser.counts)
-
-    tick_text = parser.instrument.tick_text
-    folder, facts = cached(paths, parse, tick=tick_text, topics=list(parser.handlers))
+    instrument = parser.instrument
+    folder, facts = cached(paths, parser, partial(replay_parts, paths, parser))
     tape = read_tape(folder, facts)
-    piece = Piece(tape, 0, len(tape), tick_text)
+    piece = Piece(tape, 0, len(tape), instrument.tick_text)
     span_ns = int(tape.recv_ns[0]), int(tape.recv_ns[-1])
     counts = Counter(facts["counts"])
     name = paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    return History(
-        parser.instrument, lambda _: iter([piece]), span_ns, name, header.start, counts
-    )
+    return History(instrument, lambda _: iter([piece]), span_ns, name, header.start, counts)
 
 
 def load_archives(paths: list[Path], tick_text: str | None, lot_text: str | None) -> History:
@@ -414,13 +414,9 @@ def read_day(
 ) -> Piece:  # fmt: skip
     """One day's archives, by way of the cache; counts what was found in them."""
     parser = feed.parser_of_archive(day, tick_text, lot_text)
-
-    def parse(found: Counter) -> Iterator[Message]:
-        yield from feed.replay_archive(day, parser)
-        found.update(parser.counts)
-
-    grid = parser.instrument.tick_text
-    folder, facts = cached([day.book, day.trades], parse, tick=grid, topics=list(parser.handlers))
+    grid = parser.instrument.tick_text  # at the day's beginning
+    read = partial(feed.replay_archive, day, parser)
+    folder, facts = cached([day.book, day.trades], parser, read)
     counts.update(facts["counts"])
     tape = read_tape(folder, facts, latency_ns)
     return Piece(tape, 0, len(tape), grid)
@@ -1195,8 +1191,8 @@ def plot_prices(ax: Any, c: dict[str, np.ndarray], fills: list[Fill], at: np.nda
     prices = np.array([fill.price for fill in fills])
     for side, verb, color, mark in ((1, "bought", BLUE, "^"), (-1, "sold", RED, "v")):
         own = np.array([fill.side == side for fill in fills], bool)
-        ax.scatter(at[own], prices[own], color=color, marker=mark, zorder=3, linewidths=0.3,
-                   s=30 if len(fills) <= FEW_FILLS else 10, edgecolors="white",
+        ax.scatter(at[own], prices[own], color=color, marker=mark, zorder=5, linewidths=0.3,
+                   s=30 if len(fills) <= FEW_FILLS else 15, edgecolors="white",
                    label=f"{verb} ({own.sum():,})")  # fmt: skip
     ax.ticklabel_format(axis="y", useOffset=False)
     head(ax, "Price", "USDT")
@@ -1251,7 +1247,7 @@ def plot_markouts(ax: Any, markouts: dict[str, Any], fee_bps: float) -> None:
         ax.errorbar(at * dodge, mean, yerr=np.nan_to_num(high - mean), color=color, capsize=3,
                     marker="o", markersize=4, linewidth=1.2, label=name)  # fmt: skip
     ax.axhline(0, color="grey", linewidth=0.8)
-    ax.axhline(fee_bps, color=PINK, linestyle="--", linewidth=1, label="maker fee")
+    ax.axhline(fee_bps, color=PINK, linestyle="--", linewidth=1, label="maker fee, to be earned")
     if not markouts["both"]["0 s"]["fills"]:
         ax.text(0.5, 0.5, "no fill", transform=ax.transAxes, ha="center")
     ax.set_xscale("log")
@@ -1350,9 +1346,10 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
 
 
 def describe_defects(counts: Counter) -> str:
-    """What was found wrong with the data, as a line below the table; empty if nothing."""
+    """What was found wrong with the data, to stand below the table; empty if nothing."""
     found = [f"{n:,} {what}" for what, n in counts.items() if n and what not in SOUND]
-    return f"\n\nDefects in the data: {', '.join(found)}"[:TABLE_WIDTH] if found else ""
+    text = textwrap.fill(f"Defects in the data: {', '.join(found)}", TABLE_WIDTH)
+    return f"\n\n{text}" if found else ""
 
 
 def choose_strategy(options: argparse.Namespace) -> Callable[..., Distances]:

@@ -19,8 +19,9 @@ Two clocks. recv_ns is when we received a message (ns since the epoch, never
 decreasing); exch_ns is when the matching engine acted (`cts` of the book, `T` of a
 trade). Prices are integer ticks, sizes are base coin (BTC).
 
-The order of the file is the path of the data: message -> parser -> tape of columns ->
-order book; then where messages come from: a recording, or the live socket. One rule
+The order of the file: what a message is, and a tape of columns made of many; the order
+book that a tape is applied to; the parser that makes messages; then where they come from:
+a recording, an archive, the live socket, and how archives are downloaded. One rule
 makes a live session and its replay the same: both are a sequence of stamped lines, and
 everything after the stamp is a function of these lines.
 
@@ -215,6 +216,7 @@ def parse_instrument(body: bytes | str, symbol: str, category: str) -> Instrumen
 
 # ---- Messages and tapes ------------------------------------------------------------
 
+# The order counts: kinds above TICKER end a slice, those above SNAPSHOT come with a note.
 DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = KINDS = range(7)
 LEVEL, SIZE = "q", "d"  # columns: int64, float64
 Columns = tuple[array, array]  # levels and sizes of book rows
@@ -377,7 +379,7 @@ class Ladder:
         self.origin = 0  # level of index 0
         self.best: int | None = None  # level
         self._low = self.width  # no occupied index is lower
-        self._held: np.ndarray | None = None  # bounds known to fit into the array
+        self._bounds: np.ndarray | None = None  # bounds known to fit into the array
 
     def set(self, levels: np.ndarray, sizes: np.ndarray) -> None:
         """Set sizes at levels; the later of two rows for one level wins."""
@@ -396,13 +398,13 @@ class Ladder:
         """The same where the outcome is known: `best` afterwards (NO_LEVEL: none), and
         `bounds`, the lowest and highest of all levels to come, so that nothing is searched.
         """
-        if bounds is not self._held:
+        if bounds is not self._bounds:
             low, high = bounds.tolist()
             if self.best is None:
                 self.origin = (low + high - self.width) // 2
             if not self.origin <= low <= high < self.origin + self.width:
                 return self.set(levels, sizes)
-            self._held, self._low = bounds, min(self._low, low - self.origin)
+            self._bounds, self._low = bounds, min(self._low, low - self.origin)
         self.sizes[levels - self.origin] = sizes
         self.best = None if best == NO_LEVEL else best
 
@@ -417,7 +419,7 @@ class Ladder:
             kept = max(self.width - abs(shift), 0)
             old, new = max(shift, 0), max(-shift, 0)
             moved[new : new + kept] = self.sizes[old : old + kept]
-            self.sizes, self.origin, self._held = moved, self.origin + shift, None
+            self.sizes, self.origin, self._bounds = moved, self.origin + shift, None
             self._low = max(self._low - shift, 0)
         fits = (levels >= self.origin) & (levels < self.origin + self.width)
         self.beyond += int(len(levels) - fits.sum())
@@ -442,7 +444,7 @@ class Ladder:
             return None
         top = self.best - self.origin
         worst = self._low + int(np.argmax(self.sizes[self._low : top + 1] > 0))
-        if self._held is None:  # else lower levels may be put without a word
+        if self._bounds is None:  # else lower levels may be put without a word
             self._low = worst
         return self.origin + worst
 
@@ -452,8 +454,8 @@ class Ladder:
         return worst is not None and level >= worst
 
     def holds_below(self, level: int, deleted: np.ndarray) -> bool:
-        """Whether a level just below one stays occupied though those are deleted: then the
-        feed goes on showing this one. False means nobody looked further down.
+        """Whether within 2 x SCAN levels below this one any stays occupied when the levels
+        `deleted` are: then the feed goes on showing this one. False leaves it open.
         """
         index = level - self.origin
         first = max(index - 2 * SCAN, self._low)
@@ -1147,7 +1149,7 @@ IS_RPI = {"1": True, "true": True, "0": False, "false": False, "": False, "null"
 
 def read_trades(day: ArchiveDay, counts: Counter[str]) -> np.ndarray:
     """A day's trades as rows of ARCHIVED, each once, in the order of matching."""
-    raw, names = bytearray(), []  # 35 bytes a trade
+    raw, names = bytearray(), []  # 34 bytes a trade
     convert = {
         "timestamp": float,
         "side": Table(lambda text: TAKER_SIDE[text.capitalize()]).__getitem__,

@@ -8,7 +8,8 @@ The loop, the same for the live socket, a recording and the backtest:
       if a decision is due:  measure the market, solve the program, quote, log
 
 Between two decisions our orders do not move, so messages come as columns (a tape) and are
-applied in slices; single messages are looked at only where they touch our price. A slice
+applied in slices; single messages are looked at only where they reach our price, and
+where only they can tell what became of our place in the queue. A slice
 ends at a decision, at every whole second (the volatility's grid) unless the tape knows the
 mid then, and at whatever changes the rules: a snapshot, a lost book, a control line. Where
 else a tape or a slice ends changes nothing.
@@ -33,11 +34,11 @@ How paper orders fill, with the direction of each rule's bias:
     Optimistic in size: the trade may have been smaller than our order.
   - `touch`: any trade at our price fills the whole order: optimistic. `through`: only
     the rule before: pessimistic.
-  - We move no price and take no volume from others: optimistic.
+  - We take no volume from others, and move no price unless impact_bps says so: optimistic.
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
-Not modelled: funding, our own impact on the market, exchange outages.
+Not modelled: funding. Our own impact and outages: only if backtest.py asks for them.
 """
 
 from __future__ import annotations
@@ -418,7 +419,7 @@ class PaperExchange:
         arrived, whose queue got shorter? Until somebody asks, nobody needs to know.
         """
         if self.done < stop and (self.orders[BID] or self.orders[ASK]):
-            for m in self._wait(tape, self.done, stop):
+            for m in self._pass_by(tape, self.done, stop):
                 self.match_one(tape, m)
         self.book.apply(tape, self.done, stop)
         self.done = max(self.done, stop)
@@ -447,7 +448,7 @@ class PaperExchange:
         first = int(is_later.argmax())
         return start + first if is_later[first] else stop
 
-    def _wait(self, tape: Tape, start: int, stop: int) -> list[int]:
+    def _pass_by(self, tape: Tape, start: int, stop: int) -> list[int]:
         """Messages that reach no order, by columns. The answer is empty, or what must be looked
         at one by one because only that can tell; nothing is changed then.
         """
@@ -460,10 +461,10 @@ class PaperExchange:
                     continue
             wait = self._queue_after(order, tape, start, stop, since)
             if wait is None:
-                return self._marks(tape, start, stop)
+                return self._singles(tape, start, stop)
             waits.append((order, wait))
-        for order, (order.queue_at_arrival, order.queue_ahead) in waits:
-            order.has_arrived = True
+        for order, wait in waits:
+            order.has_arrived, (order.queue_at_arrival, order.queue_ahead) = True, wait
         return []
 
     def _queue_after(
@@ -495,7 +496,7 @@ class PaperExchange:
         deleted = level[first:last][(level[first:last] < order.level) & (size[first:last] == 0)]
         return (at_arrival, ahead) if ladder.holds_below(order.level, deleted) else None
 
-    def _marks(self, tape: Tape, start: int, stop: int) -> list[int]:
+    def _singles(self, tape: Tape, start: int, stop: int) -> list[int]:
         """Every message that can matter to an order of ours that is not reached."""
         found: set[int] = set()
         for order in (*self.orders[BID], *self.orders[ASK]):
@@ -771,7 +772,7 @@ class MarketMaker:
             due_ns = self.due_ns if self.due_ns < self.second_ns else self.second_ns
             due = int(ahead.searchsorted(due_ns))
             at += due
-            if due == len(ahead) and at < next_break or at >= stop:
+            if at >= stop or (due == len(ahead) and at < next_break):
                 continue  # nothing is due among these
             self._hear(at)
             self._meet(at, int(tape.kind[at]), int(tape.recv_ns[at]))
@@ -1115,8 +1116,6 @@ class MarketMaker:
         return ",".join(cells) + "\n"
 
 
-
-
 # ---- Display -----------------------------------------------------------------------
 
 
@@ -1299,9 +1298,7 @@ def history_row(maker: MarketMaker) -> tuple[float, ...]:
     return s.time_ns, mid, bid, ask, s.inventory, s.gross, s.fees_paid
 
 
-def plot_session(
-    history: array, fills: list[Fill], title: str, coin: str, path: Path
-) -> None:
+def plot_session(history: array, fills: list[Fill], title: str, coin: str, path: Path) -> None:
     """Mid and quotes with fills, inventory, result: one PNG."""
     import matplotlib  # slow to import, and needed by nobody else here
 

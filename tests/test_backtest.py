@@ -2,7 +2,6 @@
 
 The market of test_marketmaker.py (ticks of 0.5 USDT away from MID, ms after START_MS) is
 written as a recording and played through the cache of columns, as a user's would be.
-Tests that need a patch name it.
 """
 
 import dataclasses
@@ -97,7 +96,7 @@ def test_replay_and_backtest_write_the_same_log_for_15_minutes_of_the_sample(tmp
 
 @pytest.mark.parametrize("seed, pace", [(0, 0.1), (1, 0.1), (0, 2.0), (1, 2.0), (2, 2.0)])
 def test_replay_and_backtest_write_the_same_log_for_a_rough_session(seed, pace, tmp_path):
-    """Needs mid.patch: a fill matched after its second took the mid back."""
+    """A fill matched after its second took the mid back."""
     stream, values = rough_session(seed), ROUGH | dict(requote_move_bps=pace)
     flags = ["--alpha", "5"] * (seed == 1)  # against the line of parameters in it
     log = same_logs(write(tmp_path / "rough.gz", stream, **values), *flags)
@@ -139,7 +138,7 @@ def test_known_best_prices_decide_to_the_bit_what_single_messages_decide(seed, p
 
 
 def test_a_fill_before_a_whole_second_leaves_the_mid_of_that_second(tmp_path):
-    """Needs mid.patch. The mid rises after the fill, then the asks are gone for long."""
+    """The mid rises after the fill, then the asks are gone for long."""
     hit, up = trades(12_700, (ASK, -50, 1)), delta(12_800, {3: 1}, {1: 0, 4: 0, 5: 1})
     story = calm(18_000, hit, up, delta(13_050), delta(13_100, {}, {5: 0, 9: 0}))
     log = same_logs(write(tmp_path / "story.gz", story, **CALM))
@@ -164,7 +163,7 @@ def test_the_best_prices_kept_are_those_of_a_plain_dict(seed, block, tmp_path, m
 
 @pytest.mark.parametrize("block", [1, 3, 64, 100_000])
 def test_columns_read_back_are_those_of_all_messages_at_once(block, tmp_path, monkeypatch):
-    """Needs column.patch: a first block without a ticker wrote the header twice."""
+    """A first block without a ticker wrote the header twice."""
     monkeypatch.setattr(backtest, "BLOCK", block)
     for stream in (noise(1, 150), rough_session(1)[:500], [delta(1), trades(2, (BID, 1, 1))]):
         tape, whole = with_best(stream, tmp_path), build_tape(stream)
@@ -206,7 +205,6 @@ def test_the_columns_are_made_anew_when_what_they_depend_on_changes(tmp_path, pa
 
 @pytest.mark.parametrize("facts", [None, "", "{", "[]", "null", '{"made_of": 1}', "column"])
 def test_a_half_written_or_damaged_cache_is_made_anew(facts, tmp_path, parsed):
-    """Needs cache.patch for [], null and a missing column."""
     path = write(tmp_path / "a.gz", calm(3000), **CALM)
     assert backtest.main(["--data", str(path)]) == 0
     (folder,) = backtest.CACHE.iterdir()
@@ -230,14 +228,13 @@ def test_where_the_cache_cannot_be_written_the_systems_folder_serves(tmp_path, m
 
 
 def test_nothing_is_unpickled(tmp_path):
-    """Needs column.patch: a column of objects ended in a segmentation fault."""
+    """A column of objects ended in a segmentation fault."""
     np.save(tmp_path / "evil.npy", np.array([{}] * 4, object), allow_pickle=True)
     with pytest.raises(ValueError):
         backtest.read_column(tmp_path / "evil.npy")
 
 
 def test_parts_of_a_recording_in_order_are_the_whole(tmp_path, capsys):
-    """Needs order.patch for parts in another order."""
     path = write(tmp_path / "whole.gz", rough_session(5), **ROUGH)
     lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
     parts = [str(tmp_path / f"part{k}.gz") for k in range(3)]
@@ -252,23 +249,24 @@ def test_parts_of_a_recording_in_order_are_the_whole(tmp_path, capsys):
 
 
 MAKE = """
-import os, sys, time, backtest
+import os, sys, time, backtest, feed
 from market import delta, snapshot
 backtest.CACHE, path, count = *map(backtest.Path, sys.argv[1:3]), int(sys.argv[3])
-def parse(counts):
+def parse():
     yield from [snapshot(1), delta(2), delta(3)]
     path.with_name(f"{how}-{os.getpid()}").touch()
     while len(list(path.parent.glob(f"{how}-*"))) < count and time.monotonic() < end:
         time.sleep(0)  # until all are as far
 end = time.monotonic() + 20
 for how in range(20):
-    folder, facts = backtest.cached([path], parse, how=how)
+    parser = feed.Parser(feed.Instrument(tick_text=f"0.{how + 1}"))
+    folder, facts = backtest.cached([path], parser, parse)
     assert len(backtest.read_tape(folder, facts)) == 3
 """
 
 
 def test_two_processes_that_make_the_same_cache_at_once_both_succeed(tmp_path, cache):
-    """Needs cache.patch: who came second threw away the folder of the first."""
+    """Who came second threw away the folder of the first."""
     path, paths = write(tmp_path / "a.gz", calm(2000)), [p for p in sys.path if p]
     command = [sys.executable, "-c", MAKE, cache, path, "2"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -383,7 +381,7 @@ EXACT = dict(
 
 
 def test_inventory_is_marked_to_the_last_mid_of_all(tmp_path):
-    """Needs end.patch: the mid after the last decision and the last whole second."""
+    """The mid after the last decision and the last whole second."""
     hit, fall = trades(12_000, (ASK, -5, 1)), delta(14_700, {-1: 0, -4: 0}, {-3: 5})
     played = Run(calm(14_600, hit, fall), tmp_path)
     assert played.metrics["net_usdt"] == near(2 - 3 - 9.9996)  # the mid: 49,997
@@ -549,7 +547,6 @@ FAULTS = """\
 
 @pytest.mark.parametrize("fault", FAULTS.splitlines())
 def test_a_users_error_is_one_clear_line(fault, tmp_path, monkeypatch, capsys):
-    """Needs cli.patch for participation, impact, outages, seed, risk-aversion and plot."""
     flags, words = fault.split(": ")
     monkeypatch.chdir(tmp_path)
     write(Path("a.gz"), calm(3000), **CALM)
