@@ -111,7 +111,7 @@ LOG_HEADER = (
     "volatility,ema_volatility,bid_depth,ask_depth,liquidity,inventory,cash,equity,source,reason\n"
 )
 BURST = 500  # messages taken at once in a replay without pauses
-GATHER_S = 0.0005  # after a message, so that a burst costs few changes of thread
+GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
 
