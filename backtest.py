@@ -273,7 +273,7 @@ def cached(
     how = dict(tick=parser.instrument.tick_text, topics=list(parser.handlers))
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     sources = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    made_of = json.loads(json.dumps(dict(version=CACHE_VERSION, sources=sources, how=how)))
+    made_of = dict(version=CACHE_VERSION, sources=sources, how=how)
     texts = (json.dumps(what) for what in ([[name for name, _ in stats], how], made_of))
     which, state = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts)
     name = f"{paths[0].name.split('.')[0]}-{which}"  # of all states of these files
@@ -301,7 +301,7 @@ def cached(
         raise UserError(f"the cache {folder} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder, json.loads(json.dumps(facts))
+    return folder, facts
 
 
 def read_facts(folder: Path, made_of: dict) -> dict | None:
@@ -1269,7 +1269,7 @@ def plot_columns(decisions: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(c, thin(np.column_stack(list(c.values())), by_last).T))
 
 
-def plot_result(result: Result, path: Path | None) -> None:
+def plot_result(result: Result, metrics: dict[str, Any], path: Path | None) -> None:
     """One figure of five panels as PNG, or on the screen without a path."""
     import matplotlib  # slow to import, and needed by nobody else here
 
@@ -1281,7 +1281,7 @@ def plot_result(result: Result, path: Path | None) -> None:
         5, 1, figsize=FIGURE_SIZE, height_ratios=(3, 1.2, 2, 1.6, 1.8), layout="constrained"
     )
     figure.suptitle(full_title(result), fontsize=12)
-    metrics, c, (label, to_x) = measure(result), plot_columns(result.decisions), time_axis(result)
+    c, (label, to_x) = plot_columns(result.decisions), time_axis(result)
     c["x"] = to_x(c["t_s"])
     fills_s = np.array([fill.recv_ns - result.first_ns for fill in result.fills]) / NS
     plot_prices(axes[0], c, result.fills, to_x(fills_s))
@@ -1298,9 +1298,7 @@ def plot_result(result: Result, path: Path | None) -> None:
         axes[3].xaxis_date()
         axes[3].xaxis.set_major_formatter(dates.ConciseDateFormatter(dates.AutoDateLocator()))
     if path:
-        draft = path.with_name(path.name + ".part")
-        figure.savefig(draft, dpi=DPI, format="png")
-        draft.replace(path)
+        feed.write_whole(path, partial(figure.savefig, dpi=DPI, format="png"))
     else:
         pyplot.show()
     pyplot.close(figure)
@@ -1309,14 +1307,8 @@ def plot_result(result: Result, path: Path | None) -> None:
 # ---- Command line ------------------------------------------------------------------
 
 STRATEGIES = ("lp", "fixed", "as")
+SCREEN = Path("-")  # --plot without a name
 SOUND = {"book", "trades", "tickers", "acks", "pongs", "ignored", "block trades"}  # no defects
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename."""
-    draft = path.with_name(path.name + ".part")
-    write(draft)
-    draft.replace(path)
 
 
 def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None:
@@ -1340,9 +1332,10 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
             for ns, *values in zip(time_ns.tolist(), *(column.tolist() for column in table)):
                 file.write(f"{ns},{','.join('' if x != x else f'{x:.9g}' for x in values)}\n")
 
-    write_file(folder / "metrics.json", lambda p: p.write_text(json.dumps(metrics, indent=1)))
-    write_file(folder / "fills.csv", fills)
-    write_file(folder / "equity.csv", equity)
+    text = json.dumps(metrics, indent=1)
+    feed.write_whole(folder / "metrics.json", lambda path: path.write_text(text))
+    feed.write_whole(folder / "fills.csv", fills)
+    feed.write_whole(folder / "equity.csv", equity)
 
 
 def describe_defects(counts: Counter) -> str:
@@ -1364,9 +1357,7 @@ def choose_strategy(options: argparse.Namespace) -> Callable[..., Distances]:
 
 def run(options: argparse.Namespace) -> None:
     """Load, play, print, write."""
-    plot = options.plot
-    if plot and plot != SCREEN and (not plot.absolute().parent.is_dir() or plot.is_dir()):
-        raise UserError(f"--plot {plot} cannot be written: choose a file in a folder")
+    feed.check_plot_path(None if options.plot == SCREEN else options.plot)
     steps = options.tick_size, options.lot_size, options.depth
     history = load_history(options.data or [SAMPLE], *steps)
     given = given_parameters(options, ParameterFile(options.params) if options.params else None)
@@ -1396,14 +1387,14 @@ def run(options: argparse.Namespace) -> None:
             if quotes:
                 quotes.path.replace(folder / "quotes.csv")
                 write_results(result, metrics, folder)
-        show_plot(options, result)
+        show_plot(options, result, metrics)
     except BrokenPipeError:  # the reader of the table has gone
         raise
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
 
 
-def show_plot(options: argparse.Namespace, result: Result) -> None:
+def show_plot(options: argparse.Namespace, result: Result, metrics: dict[str, Any]) -> None:
     """--plot: on the screen if there is one and no name was given, else a PNG file."""
     if options.plot is None:
         return
@@ -1413,12 +1404,9 @@ def show_plot(options: argparse.Namespace, result: Result) -> None:
 
         is_shown = pyplot.get_backend().lower() not in ("agg", "pdf", "ps", "svg", "template")
         path = None if is_shown else (options.out or Path()) / "backtest.png"
-    plot_result(result, path)
+    plot_result(result, metrics, path)
     if path:
         print(f"plot: {path}")
-
-
-SCREEN = Path("-")  # --plot without a name
 
 
 def build_arguments() -> argparse.ArgumentParser:

@@ -827,6 +827,19 @@ class GrowingFile:
             self.file.close()
 
 
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let write make a file under a temporary name, then give it its own."""
+    draft = path.with_name(path.name + ".part")
+    write(draft)
+    draft.replace(path)
+
+
+def check_plot_path(path: Path | None) -> None:
+    """UserError, before the work and not after it, where no picture could be written."""
+    if path and (not path.absolute().parent.is_dir() or path.is_dir()):
+        raise UserError(f"--plot {path} cannot be written: choose a file in a folder")
+
+
 class Recorder:
     """Appends lines `<recv_ns> <text>` to a gzip file, one gzip member a flush.
 

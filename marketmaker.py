@@ -365,6 +365,9 @@ class PaperExchange:
         self.flatten_ns = NEVER
         self.book.clear()
 
+    def _all_orders(self) -> list[Order]:
+        return [*self.orders[BID], *self.orders[ASK]]
+
     def _drop(self, order: Order) -> None:
         self.orders[order.side].remove(order)
         if self.sent[order.side] is order:
@@ -409,7 +412,7 @@ class PaperExchange:
             book.apply(tape, m, m + 1)
             self._meet_book(tape, m)
         self.done = m + 1
-        for order in (*self.orders[BID], *self.orders[ASK]):
+        for order in self._all_orders():
             order.is_doubtful = not order.has_arrived and (
                 self._is_reached(order) or self._is_over_limit(order)
             )
@@ -453,7 +456,7 @@ class PaperExchange:
         at one by one because only that can tell; nothing is changed then.
         """
         waits: list[tuple[Order, tuple[float, float]]] = []
-        for order in (*self.orders[BID], *self.orders[ASK]):
+        for order in self._all_orders():
             since = start
             if not order.has_arrived:
                 since = self._arrival(order.arrival_ns, tape, start, stop)
@@ -499,7 +502,7 @@ class PaperExchange:
     def _singles(self, tape: Tape, start: int, stop: int) -> list[int]:
         """Every message that can matter to an order of ours that is not reached."""
         found: set[int] = set()
-        for order in (*self.orders[BID], *self.orders[ASK]):
+        for order in self._all_orders():
             level, _, end = tape.rows[order.side]
             hits = (level[end[start] : end[stop]] == order.level).nonzero()[0]
             found.update((end.searchsorted(hits + end[start], "right") - 1).tolist())
@@ -540,7 +543,7 @@ class PaperExchange:
         """Orders that arrive before exch_ns meet the book as it stood at their arrival."""
         if self.flatten_ns < exch_ns:
             self._walk_the_book(recv_ns)
-        for order in [o for orders in self.orders.values() for o in orders]:
+        for order in self._all_orders():
             if order.has_arrived or order.arrival_ns >= exch_ns:
                 continue
             order.has_arrived = True
@@ -554,7 +557,7 @@ class PaperExchange:
     def _meet_book(self, tape: Tape, m: int) -> None:
         """Book message m, just applied: does it reach our price, or shorten our queue?"""
         exch_ns, recv_ns = int(tape.exch_ns[m]), int(tape.recv_ns[m])
-        for order in [o for orders in self.orders.values() for o in orders]:
+        for order in self._all_orders():
             level, _, end = tape.rows[order.side]
             is_told = tape.kind[m] == SNAPSHOT or (
                 order.level in level[end[m] : end[m + 1]].tolist()
@@ -786,7 +789,7 @@ class MarketMaker:
         self.traded += [t for t in tape.turnover[self.second_start : stop].tolist() if t]
         self.second_start = stop
         self.last_ns = max(self.last_ns, int(tape.recv_ns[stop - 1]))
-        books = np.isin(tape.kind[start:stop], (DELTA, SNAPSHOT))
+        books = tape.last_book[start:stop] == np.arange(start, stop)
         lags = tape.recv_ns[start:stop][books] - tape.exch_ns[start:stop][books]
         self.lags.extend((lags[-self.lags.maxlen :] - self.exchange.offset_ns).tolist())
 
@@ -888,15 +891,14 @@ class MarketMaker:
         """Bring the mid up to date. A tape that knows it spares a slice."""
         best, m, p = self.tape.best if self.tape else None, self.heard - 1, self.parameters
         must_match = p.max_drawdown_usdt is not None or self.exchange.impact_bps
+        self._see_tickers()
         if best is None or m < self.shown or must_match:
             self.flush()
             self._see_mid(time_ns)
-            self._see_tickers()
             return
         bid, ask = int(best[BID][m]), int(best[ASK][m])
         if NO_LEVEL < bid < -ask and ask > NO_LEVEL:
             self.state.revalue((bid - ask) / 2 * self.instrument.tick_size)
-        self._see_tickers()
 
     def _turnover_musd(self) -> float:
         """What was traded in the second that has passed, million USDT."""
@@ -1339,10 +1341,8 @@ def plot_session(history: array, fills: list[Fill], title: str, coin: str, path:
     bottom.set_ylabel("result, USDT")
     bottom.set_xlabel("minutes since the start")
     bottom.legend(loc="best", fontsize=8, ncols=3)
-    draft = path.with_name(path.name + ".part")
-    figure.savefig(draft, dpi=120, format="png")
+    feed.write_whole(path, partial(figure.savefig, dpi=120, format="png"))
     pyplot.close(figure)
-    draft.replace(path)
 
 
 # ---- Running -----------------------------------------------------------------------
@@ -1406,8 +1406,7 @@ class Session:
         self.file = ParameterFile(options.params) if options.params else None
         given = given_parameters(options, self.file)
         parameters = choose_parameters(given, start or {}, instrument)
-        if options.plot and (not options.plot.absolute().parent.is_dir() or options.plot.is_dir()):
-            raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
+        feed.check_plot_path(options.plot)
         self.log = feed.GrowingFile(options.log) if options.log else None
         self.maker = MarketMaker(parameters, instrument, self.log, None if start is None else given)
         self.history = array("d")  # flat rows of HISTORY

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from backtest import (  # from backtest
+from backtest import (
     DECISION,
     FEW,
     HORIZONS_S,
@@ -373,6 +373,6 @@ def test_picture_is_written_whole_and_nothing_else(case, tmp_path):
         result = result_of(rows, fills, state)
     else:
         result = result_of(EMPTY[case])
-    plot_result(result, tmp_path / "result.png")
+    plot_result(result, measure(result), tmp_path / "result.png")
     assert [path.name for path in tmp_path.iterdir()] == ["result.png"]
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
