@@ -31,11 +31,17 @@ Fernandez-Tapia; formula in the docstring of `avellaneda_stoikov`).
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. Result = net =
 gross - fees, in USDT, from an account that starts empty.
 
-What this module does not do: it finds no parameters, and one path is no proof: the table
-says how many fills and minutes stand behind each figure, with intervals.
+How sure is it? `--bootstrap N` resamples the net of the minutes in blocks; `--regimes` asks
+in which minutes the money is lost. What a search finds looks better than it is, so `--tune`
+chooses on the first two thirds (in sample) and shows the rest (out of sample) beside it, and
+what the search itself makes of luck; `--walk-forward` tunes and trades in turn. The
+mathematics of all this is in optimize.py; a trial is a run of which the minutes are kept.
 
-Sources: Gueant, Lehalle, Fernandez-Tapia (2013); Avellaneda, Stoikov (2008); Lo (2002) for
-the standard error of the Sharpe ratio.
+What this module does not do: one path is no proof. The table says how many fills and
+minutes stand behind each figure, with intervals.
+
+Sources: Gueant, Lehalle, Fernandez-Tapia (2013); Avellaneda, Stoikov (2008); those of the
+search in optimize.py.
 """
 
 from __future__ import annotations
@@ -48,18 +54,23 @@ import glob
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import string
 import sys
 import tempfile
 import textwrap
 import threading
 from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -98,7 +109,28 @@ from marketmaker import (
     clock_text,
     given_parameters,
 )
-from optimize import FIELDS, Distances, Parameters, choose_distances
+from optimize import (
+    FIELDS,
+    Distances,
+    Parameters,
+    best_sharpe_by_luck,
+    bootstrap,
+    choose_distances,
+    common_block_length,
+    deflated_sharpe,
+    draw_best_of_chance,
+    draw_overfitting_by_chance,
+    expand_grid,
+    interval_of,
+    measure_paths,
+    net_score,
+    overfitting_probability,
+    refine,
+    run_trials,
+    shape_of,
+    sharpe_error,
+    sharpe_score,
+)
 
 CACHE = Path(__file__).parent / "data" / "cache"  # of parsed history; may be deleted
 CACHE_VERSION = 2  # of the columns below; another one is parsed anew
@@ -508,7 +540,8 @@ DECISION = (
 )  # fmt: skip
 HORIZONS_S = (0.1, 1, 10, 60)
 OUTAGE_S = (5.0, 60.0)  # shortest and longest
-STEP = 100_000  # messages played before it is looked whether to stop
+STEP = 20_000  # messages played at a time: then markouts, and a look whether to stop
+KEPT_NS = 120 * NS  # mids kept for fills that we hear of late, after an outage say
 
 
 @dataclass
@@ -624,7 +657,7 @@ class Markouts:
         self.done: list[np.ndarray] = []  # (fills, horizons) of fills that are complete
         self.count = 0  # how many fills these are
         self.rest = np.zeros((0, len(HORIZONS_S)))  # of the fills after them, as far as known
-        self.last = (np.zeros(0, np.int64), np.zeros(0))  # last book time, and the mid then
+        self.last = (np.zeros(0, np.int64), np.zeros(0))  # book times of late, and the mids
 
     def see(self, exchange: PaperExchange, piece: Piece, tick_size: float) -> None:
         """Complete what a piece tells of, now that it has been played."""
@@ -640,7 +673,8 @@ class Markouts:
         mids = np.where(has_mid, (bid - ask) * (tick_size / 2), np.nan)
         mids *= seen_share(exchange.shifts, tape.exch_ns[books])
         mids = np.concatenate((self.last[1], mids))
-        self.last = times[-1:], mids[-1:]
+        kept = np.searchsorted(times, times[-1:].sum() - KEPT_NS)
+        self.last = times[kept:], mids[kept:]
         open_fills = exchange.fills[self.count :]
         known, self.rest = self.rest, np.full((len(open_fills), len(HORIZONS_S)), np.nan)
         self.rest[: len(known)] = known
@@ -707,9 +741,12 @@ def run_backtest(
             if tick_text != maker.instrument.tick_text:
                 maker.change_tick(tick_text, int(tape.recv_ns[start]))
             for at in range(start, end, STEP):
-                if not is_stopped():
-                    player.follow(tape, at, min(at + STEP, end))
-            markouts.see(maker.exchange, piece, maker.instrument.tick_size)
+                if is_stopped():
+                    break
+                stop_at = min(at + STEP, end)
+                player.follow(tape, at, stop_at)
+                part = piece._replace(start=at, stop=stop_at)
+                markouts.see(maker.exchange, part, maker.instrument.tick_size)
             if is_stopped():
                 break
     maker.mark_to_last_mid()
@@ -732,6 +769,97 @@ def run_backtest(
         outages=player.costs,
         options=options,
     )
+
+
+# ---- A run that another process can repeat -----------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is made of, but for what a search changes: small, and plain to send."""
+
+    paths: tuple[Path, ...]
+    steps: tuple[str | None, str | None, int | None]  # tick, lot, depth, if data do not tell
+    given: dict[str, Any]  # parameters
+    strategy: tuple  # its name, then what shapes it
+    outages: tuple[tuple[int, int], ...]
+    exchange: dict[str, Any]  # frictions of the PaperExchange
+
+
+@lru_cache(maxsize=1)
+def open_history(paths: tuple[Path, ...], steps: tuple, stamps: tuple = ()) -> History:
+    """The history, mapped once in a process; other stamps open it anew."""
+    return load_history(list(paths), *steps)
+
+
+def history_of(setting: Setting) -> History:
+    """The history of a setting."""
+    return open_history(setting.paths, setting.steps, stamps_of(setting.paths))
+
+
+def stamps_of(paths: tuple[Path, ...]) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of modification of every file of the data that exists."""
+    files = [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    stats = [(str(file.resolve()), file.stat()) for file in files if file.exists()]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def parameters_of(setting: Setting, changes: Mapping[str, Any]) -> Parameters:
+    """The given parameters with some changed; UserError for what is out of range."""
+    history = history_of(setting)
+    return choose_parameters({**setting.given, **changes}, history.start, history.instrument)
+
+
+def play(
+    setting: Setting,
+    changes: Mapping[str, Any] | None = None,
+    schedule: Sequence[tuple[int, Mapping[str, Any]]] = (),
+    **files: Any,
+) -> Result:
+    """One run, with some parameters changed; by schedule, more of them at later times."""
+    history = history_of(setting)
+    scheduled = {name for _, later in schedule for name in later}
+    given = {**setting.given, **(changes or {})}
+    return run_backtest(
+        with_changes(history, schedule) if schedule else history,
+        parameters_of(setting, changes or {}),
+        choose_strategy(*setting.strategy),
+        list(setting.outages),
+        {name: value for name, value in given.items() if name not in scheduled},
+        **files,
+        **setting.exchange,
+    )
+
+
+def with_changes(
+    history: History, schedule: Sequence[tuple[int, Mapping[str, Any]]]
+) -> History:
+    """The same history, in which parameters change at given times of receipt, ns."""
+
+    def pieces(latency_ns: int) -> Iterator[Piece]:
+        waiting = list(schedule)
+        for piece in history.pieces(latency_ns):
+            while waiting:
+                then = int(piece.tape.recv_ns[: piece.stop].searchsorted(waiting[0][0]))
+                if then >= piece.stop:
+                    break
+                if then > piece.start:
+                    yield piece._replace(stop=then)
+                    piece = piece._replace(start=then)
+                at_ns, changes = waiting.pop(0)
+                note = {"event": "params", "parameters": dict(changes)}
+                tape = build_tape([Message(feed.CONTROL, at_ns, fields=note)])
+                yield Piece(tape, 0, 1, piece.tick_text)
+            yield piece
+
+    return dataclasses.replace(history, pieces=pieces)
+
+
+def choose_strategy(name: str, *shape: float) -> Callable[..., Distances]:
+    """The program, or a baseline."""
+    if name == "as":
+        return partial(quote_avellaneda_stoikov, *shape)
+    return fixed_spread if name == "fixed" else choose_distances
 
 
 # ---- Metrics -----------------------------------------------------------------------
@@ -800,17 +928,23 @@ def resting_fills(fills: list[Fill]) -> dict[str, np.ndarray]:
     return {name: np.array([getattr(f, name) for f in chosen]) for name in Fill._fields}
 
 
+def resting_markouts(result: Result) -> np.ndarray:
+    """Of the same fills, at once (the effective half spread) and at HORIZONS_S: bps."""
+    f = resting_fills(result.fills)
+    is_resting = np.array([not fill.is_taker for fill in result.fills], bool)
+    effective = f["side"] * (f["mid_price"] / f["price"] - 1) * 1e4
+    later = result.markouts.reshape(-1, len(HORIZONS_S))[is_resting]
+    return np.column_stack([effective, later])
+
+
 def summarize_markouts(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
     """Markouts by side and horizon; at "0 s" the effective half spread.
 
     Fills of one minute are one cluster: a move that runs over one quote runs over the next.
     At 60 s neighbouring minutes overlap, and the interval is somewhat too narrow.
     """
-    f = resting_fills(result.fills)
-    is_resting = np.array([not fill.is_taker for fill in result.fills], bool)
-    effective = f["side"] * (f["mid_price"] / f["price"] - 1) * 1e4
-    later = result.markouts.reshape(-1, len(HORIZONS_S))[is_resting]
-    markouts, minute = np.column_stack([effective, later]), f["time_ns"] // (MINUTE_S * NS)
+    f, markouts = resting_fills(result.fills), resting_markouts(result)
+    minute = f["time_ns"] // (MINUTE_S * NS)
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for name, sides in SIDES_OF.items():
         own = np.isin(f["side"], sides)
@@ -821,30 +955,32 @@ def summarize_markouts(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
     return table
 
 
-def changes_by_minute(first_ns: int, t_s: np.ndarray, net: np.ndarray) -> np.ndarray:
-    """Change of net, USDT, from each whole minute (UTC) to the next.
-
-    Net at a minute is that of the last decision up to it, and 0 before the first.
-    """
+def whole_minutes(first_ns: int, t_s: np.ndarray) -> np.ndarray:
+    """The whole minutes (UTC) up to the last decision, in s since first_ns."""
     start_s = -first_ns % (MINUTE_S * NS) / NS
-    grid = np.arange(start_s, (t_s[-1] if len(t_s) else 0) + TINY, MINUTE_S)
-    row = np.searchsorted(t_s, grid + TINY, "right")
-    return np.diff(np.append(0.0, net)[row])
+    return np.arange(start_s, (t_s[-1] if len(t_s) else 0) + TINY, MINUTE_S)
+
+
+def values_at(at_s: np.ndarray, t_s: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The value of the last decision up to each time, 0 before the first."""
+    return np.append(0.0, values)[np.searchsorted(t_s, at_s + TINY, "right")]
+
+
+def changes_by_minute(first_ns: int, t_s: np.ndarray, net: np.ndarray) -> np.ndarray:
+    """Change of net, USDT, from each whole minute (UTC) to the next."""
+    return np.diff(values_at(whole_minutes(first_ns, t_s), t_s, net))
 
 
 def measure_sharpe(changes: np.ndarray, span_s: float) -> dict[str, Any]:
     """Sharpe ratio per minute, mean / standard deviation, with a 95 % interval.
 
-    SE = sqrt((1 - g3 SR + (g4 - 1)/4 SR^2) / (n - 1)), g3 skew, g4 raw kurtosis. It takes
-    the minutes as independent; where they are not, use the bootstrap. Annualised, times
-    sqrt(365 x 1440), only when the data span three days.
+    Its error (`optimize.sharpe_error`) takes the minutes as independent; where they are
+    not, use --bootstrap. Annualised, times sqrt(365 x 1440), only from three days on.
     """
     n, sharpe, error = len(changes), np.nan, np.nan
     if n > 2 and changes.std() > TINY:
         sharpe = changes.mean() / changes.std(ddof=1)
-        z = (changes - changes.mean()) / changes.std()
-        g3, g4 = (z**3).mean(), (z**4).mean()
-        error = math.sqrt((1 - g3 * sharpe + (g4 - 1) / 4 * sharpe**2) / (n - 1))
+        error = sharpe_error(sharpe, n, *shape_of(changes))
     year = math.sqrt(YEAR_MINUTES) if span_s >= ANNUAL_FROM_S else np.nan
     measures: dict[str, Any] = {"sharpe_minutes": n}
     for name, periods in (("minute", 1.0), ("year", year)):
@@ -961,11 +1097,17 @@ def measure_account(state: State) -> dict[str, Any]:
     return {f"{name}_usdt": value for name, value in usdt.items()} | in_bps
 
 
+def account_of(result: Result) -> dict[str, np.ndarray]:
+    """The decisions' columns and net, from the first on at which the account is known."""
+    columns = dict(zip(DECISION, result.decisions.T))
+    columns["net"] = columns["gross"] - columns["fees"]
+    return {name: column[np.isfinite(columns["net"])] for name, column in columns.items()}
+
+
 def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix; None where nothing can be said."""
-    columns = dict(zip(DECISION, result.decisions.T))
-    is_known = np.isfinite(columns["gross"] - columns["fees"])
-    t_s, net = columns["t_s"][is_known], (columns["gross"] - columns["fees"])[is_known]
+    columns, known = dict(zip(DECISION, result.decisions.T)), account_of(result)
+    t_s, net = known["t_s"], known["net"]
     span_s = (result.last_ns - result.first_ns) / NS
     given = {name: getattr(result.parameters, name) for name in PARAMETER_FRICTIONS}
     return to_plain({
@@ -993,8 +1135,8 @@ def to_plain(value: Any) -> Any:
         return {str(name): to_plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
+    if isinstance(value, np.generic | np.ndarray):
+        return to_plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -1072,10 +1214,10 @@ Frictions in force
 {friction_lines}"""
 
 
-def full_title(result: Result) -> str:
+def full_title(title: str, is_synthetic: bool) -> str:
     """The title, which never hides that data are synthetic."""
-    is_said = not result.is_synthetic or "SYNTHETIC" in result.title
-    return result.title + ("" if is_said else "   SYNTHETIC DATA, no market")
+    is_said = not is_synthetic or "SYNTHETIC" in title
+    return title + ("" if is_said else "   SYNTHETIC DATA, no market")
 
 
 def table_line(label: str, value: Any, note: str) -> str:
@@ -1114,7 +1256,7 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
     text = Blanks().format(
         TABLE,
         **m,
-        title=full_title(result),
+        title=full_title(result.title, result.is_synthetic),
         coin=result.coin,
         fee_name="rebates received" if is_rebate else "fees paid",
         fee_effect_usdt=0 - m["fees_usdt"],  # no minus zero
@@ -1131,6 +1273,608 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
     if m["sharpe_per_year"] is None:
         text = re.sub(r"  Sharpe ratio per year.*\n", "", text)
     return "\n".join(line.rstrip()[:TABLE_WIDTH] for line in text.splitlines())
+
+
+# ---- How sure: the bootstrap -------------------------------------------------------
+
+FEW_PERIODS = 500  # below, resampled intervals are too narrow
+MEASURES = {  # of optimize.measure_paths: name and form in the tables
+    "net_usdt": ("net, USDT", "+.2f"),
+    "sharpe": ("Sharpe a minute", "+.3f"),
+    "max_drawdown_usdt": ("drawdown, USDT", ".2f"),
+}
+
+
+class Trial(NamedTuple):
+    """A run by the minute: what bootstrap, regimes and search need to know of it."""
+
+    start_ns: int  # the first whole minute
+    net: np.ndarray  # (n,) its change in each minute, USDT
+    held: np.ndarray  # (n,) inventory's absolute value at the end of each, USDT
+    fills: np.ndarray  # (n,) their number
+
+    def between(self, start: int, stop: int) -> Trial:
+        """Minutes start..stop-1."""
+        columns = (column[start:stop] for column in self[1:])
+        return Trial(self.start_ns + start * MINUTE_S * NS, *columns)
+
+
+def cut_into_minutes(result: Result) -> Trial:
+    """From the first whole minute to the last; USDT to six decimals, as they are kept."""
+    c = account_of(result)
+    at_s = whole_minutes(result.first_ns, c["t_s"])
+    net, held = (
+        values_at(at_s, c["t_s"], values).round(6)
+        for values in (c["net"], np.abs(c["inventory"] * np.nan_to_num(c["mid"])))
+    )
+    fill_s = np.array([fill.recv_ns - result.first_ns for fill in result.fills]) / NS
+    minute = np.searchsorted(at_s, fill_s, "right")  # 0: before the first
+    fills = np.bincount(minute, minlength=len(at_s) + 1)[1 : len(at_s)]
+    start_ns = result.first_ns + round(float(at_s[0] if len(at_s) else 0) * NS)
+    return Trial(start_ns, np.diff(net).round(6), held[1:], fills)
+
+
+def summarize_bootstrap(
+    trials: Mapping[str, Trial], count: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Measures of one or two runs, and of their difference, with 95 % intervals.
+
+    Two runs are resampled at the same minutes: what the market did to both cancels.
+    """
+    x = np.column_stack([trial.net for trial in trials.values()])
+    drawn, found = bootstrap(x, count, rng), measure_paths(x.T)
+    of: dict[str, dict[str, Any]] = {name: {} for name in trials}
+    if len(trials) == 2:
+        of["difference"] = {}
+        for values in (drawn, found):
+            values |= {name: np.append(v, [v[0] - v[1]], axis=0) for name, v in values.items()}
+    for k, (name, column) in enumerate(of.items()):
+        for measure in MEASURES:
+            low, high = interval_of(drawn[measure][k])
+            column[measure] = dict(value=float(found[measure][k]), low=low, high=high)
+        if name in trials:
+            column |= dict(fills=int(trials[name].fills.sum()), drawn_net=drawn["net_usdt"][k])
+    return dict(resamples=count, periods=len(x), block=common_block_length(x), of=of)
+
+
+def format_bootstrap(summary: dict[str, Any], title: str = "Bootstrap") -> str:
+    """A column for each run, a line for each measure."""
+    lines = [
+        f"{title}: {summary['periods']:,} minutes, 95 % by {summary['resamples']:,} resamples "
+        f"in blocks of {summary['block']:.1f} minutes",
+        " " * 17 + "".join(f"{name:>27}" for name in summary["of"]),
+    ]
+    for measure, (label, form) in MEASURES.items():
+        line = f"  {label:<15}"
+        for name, column in summary["of"].items():
+            sign = "+" if name == "difference" and form[0] != "+" else ""
+            value, low, high = (format(x, sign + form) for x in column[measure].values())
+            line += f"{f'{value} ({low} to {high})':>27}"
+        lines.append(line)
+    fills = [column.get("fills") for column in summary["of"].values()]
+    lines.append(f"  {'fills':<15}" + "".join(f"{n:>27,}" for n in fills if n is not None))
+    if summary["periods"] < FEW_PERIODS:
+        lines.append(f"  WARNING: below {FEW_PERIODS} minutes such intervals are too narrow")
+    return "\n".join(lines)
+
+
+# ---- When it pays: regimes ---------------------------------------------------------
+
+GRID_S = 5.0  # mids this far apart measure a minute; a decision is never older
+REGIME_WARMUP = 30  # minutes before the first that is classed
+VOLATILITIES, DIRECTIONS = ("calm", "usual", "wild"), ("range", "trend")
+REGIME_HORIZONS = ("1 s", "10 s")  # of the markouts shown
+
+
+def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
+    """Which part of the earlier values each one falls into, 0 the lowest; -1 = too early.
+
+    Thresholds are quantiles of what came before, so that no class knows the future. A
+    value equal to earlier ones counts as the lowest of them; nan is in no class.
+    """
+    found, past = np.full(len(values), -1), []
+    for k, value in enumerate(values.tolist()):
+        if value == value:
+            rank = bisect_left(past, value)
+            if len(past) >= REGIME_WARMUP:
+                found[k] = min(rank * classes // len(past), classes - 1)
+            past.insert(rank, value)
+    return found
+
+
+def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
+    """Volatility, bps/sqrt(s), and directness of each whole minute: (n,) each.
+
+    Of the mid every 5 s: root mean square of the log returns over sqrt(5 s); and
+    |sum of returns| / sum of |returns|, 1 for a straight move, near 0 for there and back.
+    """
+    t_s, mid = result.decisions.T[:2]
+    known = np.isfinite(mid)
+    at_s = whole_minutes(result.first_ns, result.decisions[:, 0])
+    n, parts = max(len(at_s) - 1, 0), round(MINUTE_S / GRID_S)
+    grid_s = at_s[0] + np.arange(n * parts + 1) * GRID_S
+    mids = values_at(grid_s, t_s[known], mid[known])
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 before the first mid
+        returns = (np.diff(np.log(mids)) * 1e4).reshape(n, parts)
+        returns = np.where(np.isfinite(returns), returns, np.nan)
+        volatility = np.sqrt((returns**2).mean(axis=1) / GRID_S)
+        direct = np.abs(returns.sum(axis=1)) / np.abs(returns).sum(axis=1)
+    return volatility, direct
+
+
+def summarize_regimes(result: Result) -> dict[str, dict[str, Any]]:
+    """Result, fills and markouts of the minutes of each regime, by its name."""
+    c, (volatility, direct) = account_of(result), describe_minutes(result)
+    at_s = whole_minutes(result.first_ns, c["t_s"])
+    by_minute = {n: np.diff(values_at(at_s, c["t_s"], c[n])) for n in ("gross", "fees", "net")}
+    by_minute["volatility"] = volatility
+    f, markouts = resting_fills(result.fills), resting_markouts(result)
+    filled = np.searchsorted(at_s, (f["recv_ns"] - result.first_ns) / NS, "right") - 1
+    by_volatility = class_by_past(volatility, len(VOLATILITIES))
+    by_direction = class_by_past(direct, len(DIRECTIONS))
+    chosen = {name: by_volatility == k for k, name in enumerate(VOLATILITIES)}
+    chosen |= {name: by_direction == k for k, name in enumerate(DIRECTIONS)}
+    chosen["not classed"] = by_volatility < 0
+    rest = by_minute, filled, markouts
+    return {name: summarize_regime(own, *rest) for name, own in chosen.items()}
+
+
+def summarize_regime(
+    chosen: np.ndarray, by_minute: dict[str, np.ndarray], filled: np.ndarray, markouts: np.ndarray
+) -> dict[str, Any]:
+    """What the chosen minutes brought; filled is the minute of each fill."""
+    net, n = by_minute["net"][chosen], int(chosen.sum())
+    half = stdtrit(n - 1, 0.975) * net.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    own = np.isin(filled, chosen.nonzero()[0])
+    return {
+        "minutes": n,
+        "gross_usdt": by_minute["gross"][chosen].sum(),
+        "fees_usdt": by_minute["fees"][chosen].sum(),
+        "net_usdt": net.sum(),
+        "net_a_minute": net.mean() if n else math.nan,
+        "net_a_minute_half_width": half,
+        "volatility_bps": np.nanmean(by_minute["volatility"][chosen]) if n else math.nan,
+        "fills": int(own.sum()),
+        "markouts": {
+            f"{h:g} s": estimate_mean(markouts[own, k], filled[own])
+            for k, h in enumerate((0, *HORIZONS_S))
+        },
+    }
+
+
+def format_regimes(regimes: dict[str, dict[str, Any]]) -> str:
+    """A line for each regime, and in words where the money goes."""
+    lines = [
+        "Regimes: each minute against the minutes before it (thirds by volatility, halves by "
+        "directness)",
+        "               minutes    bps/√s    gross     fees      net    net a minute   fills"
+        + "".join(f"{'markout ' + h:>15}" for h in REGIME_HORIZONS),
+    ]
+    for name, r in regimes.items():
+        cells = [r["markouts"][h] for h in REGIME_HORIZONS]
+        numbers = (r["volatility_bps"], r["gross_usdt"], -r["fees_usdt"], r["net_usdt"])
+        lines.append(
+            f"  {name:<12} {r['minutes']:>7,}" + "".join(f"{number:>9.2f}" for number in numbers)
+            + plus_minus(r["net_a_minute"], r["net_a_minute_half_width"], 16)
+            + f"{r['fills']:>8,}"
+            + "".join(plus_minus(c["mean_bps"], c["high_bps"] - c["mean_bps"], 15) for c in cells)
+        )  # fmt: skip
+    return "\n".join([*lines, *tell_regimes(regimes)])
+
+
+def plus_minus(mean: float, half: float, width: int) -> str:
+    """A mean with half the width of its interval, - where there is none."""
+    text = "-" if mean != mean else f"{mean:+.2f}" + ("" if half != half else f" ± {half:.2f}")
+    return text.rjust(width)
+
+
+def tell_regimes(regimes: dict[str, dict[str, Any]]) -> list[str]:
+    """In plain words: which regime loses the money."""
+    total = sum(regimes[name]["net_usdt"] for name in (*VOLATILITIES, "not classed"))
+    lines = []
+    for names in (VOLATILITIES, DIRECTIONS):
+        worst = min(names, key=lambda name: regimes[name]["net_usdt"])
+        net, minutes = regimes[worst]["net_usdt"], regimes[worst]["minutes"]
+        if net < 0:
+            lines.append(f"  {worst} minutes lose most: {net:+.2f} of {total:+.2f} USDT in all, "
+                         f"in {minutes:,} minutes")  # fmt: skip
+    return lines or ["  no regime loses money"]
+
+
+# ---- Tuning on the past ------------------------------------------------------------
+#
+# In sample: the minutes on which a choice is made. Out of sample: those after it, which
+# judge it and are looked at once.
+
+DEFAULT_GRID = {
+    "alpha": [0.25, 1.0, 4.0], "gamma": [0.25, 0.5, 1.0, 2.0],
+    "delta": [0.0, 1.0, 4.0], "zeta": [0.0, 1.0, 4.0],
+}  # fmt: skip
+FIXED_IN_GRID = "beta, horizon_s fixed: only alpha/beta and gamma x sqrt(horizon_s) matter"
+IN_SAMPLE = 2 / 3  # of the minutes
+OBJECTIVES = ("net", "sharpe", "penalized")
+HELD_SHARE = 0.01  # of the inventory's value is added to the drawdown: a move of 1 %
+RESAMPLES = 1000  # where --bootstrap gives no number
+CHANCE_DRAWS = 200  # of the overfitting probability without skill
+LUCK = 0.05  # a search without skill ends as well less often than this: it may be skill
+DIGITS = 4  # of a refined parameter
+
+
+def parse_grid(texts: list[str] | None) -> dict[str, list[Any]]:
+    """--grid alpha=0.5,1,2 --grid gamma=…: values by parameter. UserError for nonsense."""
+    grid: dict[str, list[Any]] = {}
+    for text in texts or []:
+        name, _, listed = text.partition("=")
+        name, values = name.strip().replace("-", "_"), [v for v in listed.split(",") if v.strip()]
+        if not values:
+            raise UserError(f"--grid {text} holds no value: write it as alpha=0.5,1,2")
+        if name in grid:
+            raise UserError(f"--grid {name} is given twice: list all its values in one")
+        try:
+            is_word = "choices" in FIELDS[name].metadata if name in FIELDS else False
+            grid[name] = list(dict.fromkeys(v.strip() if is_word else float(v) for v in values))
+        except ValueError:
+            raise UserError(f"--grid {text}: the values must be numbers") from None
+    return grid or DEFAULT_GRID
+
+
+def score_trial(trial: Trial, objective: str, penalty: float) -> float:
+    """What a search makes as large as it can.
+
+    net; Sharpe ratio of a minute; or net - penalty x (deepest drawdown + 1 % of the mean
+    value of the inventory), penalized. As seen at whole minutes.
+    """
+    measures = measure_paths(trial.net)
+    if objective == "sharpe":
+        return float(measures["sharpe"])
+    cost = measures["max_drawdown_usdt"] + HELD_SHARE * trial.held.mean()
+    return float(measures["net_usdt"] - (penalty * cost if objective == "penalized" else 0))
+
+
+def split_of(minutes: int) -> int:
+    """How many of the minutes are in sample; UserError where either part is too little."""
+    split = round(minutes * IN_SAMPLE)
+    window_length(minutes - split, 1)
+    return split
+
+
+def score_in_sample(trial: Trial, options: argparse.Namespace) -> float:
+    """The score by which --tune chooses."""
+    inside = trial.between(0, split_of(len(trial.net)))
+    return score_trial(inside, options.objective, options.penalty)
+
+
+def try_out(setting: Setting, changes: Mapping[str, Any]) -> Trial:
+    """What a worker does: one run, by the minute."""
+    return cut_into_minutes(play(setting, changes))
+
+
+MODULES = ("feed", "optimize", "marketmaker", "backtest")
+WORST = -1e100  # score of what cannot be played
+Tried = dict[str, Trial]  # by key_of what was changed
+
+
+class Stopped(Exception):
+    """Ctrl-C came while a search waited for its next point."""
+
+
+class Search:
+    """What is tried of a setting, by which workers, and what has come of it.
+
+    Every trial is a line of JSON, appended as it comes. The file's name holds a hash of
+    code, data and setting: a search that was stopped or killed goes on where it was, and
+    trials of different kinds never mix.
+    """
+
+    def __init__(
+        self, setting: Setting, folder: Path, executor: Executor,
+        is_stopped: Callable[[], bool], tell: Callable[[str, int, int], None],
+    ) -> None:  # fmt: skip
+        self.setting, self.executor = setting, executor
+        self.is_stopped, self.tell = is_stopped, tell
+        self.known: dict[str, Trial] = {}
+        code = [Path(__file__).with_name(f"{name}.py").read_text() for name in MODULES]
+        made_of = dataclasses.astuple(setting), stamps_of(setting.paths), code
+        about = json.dumps(made_of, default=str)
+        name = hashlib.sha256(about.encode()).hexdigest()[:10]
+        self.path = folder / f"trials-{name}.jsonl"
+        if self.path.exists():
+            os.truncate(self.path, self._read())
+        self.file = feed.GrowingFile(self.path, append=True)
+
+    def _read(self) -> int:
+        """Take what the file holds; the bytes up to where a killed writer broke off."""
+        whole = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                self._take(json.loads(line) if line.endswith(b"\n") else {})
+            except (ValueError, KeyError, TypeError):
+                break
+            whole += len(line)
+        return whole
+
+    def _take(self, line: dict[str, Any]) -> None:
+        columns = [np.array(line[name]) for name in Trial._fields[1:]]
+        self.known[key_of(line["changes"])] = Trial(line["start_ns"], *columns)
+
+    def try_all(self, configurations: list[dict[str, Any]], what: str = "") -> Tried:
+        """Their trials, in this order; those known are not played again. What has come by
+        the time of a stop; UserError if a worker dies.
+        """
+        keys = {key_of(one): one for one in configurations}
+        missing = [one for key, one in keys.items() if key not in self.known]
+        work, done = partial(try_out, self.setting), len(keys) - len(missing)
+        try:
+            for k, trial in run_trials(work, missing, self.executor, self.is_stopped):
+                line = {"changes": missing[k]} | to_plain(trial._asdict())
+                self._take(line)
+                self.file.write(json.dumps(line) + "\n")
+                done += 1
+                if what:
+                    self.tell(what, done, len(keys))
+        except BrokenExecutor:
+            raise UserError(
+                f"a worker was killed, perhaps for want of memory: {len(self.known):,} trials are "
+                f"kept in {self.path}; run the same command again, with fewer --workers"
+            ) from None
+        return {key: self.known[key] for key in keys if key in self.known}
+
+
+def key_of(changes: Mapping[str, Any]) -> str:
+    """The name of a trial."""
+    return json.dumps(dict(changes), sort_keys=True)
+
+
+def tune(
+    search: Search, grid: Mapping[str, Sequence[Any]], score: Callable[[Trial], float], steps: int
+) -> Tried:
+    """The trials of a grid and of the refinement from its best point. Nothing is drawn by
+    lot, and the order in which workers finish does not matter.
+    """
+    tried = search.try_all(expand_grid(grid), "configurations")
+    if not tried or search.is_stopped():
+        return tried
+    start, on_grid = json.loads(best_of(tried, score)), len(tried)
+    numbers = {name: values for name, values in grid.items() if "low" in FIELDS[name].metadata}
+    rules = {name: FIELDS[name].metadata for name in numbers}
+
+    def score_at(point: dict[str, float]) -> float:
+        changes = start | {name: float(f"{point[name]:.{DIGITS}g}") for name in numbers}
+        try:
+            parameters_of(search.setting, changes)
+        except UserError:
+            return WORST  # two of them do not go together
+        found = search.try_all([changes])
+        if not found:
+            raise Stopped
+        tried.update(found)
+        if len(tried) > on_grid:
+            search.tell("steps of refinement", len(tried) - on_grid, steps)
+        return max(score(trial) for trial in found.values())
+
+    limits = {name: (rule["low"], rule["high"]) for name, rule in rules.items()}
+    with contextlib.suppress(Stopped):
+        refine(score_at, {name: start[name] for name in numbers}, numbers, limits, steps)
+    return tried
+
+
+def best_of(tried: Tried, score: Callable[[Trial], float]) -> str:
+    """The key of the best trial; of equals, the first."""
+    return max(tried, key=lambda key: score(tried[key]))
+
+
+def price_of_search(
+    tried: Tried, best: str, split: int, objective: str, rng: np.random.Generator, count: int
+) -> dict[str, Any]:
+    """What the best of a search is worth, given that all the others were tried.
+
+    Deflated Sharpe ratio and luck from the minutes in sample, before `split`, by which the
+    best was chosen; the overfitting probability cuts halves of its own, from all minutes.
+    """
+    x = np.column_stack([trial.net for trial in tried.values()])
+    score = sharpe_score if objective == "sharpe" else net_score
+    chosen, k = x[:split], list(tried).index(best)
+    sharpes = sharpe_score(chosen.mean(axis=0), chosen.var(axis=0, ddof=1))
+    variance = float(sharpes.var(ddof=1)) if len(tried) > 1 else 0.0
+    luck = draw_best_of_chance(chosen, score, count, rng)
+    found = score(chosen.mean(axis=0), chosen.var(axis=0, ddof=1))[k]
+    low, high = interval_of(draw_overfitting_by_chance(x, score, CHANCE_DRAWS, rng))
+    return {
+        "trials": len(tried),
+        "sharpe_by_luck": best_sharpe_by_luck(variance, len(tried)),
+        "deflated_sharpe": deflated_sharpe(
+            sharpes[k], variance, len(tried), split, *shape_of(chosen[:, k])
+        ) if chosen[:, k].std() > TINY else math.nan,
+        "overfitting_probability": overfitting_probability(x, score),
+        "overfitting_low": low,
+        "overfitting_high": high,
+        "luck_probability": float((1 + (luck >= found).sum()) / (1 + count)),
+    }  # fmt: skip
+
+
+# ---- Walk-forward ------------------------------------------------------------------
+
+WINDOWS = 4  # of trading, where --walk-forward gives no number
+LOOK_BACK = 2  # windows on which each choice is made
+LEAST_MINUTES = 10  # of a window, and in sample and out of it
+
+
+def walk_forward(
+    search: Search, grid: Mapping[str, Sequence[Any]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Tune on two windows, trade the next, roll on.
+
+    Every configuration is played once over everything, and a choice looks at the minutes
+    of its two windows only. What the choices would have earned is played in one piece,
+    parameters changing where a window begins, inventory and queues carried along. Before
+    the first choice it trades as given, and that does not count.
+    """
+    setting = search.setting
+    names = [name for name in grid if FIELDS[name].metadata.get("fixed")]
+    if names:
+        raise UserError(f"{names[0]} cannot change while trading: leave it out of --walk-forward")
+    tried = search.try_all(expand_grid(grid), "configurations")
+    given = search.try_all([{}])
+    if search.is_stopped() or not given:
+        return {}
+    (trial,) = given.values()
+    score = partial(score_trial, objective=options.objective, penalty=options.penalty)
+    count, windows = options.walk_forward, []
+    length = window_length(len(trial.net), count + LOOK_BACK)
+    for k in range(count):
+        start, stop = k * length, (k + LOOK_BACK) * length
+        past = {key: one.between(start, stop) for key, one in tried.items()}
+        key = best_of(past, score)
+        begin_ns = trial.start_ns + stop * MINUTE_S * NS
+        windows.append(dict(key=key, begin_ns=begin_ns, in_sample=past[key], start=stop))
+    schedule = [(w["begin_ns"], json.loads(w["key"])) for w in windows]
+    result = play(setting, schedule=schedule)
+    traded = cut_into_minutes(result)
+    for w in windows:
+        w["out_of_sample"] = traded.between(w["start"], w["start"] + length)
+    span = LOOK_BACK * length, (LOOK_BACK + count) * length
+    choices = [w["key"] for w in windows]
+    return {
+        "windows": windows,
+        "minutes": length,
+        "changed": sum(a != b for a, b in zip(choices, choices[1:])),
+        "traded": traded.between(*span),
+        "given": trial.between(*span),
+        "result": result,
+    }
+
+
+def window_length(minutes: int, windows: int) -> int:
+    """Minutes of each of so many windows; UserError where that is too little."""
+    length = minutes // windows
+    if length < LEAST_MINUTES:
+        raise UserError(
+            f"{minutes} minutes of data make {windows} windows of {length}, fewer than "
+            f"{LEAST_MINUTES}: give more --data, or fewer windows"
+        )
+    return length
+
+
+# ---- Report of a search ------------------------------------------------------------
+
+SEARCH_TABLE = """\
+{title}
+{minutes:,} minutes: chosen by {objective} on the first {split:,}, judged on the {rest:,} after them
+{trials:,} trials: {on_grid:,} of {grid_size:,} on the grid, {refined:,} of refinement{stopped}
+  {fixed}
+  best       {best}
+  as given   {given}
+
+{in_sample}
+
+{out_of_sample}
+
+The price of having searched
+  the plateau             {plateau:>6,}   trials within the best's interval above: as good, for all\
+ we know
+  deflated Sharpe ratio   {deflated_sharpe:>6.3f}   confidence that the best, in sample, is above\
+ {sharpe_by_luck:.3f} a minute,
+                                   to expect of the best of {trials:,} without skill
+  overfitting probability {overfitting:>6}   how often the best of one half is below the middle\
+ in the
+                                   other half; {by_chance}
+  In plain words: {luck_probability:.1%} of searches through as many configurations without skill
+  would find a best that looks at least as good{verdict}"""
+
+
+def in_words(changes: Mapping[str, Any]) -> str:
+    """alpha 4, gamma 0.5"""
+    pairs = ((name, changes[name]) for name in FIELDS if name in changes)
+    return ", ".join(f"{n} {v}" if isinstance(v, str) else f"{n} {v:g}" for n, v in pairs)
+
+
+def summarize_search(
+    search: Search, tried: Tried, options: argparse.Namespace, grid: dict[str, list[Any]]
+) -> dict[str, Any]:
+    """Best and given parameters, in sample and out, and the price of the search."""
+    rng, count = np.random.default_rng(options.seed), options.bootstrap or RESAMPLES
+    (given,) = search.try_all([{}]).values()
+    minutes = len(given.net)
+    split, configurations = split_of(minutes), {key_of(one) for one in expand_grid(grid)}
+    best = best_of(tried, partial(score_in_sample, options=options))
+    pair = {"best": tried[best], "as given": given}
+    parts = (slice(0, split), slice(split, minutes))
+    inside, outside = (
+        summarize_bootstrap(
+            {name: trial.between(part.start, part.stop) for name, trial in pair.items()}, count, rng
+        )
+        for part in parts
+    )
+    parameters = parameters_of(search.setting, {})
+    measure = "sharpe" if options.objective == "sharpe" else "net_usdt"
+    least = inside["of"]["best"][measure]["low"]
+    return {
+        "objective": options.objective,
+        "minutes": minutes,
+        "split": split,
+        "on_grid": len(configurations & set(tried)),
+        "grid_size": len(configurations),
+        "best": json.loads(best),
+        "given": {name: getattr(parameters, name) for name in grid},
+        "in_sample": inside,
+        "out_of_sample": outside,
+        "plateau": [
+            key for key, t in tried.items() if measure_paths(t.net[:split])[measure] >= least
+        ],
+        **price_of_search(tried, best, split, options.objective, rng, count),
+    }
+
+
+def format_search(found: dict[str, Any], title: str) -> str:
+    """What was tried, the best, how it fares out of sample, and what the search costs."""
+    f, luck = to_plain(without_draws(found)), found["luck_probability"]
+    pbo, low, high = (f[f"overfitting_{name}"] for name in ("probability", "low", "high"))
+    is_whole = f["on_grid"] == f["grid_size"]
+    best = f["in_sample"]["of"]["best"]
+    verdicts = [": it may be luck" if luck >= LUCK else ": luck alone hardly explains it"]
+    if not best["fills"]:
+        verdicts.append("The best that was found is not to trade.")
+    elif best["net_usdt"]["value"] < 0:
+        verdicts.append("The best loses money even where it was chosen.")
+    return Blanks().format(
+        SEARCH_TABLE,
+        **{name: f[name] for name in f.keys() - {"in_sample", "out_of_sample", "best", "given",
+                                                 "plateau"}},
+        title=title,
+        fixed=FIXED_IN_GRID,
+        best=in_words(found["best"]),
+        given=in_words(found["given"]),
+        in_sample=format_bootstrap(found["in_sample"], "In sample, where it was chosen"),
+        out_of_sample=format_bootstrap(found["out_of_sample"], "Out of sample"),
+        rest=f["minutes"] - f["split"],
+        refined=f["trials"] - f["on_grid"],
+        stopped="" if is_whole else "   STOPPED EARLY",
+        plateau=len(f["plateau"]),
+        overfitting="-" if pbo is None else f"{pbo:.2f}",
+        by_chance="too few trials or minutes to tell" if pbo is None else
+        f"{low:.2f} to {high:.2f} where nobody has skill",
+        verdict="\n  ".join(verdicts),
+    )  # fmt: skip
+
+
+def format_walk(walk: dict[str, Any], count: int, rng: np.random.Generator) -> str:
+    """Each window: what was chosen, net a minute in sample and out of it."""
+    minutes, windows = walk["minutes"], walk["windows"]
+    lines = [
+        f"Walk-forward: {len(windows)} windows of {minutes} minutes, each traded with what was best\
+ in the {LOOK_BACK * minutes} before it",
+        "  from, UTC            net a minute in sample, out of sample    fills   chosen",
+    ]
+    for w in windows:
+        inside, outside = w["in_sample"], w["out_of_sample"]
+        lines.append(
+            f"  {clock_text(w['begin_ns'])}{inside.net.mean():>+24.3f}{outside.net.mean():>+15.3f}"
+            f"{outside.fills.sum():>9,}   {in_words(json.loads(w['key']))}"
+        )
+    changes = f"{walk['changed']} of {len(windows) - 1} times"
+    lines.append(f"  the choice changed {changes}; the out-of-sample windows joined:")
+    pair = {"walk-forward": walk["traded"], "as given": walk["given"]}
+    return "\n".join([*lines, format_bootstrap(summarize_bootstrap(pair, count, rng), "Joined")])
 
 
 # ---- Plots -------------------------------------------------------------------------
@@ -1269,18 +2013,178 @@ def plot_columns(decisions: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(c, thin(np.column_stack(list(c.values())), by_last).T))
 
 
-def plot_result(result: Result, metrics: dict[str, Any], path: Path | None) -> None:
-    """One figure of five panels as PNG, or on the screen without a path."""
-    import matplotlib  # slow to import, and needed by nobody else here
+def plot_bootstrap(ax: Any, summary: dict[str, Any], what: str = "Net") -> None:
+    """How net scatters over the resamples, and the middle 95 % of it."""
+    for (name, column), color in zip(summary["of"].items(), (BLUE, PINK)):
+        if "drawn_net" in column:
+            net = column["net_usdt"]
+            ax.hist(column["drawn_net"], bins=60, color=color, alpha=0.6, density=True,
+                    label=f"{name}: {net['low']:+.2f} to {net['high']:+.2f}")  # fmt: skip
+            ax.axvline(net["value"], color=color, linewidth=2)
+            for bound in ("low", "high"):
+                ax.axvline(net[bound], color=color, linestyle="--", linewidth=1)
+    ax.axvline(0, color="grey", linewidth=0.8)
+    ax.set_yticks([])
+    ax.set_xlabel("net in a resample, USDT; line: as it was, dashed: middle 95 %")
+    head(ax, f"{what}: {summary['periods']:,} minutes, resampled", "how often")
+
+
+def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]]) -> None:
+    """Gross, fees and net of the minutes of each regime."""
+    names = [name for name in regimes if regimes[name]["minutes"]]
+    at = np.arange(len(names))
+    for k, (name, sign, color) in enumerate((("gross", 1, GREEN), ("fees", -1, PINK),
+                                             ("net", 1, BLACK))):  # fmt: skip
+        values = [sign * regimes[regime][f"{name}_usdt"] for regime in names]
+        ax.bar(at + 0.25 * (k - 1), values, 0.25, color=color,
+               label="fees, as a loss" if name == "fees" else name)  # fmt: skip
+    half = [regimes[n]["minutes"] * regimes[n]["net_a_minute_half_width"] for n in names]
+    net = [regimes[n]["net_usdt"] for n in names]
+    ax.errorbar(at + 0.25, net, yerr=np.nan_to_num(half), fmt="none", color="grey", capsize=3)
+    ax.axhline(0, color="grey", linewidth=0.6)
+    ax.set_xticks(at, [f"{name}\n{regimes[name]['minutes']:,} min" for name in names])
+    head(ax, "Regimes: what their minutes brought (net ± 95 %)", "USDT")
+
+
+def most_telling(grid: Mapping[str, Sequence[Any]], scores: dict[str, float], best: dict) -> list:
+    """The two parameters along whose line through the best the score varies most."""
+    spans = {}
+    for name, values in grid.items():
+        line = [scores.get(key_of(best | {name: value}), math.nan) for value in values]
+        spans[name] = np.nanmax(line) - np.nanmin(line) if len(values) > 1 else -1.0
+    chosen = sorted(grid, key=lambda name: -spans[name])[:2]
+    return [name for name in grid if name in chosen]
+
+
+def plot_heat(ax: Any, found: dict[str, Any], scores: dict[str, float], grid: Mapping) -> None:
+    """The scores of a slice through the grid's best point, in sample."""
+    on_grid = [key for key in map(key_of, expand_grid(grid)) if key in scores]
+    best = json.loads(max(on_grid, key=scores.get))
+    down, across = (*most_telling(grid, scores, best), None)[:2]
+    columns = grid[across] if across else [None]
+    keys = [[key_of(best | {down: y} | ({across: x} if across else {})) for x in columns]
+            for y in grid[down]]  # fmt: skip
+    values = np.array([[scores.get(key, math.nan) for key in row] for row in keys])
+    image = ax.imshow(values, origin="lower", aspect="auto", cmap="cividis")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (y, x), value in np.ndenumerate(values):
+        if value == value:
+            ax.text(x, y + 0.22, f"{value:.3g}", ha="center", fontsize=8,
+                    color=BLACK if value > middle else "white")  # fmt: skip
+        if keys[y][x] in found["plateau"]:
+            ax.add_patch(image.axes.patch.__class__((x - 0.46, y - 0.46), 0.92, 0.92, fill=False,
+                                                    edgecolor=RED, linewidth=1.5))  # fmt: skip
+    place = [
+        float(np.interp(found["best"][name], grid[name], range(len(grid[name]))))
+        if name and not isinstance(best[name], str) else 0.0 for name in (across, down)
+    ]  # fmt: skip
+    ax.plot(*place, marker="*", color=RED, markersize=16, markeredgecolor="white")
+    ax.set_xticks(range(len(columns)), [str(x) for x in columns])
+    ax.set_yticks(range(len(grid[down])), [str(y) for y in grid[down]])
+    ax.set_xlabel(across or "")
+    ax.set_ylabel(down)
+    others = in_words({name: v for name, v in best.items() if name not in (down, across)})
+    ax.set_title(f"In sample, {found['objective']}{others and ', at '}{others}.\n"
+                 "Star: the best. Framed: within its interval", loc="left", fontsize=9)  # fmt: skip
+
+
+def plot_scatter(ax: Any, found: dict[str, Any], tried: Tried, given: Trial) -> None:
+    """Every trial's net a minute, in sample and out."""
+    split, on_grid = found["split"], found["on_grid"]
+    best = key_of(found["best"])
+    points = {key: (t.net[:split].mean(), t.net[split:].mean()) for key, t in tried.items()}
+    x, y = np.array(list(points.values())).T
+    ax.scatter(x[:on_grid], y[:on_grid], s=14, color=BLUE, alpha=0.6, label="grid")
+    ax.scatter(x[on_grid:], y[on_grid:], s=14, color=GREEN, alpha=0.6, label="refined")
+    ax.scatter(given.net[:split].mean(), given.net[split:].mean(), s=50, color=BLACK,
+               marker="D", label="as given")  # fmt: skip
+    ax.scatter(*points[best], s=170, color=RED, marker="*", edgecolors="white", label="best")
+    ax.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
+    ax.axhline(0, color="grey", linewidth=0.6)
+    ax.axvline(0, color="grey", linewidth=0.6)
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.25, linewidth=0.5)
+    ax.set_xlabel("in sample")
+    ax.set_ylabel("out of sample")
+    ax.set_title("Net a minute of every trial, USDT;\ndotted: as good as in sample", loc="left",
+                 fontsize=9)  # fmt: skip
+
+
+def plot_walk(ax: Any, walk: dict[str, Any]) -> None:
+    """Net out of sample, joined, and what each choice promised in sample."""
+    length = walk["minutes"]
+    net = np.append(0, np.cumsum(walk["traded"].net))
+    given = np.append(0, np.cumsum(walk["given"].net))
+    for k, window in enumerate(walk["windows"]):
+        at = k * length
+        promise = net[at] + window["in_sample"].net.mean() * length
+        ax.plot([at, at + length], [net[at], promise], color=PINK, linestyle="--", linewidth=1.2,
+                label="as promised in sample" if k == 0 else None)  # fmt: skip
+        ax.axvline(at, color="grey", linestyle=":", linewidth=0.8)
+    ax.plot(given, color=SKY, linewidth=1.2, label="as given")
+    ax.plot(net, color=BLACK, linewidth=1.4, label="walk-forward")
+    ax.axhline(0, color="grey", linewidth=0.6)
+    ax.set_xlabel(f"minutes since {clock_text(walk['windows'][0]['begin_ns'])} UTC")
+    head(ax, "Walk-forward: net out of sample", "USDT")
+
+
+def plot_search(
+    panels: list[Callable[[Any], None]], pair: list[Callable[[Any], None]], title: str,
+    path: Path | None,
+) -> None:  # fmt: skip
+    """Two panels side by side, if there are two, and others below them."""
+    pyplot = start_plot(path)
+    rows = ([["left", "right"]] if pair else []) + [[str(k)] * 2 for k in range(len(panels))]
+    ratios = ([1.7] if pair else []) + [1] * len(panels)
+    figure, axes = pyplot.subplot_mosaic(
+        rows, figsize=(FIGURE_SIZE[0], 2.6 * sum(ratios)), height_ratios=ratios,
+        layout="constrained",
+    )  # fmt: skip
+    figure.suptitle(title, fontsize=12)
+    for name, draw in zip(("left", "right"), pair):
+        draw(axes[name])
+    for k, draw in enumerate(panels):
+        draw(axes[str(k)])
+    end_plot(pyplot, figure, path)
+
+
+def start_plot(path: Path | None) -> Any:
+    """pyplot, which is slow to import; without a screen if there is a path."""
+    import matplotlib
 
     if path:
         matplotlib.use("Agg")
-    from matplotlib import dates, pyplot
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def end_plot(pyplot: Any, figure: Any, path: Path | None) -> None:
+    """As PNG, or on the screen without a path."""
+    if path:
+        feed.write_whole(path, partial(figure.savefig, dpi=DPI, format="png"))
+    else:
+        pyplot.show()
+    pyplot.close(figure)
+
+
+def plot_result(
+    result: Result, metrics: dict[str, Any], path: Path | None,
+    extra: Sequence[Callable[[Any], None]] = (),
+) -> None:  # fmt: skip
+    """One figure of five panels, and extra ones, as PNG; on the screen without a path."""
+    pyplot = start_plot(path)
+    from matplotlib import dates
+
+    width, height = FIGURE_SIZE
+    ratios = (3, 1.2, 2, 1.6, 1.8) + (1.8,) * len(extra)
     figure, axes = pyplot.subplots(
-        5, 1, figsize=FIGURE_SIZE, height_ratios=(3, 1.2, 2, 1.6, 1.8), layout="constrained"
-    )
-    figure.suptitle(full_title(result), fontsize=12)
+        len(ratios), 1, figsize=(width, height * sum(ratios) / sum(ratios[:5])),
+        height_ratios=ratios, layout="constrained",
+    )  # fmt: skip
+    for ax, draw in zip(axes[5:], extra):
+        draw(ax)
+    figure.suptitle(full_title(result.title, result.is_synthetic), fontsize=12)
     c, (label, to_x) = plot_columns(result.decisions), time_axis(result)
     c["x"] = to_x(c["t_s"])
     fills_s = np.array([fill.recv_ns - result.first_ns for fill in result.fills]) / NS
@@ -1297,16 +2201,13 @@ def plot_result(result: Result, metrics: dict[str, Any], path: Path | None) -> N
     if label == "UTC":
         axes[3].xaxis_date()
         axes[3].xaxis.set_major_formatter(dates.ConciseDateFormatter(dates.AutoDateLocator()))
-    if path:
-        feed.write_whole(path, partial(figure.savefig, dpi=DPI, format="png"))
-    else:
-        pyplot.show()
-    pyplot.close(figure)
+    end_plot(pyplot, figure, path)
 
 
 # ---- Command line ------------------------------------------------------------------
 
 STRATEGIES = ("lp", "fixed", "as")
+TUNING = Path("tuning")  # where a search writes without --out
 SCREEN = Path("-")  # --plot without a name
 SOUND = {"book", "trades", "tickers", "acks", "pongs", "ignored", "block trades"}  # no defects
 
@@ -1345,56 +2246,222 @@ def describe_defects(counts: Counter) -> str:
     return f"\n\n{text}" if found else ""
 
 
-def choose_strategy(options: argparse.Namespace) -> Callable[..., Distances]:
-    """The program, or a baseline."""
-    if options.strategy == "fixed":
-        return fixed_spread
-    if options.strategy == "as":
-        shape = (options.risk_aversion, options.fill_rate_per_s, options.fill_decay_per_bps)
-        return partial(quote_avellaneda_stoikov, *shape)
-    return choose_distances
+def make_setting(options: argparse.Namespace) -> Setting:
+    """What the flags say of data, parameters and frictions."""
+    shape = (options.risk_aversion, options.fill_rate_per_s, options.fill_decay_per_bps)
+    open_history.cache_clear()  # the data may have changed since
+    setting = Setting(
+        paths=tuple(path.absolute() for path in options.data or [SAMPLE]),
+        steps=(options.tick_size, options.lot_size, options.depth),
+        given=given_parameters(options, ParameterFile(options.params) if options.params else None),
+        strategy=(options.strategy, *shape) if options.strategy == "as" else (options.strategy,),
+        outages=(),
+        exchange=dict(participation=options.participation, impact_bps=options.impact_bps,
+                      peer_rules=options.peer_rules),
+    )  # fmt: skip
+    rng, span_ns = np.random.default_rng(options.seed), history_of(setting).span_ns
+    parameters_of(setting, {})  # judged before the work
+    windows = draw_outages(options.outages, span_ns, rng)
+    return dataclasses.replace(setting, outages=tuple(windows))
 
 
-def run(options: argparse.Namespace) -> None:
+def make_rival(options: argparse.Namespace, setting: Setting) -> Setting:
+    """What --against names: a strategy, or a file of parameters."""
+    if options.against in STRATEGIES:
+        other = argparse.Namespace(**vars(options) | {"strategy": options.against})
+        return dataclasses.replace(setting, strategy=make_setting(other).strategy)
+    values = ParameterFile(Path(options.against)).values
+    return dataclasses.replace(setting, given=setting.given | values)
+
+
+def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     """Load, play, print, write."""
     feed.check_plot_path(None if options.plot == SCREEN else options.plot)
-    steps = options.tick_size, options.lot_size, options.depth
-    history = load_history(options.data or [SAMPLE], *steps)
-    given = given_parameters(options, ParameterFile(options.params) if options.params else None)
-    parameters = choose_parameters(given, history.start, history.instrument)
-    rng = np.random.default_rng(options.seed)
-    folder = options.out
+    is_search = options.tune or options.walk_forward
+    for flag, is_wrong in (("log", is_search), ("against", is_search or not options.bootstrap),
+                           ("grid", not is_search)):  # fmt: skip
+        if getattr(options, flag) and is_wrong:
+            needs = dict(log="one run: not with --tune or --walk-forward",
+                         against="--bootstrap N, without --tune or --walk-forward",
+                         grid="--tune or --walk-forward")  # fmt: skip
+            raise UserError(f"--{flag} needs {needs[flag]}")
+    setting = make_setting(options)
     try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        log = feed.GrowingFile(options.log) if options.log else None
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            quotes = feed.GrowingFile(Path(scratch) / "quotes.csv") if folder else None
-            result = run_backtest(
-                history, parameters, choose_strategy(options),
-                draw_outages(options.outages, history.span_ns, rng), given, log, quotes,
-                feed.stop_signal(),
-                participation=options.participation, impact_bps=options.impact_bps,
-                peer_rules=options.peer_rules,
-            )  # fmt: skip
-            metrics = measure(result)
-            print(format_table(metrics, result) + describe_defects(history.counts))
-            for file in (log, quotes):
-                if file:
-                    file.close()
-                    if file.failure:
-                        raise UserError(file.failure)
-            if quotes:
-                quotes.path.replace(folder / "quotes.csv")
-                write_results(result, metrics, folder)
-        show_plot(options, result, metrics)
+        if is_search:
+            run_search(options, setting, executor)
+        else:
+            run_once(options, setting)
     except BrokenPipeError:  # the reader of the table has gone
         raise
     except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
+        where = error.filename or options.out
+        raise UserError(f"{where} cannot be written: {error.strerror}") from None
 
 
-def show_plot(options: argparse.Namespace, result: Result, metrics: dict[str, Any]) -> None:
+def run_once(options: argparse.Namespace, setting: Setting) -> None:
+    """One run: its table, its files, its picture."""
+    folder, rng = options.out, np.random.default_rng(options.seed)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    log = feed.GrowingFile(options.log) if options.log else None
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        quotes = feed.GrowingFile(Path(scratch) / "quotes.csv") if folder else None
+        stop = feed.stop_signal()
+        result = play(setting, log=log, quotes=quotes, stop=stop)
+        metrics, panels = measure(result), []
+        print(format_table(metrics, result) + describe_defects(history_of(setting).counts))
+        if options.bootstrap:
+            trials = {"this run": cut_into_minutes(result)}
+            if options.against:
+                rival = make_rival(options, setting)
+                trials[options.against] = cut_into_minutes(play(rival, stop=stop))
+            summary = summarize_bootstrap(trials, options.bootstrap, rng)
+            metrics["bootstrap"] = to_plain(without_draws(summary))
+            panels.append(partial(plot_bootstrap, summary=summary))
+            print("\n" + format_bootstrap(summary))
+        if options.regimes:
+            regimes = summarize_regimes(result)
+            metrics["regimes"] = to_plain(regimes)
+            panels.append(partial(plot_regimes, regimes=regimes))
+            print("\n" + format_regimes(regimes))
+        for file in (log, quotes):
+            if file:
+                file.close()
+                if file.failure:
+                    raise UserError(file.failure)
+        if quotes:
+            quotes.path.replace(folder / "quotes.csv")
+            write_results(result, metrics, folder)
+    show_plot(options, "backtest.png", partial(plot_result, result, metrics, extra=panels))
+
+
+def without_draws(value: Any) -> Any:
+    """A summary without its resamples, which are many."""
+    if not isinstance(value, dict):
+        return value
+    return {name: without_draws(item) for name, item in value.items() if name != "drawn_net"}
+
+
+@contextlib.contextmanager
+def start_workers(count: int) -> Iterator[Executor]:
+    """Processes of our own; what they still play when we leave is ended."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), begin_work)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+
+
+def begin_work() -> None:
+    """A worker begins: Ctrl-C is for its parent to answer, and without that it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def end_with(parent: Any) -> None:
+    """Wait for the parent's end, then end."""
+    parent.join()
+    os._exit(1)
+
+
+def show_progress(clock_ns: Callable[[], int]) -> Callable[[str, int, int], None]:
+    """Tells on stderr how far a search is, and the time left at its pace so far."""
+    began: dict[str, tuple[int, int]] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        since_ns, before = began.setdefault(what, (clock_ns(), done))
+        text = f"{done:,} of {total:,} {what}"
+        if before < done < total:
+            left_s = (clock_ns() - since_ns) / NS / (done - before) * (total - done)
+            text += f", {left_s:,.0f} s left"
+        if sys.stderr.isatty():
+            end = "" if done < total else "\n"
+            print(f"\r{text}\x1b[K", end=end, file=sys.stderr, flush=True)
+        elif done in (before, total) or done % max(1, total // 10) == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def run_search(
+    options: argparse.Namespace, setting: Setting, executor: Executor | None
+) -> None:
+    """--tune, --walk-forward: search, report, write."""
+    grid, score = parse_grid(options.grid), partial(score_in_sample, options=options)
+    history, stop = history_of(setting), feed.stop_signal()
+    for one in expand_grid(grid):
+        try:
+            parameters_of(setting, one)
+        except UserError as error:
+            raise UserError(f"--grid: {error}") from None
+    folder = options.out or TUNING
+    folder.mkdir(parents=True, exist_ok=True)
+    for _ in history.pieces(0):
+        pass  # archives are parsed here and not by every worker
+    own = start_workers(options.workers or os.cpu_count() or 1)
+    with contextlib.nullcontext(executor) if executor else own as workers:
+        tell = show_progress(feed.session_clock())
+        search = Search(setting, folder, workers, stop.is_set, tell)
+        for trial in search.try_all([{}]).values():
+            split_of(len(trial.net))
+            if options.walk_forward:
+                window_length(len(trial.net), options.walk_forward + LOOK_BACK)
+        tried = tune(search, grid, score, options.refine) if options.tune else {}
+        walk = walk_forward(search, grid, options) if options.walk_forward else {}
+    report_search(options, search, grid, tried, walk)
+    if search.file.failure:
+        raise UserError(search.file.failure)
+
+
+def report_search(
+    options: argparse.Namespace, search: Search, grid: dict[str, list[Any]], tried: Tried,
+    walk: dict[str, Any],
+) -> None:  # fmt: skip
+    """Print what was found; write it beside the trials."""
+    history, folder = history_of(search.setting), search.path.parent
+    symbol = f"{history.instrument.symbol} {history.instrument.category}"
+    title = full_title(f"{symbol}   search over {history.name}", history.is_synthetic)
+    rng, result = np.random.default_rng(options.seed), None
+    pair, panels, written = [], [], [search.path.name]
+    if tried:
+        found = summarize_search(search, tried, options, grid)
+        print(format_search(found, title))
+        best = json.dumps(search.setting.given | found["best"], indent=1)
+        feed.write_whole(folder / "best.json", lambda path: path.write_text(best + "\n"))
+        text = json.dumps(to_plain(without_draws(found)), indent=1)
+        feed.write_whole(folder / "search.json", lambda path: path.write_text(text))
+        written += ["best.json", "search.json"]
+        scores = {key: score_in_sample(trial, options) for key, trial in tried.items()}
+        (given,) = search.try_all([{}]).values()
+        pair = [partial(plot_heat, found=found, scores=scores, grid=grid),
+                partial(plot_scatter, found=found, tried=tried, given=given)]  # fmt: skip
+        outside = found["out_of_sample"]
+        panels.append(partial(plot_bootstrap, summary=outside, what="Net out of sample"))
+        if options.regimes:
+            result = play(search.setting, found["best"])
+    if walk:
+        print("" if tried else title)
+        print(format_walk(walk, options.bootstrap or RESAMPLES, rng))
+        panels.insert(0, partial(plot_walk, walk=walk))
+        result = result or walk["result"]
+    if options.regimes and result:
+        regimes = summarize_regimes(result)
+        panels.append(partial(plot_regimes, regimes=regimes))
+        print("\n" + format_regimes(regimes))
+    if search.is_stopped():
+        print(f"stopped; trials kept, from which the same command goes on: {len(search.known):,}")
+    print(f"written to {folder}: {', '.join(written)}")
+    if panels:
+        show_plot(options, "search.png", partial(plot_search, panels, pair, title))
+
+
+def show_plot(
+    options: argparse.Namespace, name: str, draw: Callable[..., None]
+) -> None:
     """--plot: on the screen if there is one and no name was given, else a PNG file."""
     if options.plot is None:
         return
@@ -1403,8 +2470,8 @@ def show_plot(options: argparse.Namespace, result: Result, metrics: dict[str, An
         from matplotlib import pyplot  # chooses a backend that can show, if there is one
 
         is_shown = pyplot.get_backend().lower() not in ("agg", "pdf", "ps", "svg", "template")
-        path = None if is_shown else (options.out or Path()) / "backtest.png"
-    plot_result(result, metrics, path)
+        path = None if is_shown else (options.out or Path()) / name
+    draw(path=path)
     if path:
         print(f"plot: {path}")
 
@@ -1423,6 +2490,28 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="metrics.json, quotes, fills, equity as CSV")
     add("--log", type=Path, metavar="FILE", help="every decision as CSV")
     add("--params", type=Path, metavar="FILE.json", help="parameters")
+    add("--tune", action="store_true",
+        help="search for better parameters, to be judged on data that the search does not see; "
+        "writes to --out (default tuning)")  # fmt: skip
+    add("--grid", action="append", metavar="NAME=A,B,…",
+        help="values to try of a parameter (default: of alpha, gamma, delta, zeta)")  # fmt: skip
+    add("--refine", type=number(0, kind=int), default=30, metavar="N",
+        help="steps of local refinement from the grid's best point (default 30)")  # fmt: skip
+    add("--objective", choices=OBJECTIVES, default="net",
+        help="what is made large: net, Sharpe ratio of a minute, or net less a penalty on "
+        "drawdown and inventory (default net)")  # fmt: skip
+    add("--penalty", type=number(0), default=1.0, metavar="X",
+        help="of --objective penalized: times drawdown plus 1 %% of the inventory (default 1)")
+    add("--walk-forward", type=number(1, kind=int), nargs="?", const=WINDOWS, metavar="N",
+        help="tune on two windows, trade the next, roll on, N times (default 4)")  # fmt: skip
+    add("--workers", type=number(1, kind=int), metavar="N", help="processes (default: all cores)")
+    add("--bootstrap", type=number(100, kind=int), metavar="N",
+        help="intervals of net, Sharpe ratio, drawdown from N resamples of the minutes "
+        "(a search takes 1000)")  # fmt: skip
+    add("--against", metavar="NAME|FILE.json",
+        help="with --bootstrap: the difference to this strategy, or these parameters")
+    add("--regimes", action="store_true",
+        help="result by calm, usual and wild, by ranging and trending minutes")  # fmt: skip
     add("--strategy", choices=STRATEGIES, default="lp",
         help="the linear program, or a baseline: a fixed spread (default_spread_bps), or "
         "Avellaneda-Stoikov (default lp)")  # fmt: skip
@@ -1461,10 +2550,12 @@ def number(low: float, high: float = math.inf, kind: Callable = float) -> Callab
     return convert
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """python backtest.py; the exit status."""
+def main(arguments: list[str] | None = None, executor: Executor | None = None) -> int:
+    """python backtest.py; the exit status. A search runs on the workers of the executor, if
+    one is given: that of Dask or MPI spreads it over a cluster.
+    """
     options = build_arguments().parse_args(arguments)
-    return feed.exit_cleanly(lambda: run(options))
+    return feed.exit_cleanly(lambda: run(options, executor))
 
 
 if __name__ == "__main__":

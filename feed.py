@@ -40,6 +40,7 @@ import http.client
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import re
@@ -361,6 +362,13 @@ LADDER_WIDTH = 1 << 20  # levels: 104,858 USDT of ticks of 0.1; memory only wher
 SCAN = 256  # levels looked at once when the best level was deleted
 
 
+def untouched_zeros(width: int) -> np.ndarray:
+    """Zeros that take memory only where they are written to. A mapping of its own goes back
+    to the system with the array; malloc would keep it, and fill it with zeros the next time.
+    """
+    return np.frombuffer(mmap.mmap(-1, width * np.dtype(float).itemsize))
+
+
 class Ladder:
     """One side of the book: sizes in an array indexed by level = side x price tick.
 
@@ -374,8 +382,8 @@ class Ladder:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every level (zeros are only given memory when written to)."""
-        self.sizes = np.zeros(self.width)
+        """Forget every level."""
+        self.sizes = untouched_zeros(self.width)
         self.origin = 0  # level of index 0
         self.best: int | None = None  # level
         self._low = self.width  # no occupied index is lower
@@ -415,7 +423,7 @@ class Ladder:
             market = int(levels[sizes > 0].max(initial=levels.min()))
         shift = market - self.width // 2 - self.origin
         if abs(shift) > self.width // 4 or self.best is None:
-            moved = np.zeros(self.width)
+            moved = untouched_zeros(self.width)
             kept = max(self.width - abs(shift), 0)
             old, new = max(shift, 0), max(-shift, 0)
             moved[new : new + kept] = self.sizes[old : old + kept]
@@ -797,11 +805,11 @@ def sound_line(payload: bytes) -> str:
 
 
 class GrowingFile:
-    """A new file that is appended to. A failing disk stops it and nothing else."""
+    """A file, new unless append, that grows. A failing disk stops it and nothing else."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, append: bool = False) -> None:
         try:
-            self.file = open(path, "xb")  # never overwrites
+            self.file = open(path, "ab" if append else "xb")  # never overwrites
         except FileExistsError:
             raise UserError(f"{path} exists and is not overwritten: choose another name") from None
         except OSError as error:

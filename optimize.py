@@ -73,14 +73,17 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations, product
 from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize
+from scipy.special import ndtr, ndtri
 
 STEP = 1 / 32  # h: grid step of the squares; 1/16 misses the quadratic cost by 0.5 %
 D_MAX = 2.0  # farthest quote, in units of S
@@ -359,7 +362,7 @@ class _NotSolved(Exception):
     """Carries a failure past the memo, which keeps good answers only."""
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=2048)
 def _remembered(
     steps: int, alpha: float, beta: float, d_min: float, solver: Callable
 ) -> Solution:
@@ -466,6 +469,318 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
     if not ema_volatility * MAX_INTERVAL_S**0.5 > parameters.requote_move_bps:
         return MAX_INTERVAL_S  # calm, flat, or not measured yet
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
+
+
+# ---- Searching: a grid, then refinement from its best point ------------------------
+
+POLL_S = 0.2  # how often a search looks whether it is to stop
+SMALLEST_STEP = 0.02  # of the distance between grid points, where refinement ends
+
+
+def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values; those of the last name change fastest.
+
+    >>> expand_grid({"alpha": [1, 2], "gamma": [0.5]})
+    [{'alpha': 1, 'gamma': 0.5}, {'alpha': 2, 'gamma': 0.5}]
+    """
+    return [dict(zip(grid, values)) for values in product(*grid.values())]
+
+
+def run_trials(
+    play: Callable[[Any], Any],
+    configurations: Sequence[Any],
+    executor: Executor,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, Any]]:
+    """(k, play(configurations[k])) as they come, played by any executor's workers.
+
+    What play raises is raised here. Once is_stopped, nothing more comes.
+    """
+    waiting = {executor.submit(play, one): k for k, one in enumerate(configurations)}
+    try:
+        while waiting and not is_stopped():
+            done, _ = wait(waiting, POLL_S, FIRST_COMPLETED)
+            for future in sorted(done, key=waiting.get):
+                yield waiting.pop(future), future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def refine(
+    score: Callable[[dict[str, float]], float],
+    start: Mapping[str, float],
+    grid: Mapping[str, Sequence[float]],
+    limits: Mapping[str, tuple[float, float]],
+    steps: int,
+) -> None:
+    """Look for a higher score near start, a point of the grid, in so many steps at most.
+
+    Nelder and Mead's simplex, which asks for no slopes: a backtest has none, its fills
+    come and go in jumps. One unit is half the way to the grid's next point, so that all
+    parameters count alike. score hears of every point and keeps the best itself.
+    """
+    names = [name for name in start if len(set(grid[name])) > 1]
+    scale = np.array([_half_gap(sorted(set(grid[name])), start[name]) for name in names])
+    origin = np.array([start[name] for name in names], float)
+    ends = np.array([limits[name] for name in names]) - origin[:, None]
+    if not names or steps < 1:
+        return
+
+    def cost(x: np.ndarray) -> float:
+        point = dict(zip(names, (origin + x * scale).tolist()))
+        return -score({**start, **point})
+
+    minimize(
+        cost, np.zeros(len(names)), method="Nelder-Mead",
+        bounds=np.sort(ends / scale[:, None], axis=1),
+        options=dict(maxfev=steps, xatol=SMALLEST_STEP, fatol=INF,
+                     initial_simplex=np.vstack([np.zeros(len(names)), np.eye(len(names))])),
+    )  # fmt: skip
+
+
+def _half_gap(values: list[float], value: float) -> float:
+    """Half the way to the next value; from the last one, back."""
+    k = values.index(value)
+    return (values[k + 1] - value if k + 1 < len(values) else values[k - 1] - value) / 2
+
+
+# ---- Resampling: how sure is a result ----------------------------------------------
+#
+# x is the net of every period; columns are strategies, or configurations tried. The
+# columns of a table are always resampled at the same positions: what they have in
+# common, above all the market, stays in common.
+
+CHUNK = 200_000  # positions drawn at a time
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of mean and variance of a period
+
+
+def net_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Mean net of a period."""
+    return mean
+
+
+def sharpe_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Sharpe ratio of a period; 0 where nothing changes: nothing earned, nothing risked."""
+    spread = np.sqrt(np.maximum(variance, 0))
+    is_flat = spread <= 1e-12 * np.abs(mean) + 1e-12
+    return np.where(is_flat, 0.0, mean / np.where(is_flat, 1.0, spread))
+
+
+def block_length(x: np.ndarray) -> float:
+    """Mean block, in periods, for the stationary bootstrap of the mean of x: (n,).
+
+      b = (2 g^2 / d)^(1/3) n^(1/3),  from 1 to ceil(min(3 sqrt(n), n/3))
+      g = sum_k h(k/m) |k| R(k)       d = 2 (sum_k h(k/m) R(k))^2       |k| <= m
+
+    R autocovariance, h(x) = min(1, 2 (1 - |x|)). m is twice the first lag after which
+    K = max(5, sqrt(log10 n)) autocorrelations in succession stay within
+    2 sqrt(log10(n) / n), noise. Politis and White (2004), as corrected by Patton,
+    Politis and White (2009).
+    """
+    n = len(x)
+    deviations, quiet = x - x.mean(), max(5, math.ceil(math.sqrt(math.log10(n))))
+    lags = min(math.ceil(math.sqrt(n)) + quiet, n - 1)
+    R = np.array([deviations[k:] @ deviations[: n - k] for k in range(lags + 1)]) / n
+    if R[0] <= 1e-18 * (1 + x.mean() ** 2):
+        return 1.0
+    is_loud = np.abs(R[1:]) > 2 * math.sqrt(math.log10(n) / n) * R[0]
+    silence = [k for k in range(lags - quiet + 1) if not is_loud[k : k + quiet].any()]
+    m = min(2 * max(silence[0], 1), lags) if silence else lags
+    k = np.arange(1, m + 1)
+    weighted = np.minimum(1, 2 * (1 - k / m)) * R[1 : m + 1]
+    g, long_run = 2 * (weighted @ k), R[0] + 2 * weighted.sum()
+    b = (abs(g / long_run) ** 2 * n) ** (1 / 3) if long_run else INF  # 2 g^2 / d = (g / sum)^2
+    return float(min(max(b, 1.0), math.ceil(min(3 * math.sqrt(n), n / 3))))
+
+
+def common_block_length(x: np.ndarray) -> float:
+    """The mean of the columns' block lengths, for positions that serve them all."""
+    return float(np.mean([block_length(column) for column in x.T]))
+
+
+def draw_positions(
+    n: int, block: float, count: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Stationary bootstrap of n periods, count times, in chunks: (chunk, n) positions.
+
+    Begin anywhere; then, with probability 1/block, jump anywhere, else go on to the next
+    period, the first one following the last. Politis and Romano (1994).
+    """
+    rows = max(1, CHUNK // n)
+    for done in range(0, count, rows):
+        chunk = min(rows, count - done)
+        jumps = rng.random((chunk, n)) * block < 1
+        jumps[:, 0] = True
+        at = np.flatnonzero(jumps)  # where blocks begin
+        shift = rng.integers(n, size=len(at)) - at % n
+        positions = np.repeat(shift, np.diff(at, append=chunk * n)).reshape(chunk, n)
+        positions += np.arange(n)
+        positions[positions >= n] -= n
+        yield positions
+
+
+def draw_moments(
+    x: np.ndarray, block: float, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of every column in every resample: (count, N) each."""
+    n, squares, moments = len(x), x**2, []
+    for positions in draw_positions(n, block, count, rng):
+        rows = np.arange(len(positions))[:, None] * n
+        times = np.bincount((positions + rows).ravel(), minlength=positions.size)
+        times = times.reshape(positions.shape).astype(float)  # how often a period is drawn
+        mean = times @ x / n
+        moments.append((mean, (times @ squares / n - mean**2) * (n / (n - 1))))
+    mean, variance = (np.concatenate(parts) for parts in zip(*moments))
+    return mean, variance
+
+
+def measure_paths(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Net, Sharpe ratio of a period and deepest drawdown along the last axis."""
+    level = np.cumsum(x, axis=-1)
+    peak = np.maximum(np.maximum.accumulate(level, axis=-1), 0)  # we start with 0
+    return {
+        "net_usdt": level[..., -1],
+        "sharpe": sharpe_score(x.mean(axis=-1), x.var(axis=-1, ddof=1)),
+        "max_drawdown_usdt": (peak - level).max(axis=-1),
+    }
+
+
+def bootstrap(x: np.ndarray, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The measures of k strategies in count resamples of x, (n, k): (k, count) each.
+
+    The same positions for all k, so that differences of two rows are paired.
+    """
+    block = common_block_length(x)
+    drawn = [
+        measure_paths(np.take(x.T, positions, axis=1))
+        for positions in draw_positions(len(x), block, count, rng)
+    ]
+    return {name: np.concatenate([part[name] for part in drawn], axis=1) for name in drawn[0]}
+
+
+def interval_of(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# ---- The price of having searched --------------------------------------------------
+#
+# The best of many configurations looks good even if none is. Three views of it, each
+# over all that were tried: N configurations, n periods.
+
+EULER = 0.5772156649015329
+HALVES = 12  # blocks; they give 924 ways to choose half of them
+LEAST_BLOCK, LEAST_TRIALS = 10, 10  # periods a block, configurations
+
+
+def sharpe_error(sharpe: float, n: int, skew: float, kurtosis: float) -> float:
+    """SE = sqrt((1 - g3 SR + (g4 - 1)/4 SR^2) / (n - 1)): g3 skew, g4 raw kurtosis (3 for
+    the normal). It takes the periods as independent. Lo (2002), Mertens (2002).
+    """
+    return math.sqrt((1 - skew * sharpe + (kurtosis - 1) / 4 * sharpe**2) / (n - 1))
+
+
+def shape_of(x: np.ndarray) -> tuple[float, float]:
+    """Skew g3 and raw kurtosis g4 of x, which must not be constant."""
+    z = (x - x.mean()) / x.std()
+    return float((z**3).mean()), float((z**4).mean())
+
+
+def probabilistic_sharpe(
+    sharpe: float, reference: float, n: int, skew: float, kurtosis: float
+) -> float:
+    """PSR = Phi((SR - SR0) / SE): the confidence that the true ratio is above SR0."""
+    return float(ndtr((sharpe - reference) / sharpe_error(sharpe, n, skew, kurtosis)))
+
+
+def best_sharpe_by_luck(variance: float, trials: float) -> float:
+    """SR0: the Sharpe ratio to expect of the best of so many trials without skill.
+
+      SR0 = sqrt(V) ((1 - E) Phi^-1(1 - 1/N) + E Phi^-1(1 - 1/(N e)))
+
+    V variance of the trials' ratios, E Euler's constant.
+    """
+    if trials <= 1:
+        return 0.0
+    first, second = ndtri(1 - 1 / trials), ndtri(1 - 1 / (trials * math.e))
+    return math.sqrt(variance) * float((1 - EULER) * first + EULER * second)
+
+
+def deflated_sharpe(
+    sharpe: float, variance: float, trials: float, n: int, skew: float, kurtosis: float
+) -> float:
+    """DSR = PSR(SR0): the confidence that the true Sharpe ratio of the best is above what
+    the best of N trials without skill shows. Ratios per period, none annualised. Bailey
+    and Lopez de Prado (2014); their example:
+
+    >>> daily = 2.5 / math.sqrt(250), 0.5 / 250
+    >>> round(deflated_sharpe(*daily, trials=100, n=1250, skew=-3, kurtosis=10), 4)
+    0.9004
+    """
+    reference = best_sharpe_by_luck(variance, trials)
+    return probabilistic_sharpe(sharpe, reference, n, skew, kurtosis)
+
+
+def draw_best_of_chance(
+    x: np.ndarray, score: Score, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The best score among N configurations like these, but without skill: (count,).
+
+    Each column of x, (n, N), loses its mean and is resampled, all at the same positions,
+    so that their correlation is kept. The share of these maxima at or above the score of
+    the best that was found says how often a search without skill ends as well.
+    """
+    centred = x - x.mean(axis=0)
+    moments = draw_moments(centred, common_block_length(x), count, rng)
+    return score(*moments).max(axis=1)
+
+
+def overfitting_probability(x: np.ndarray, score: Score) -> float:
+    """PBO: how often the best in one half of the periods is at or below the middle in the
+    other half. nan for fewer than 10 configurations or 40 periods.
+
+    x, (n, N), is cut into 12 blocks (fewer, if they had less than 10 periods). Of every
+    way to choose half of them: w = rank / (N + 1) of the chosen half's best in the other
+    half; PBO = share of w <= 1/2. Bailey, Borwein, Lopez de Prado, Zhu (2017).
+    """
+    n, N = x.shape
+    blocks = min(HALVES, n // LEAST_BLOCK // 2 * 2)
+    if blocks < 4 or N < LEAST_TRIALS:
+        return math.nan
+    starts = np.arange(blocks) * n // blocks
+    lengths = np.diff(np.append(starts, n))
+    sums, squares = (np.add.reduceat(values, starts, axis=0) for values in (x, x**2))
+    chosen = np.zeros((math.comb(blocks, blocks // 2), blocks))
+    for row, half in zip(chosen, combinations(range(blocks), blocks // 2)):
+        row[list(half)] = 1
+
+    def scores(halves: np.ndarray) -> np.ndarray:
+        periods = (halves @ lengths)[:, None]
+        mean = halves @ sums / periods
+        return score(mean, halves @ squares / periods - mean**2)
+
+    best, other = scores(chosen).argmax(axis=1), scores(1 - chosen)
+    of_best = other[np.arange(len(best)), best][:, None]
+    rank = (other < of_best).sum(axis=1) + ((other == of_best).sum(axis=1) + 1) / 2
+    return float((rank / (N + 1) <= 0.5).mean())
+
+
+def draw_overfitting_by_chance(
+    x: np.ndarray, score: Score, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """PBO of configurations like these, but without skill: (count,). A single figure says
+    little, as these scatter widely.
+    """
+    centred, block = x - x.mean(axis=0), common_block_length(x)
+    return np.array([
+        overfitting_probability(centred[row], score)
+        for positions in draw_positions(len(x), block, count, rng) for row in positions
+    ])  # fmt: skip
+
+
+# ---- An example --------------------------------------------------------------------
 
 
 def main() -> None:
