@@ -1445,19 +1445,18 @@ def summarize_regime(
 def format_regimes(regimes: dict[str, dict[str, Any]]) -> str:
     """A line for each regime, and in words where the money goes."""
     lines = [
-        "Regimes: each minute against the minutes before it (thirds by volatility, halves by "
-        "directness)",
-        "               minutes    bps/√s    gross     fees      net    net a minute   fills"
-        + "".join(f"{'markout ' + h:>15}" for h in REGIME_HORIZONS),
+        "Regimes: each minute against those before it, thirds by volatility, halves by directness",
+        "             minutes  bps/√s   gross    fees     net   net a minute fills"
+        + "".join(f"{'markout ' + h:>14}" for h in REGIME_HORIZONS),
     ]
     for name, r in regimes.items():
         cells = [r["markouts"][h] for h in REGIME_HORIZONS]
         numbers = (r["volatility_bps"], r["gross_usdt"], -r["fees_usdt"], r["net_usdt"])
         lines.append(
-            f"  {name:<12} {r['minutes']:>7,}" + "".join(f"{number:>9.2f}" for number in numbers)
-            + plus_minus(r["net_a_minute"], r["net_a_minute_half_width"], 16)
-            + f"{r['fills']:>8,}"
-            + "".join(plus_minus(c["mean_bps"], c["high_bps"] - c["mean_bps"], 15) for c in cells)
+            f"  {name:<11}{r['minutes']:>7,}" + "".join(f"{number:>8.2f}" for number in numbers)
+            + plus_minus(r["net_a_minute"], r["net_a_minute_half_width"], 15)
+            + f"{r['fills']:>6,}"
+            + "".join(plus_minus(c["mean_bps"], c["high_bps"] - c["mean_bps"], 14) for c in cells)
         )  # fmt: skip
     return "\n".join([*lines, *tell_regimes(regimes)])
 
@@ -1872,9 +1871,10 @@ def format_walk(walk: dict[str, Any], count: int, rng: np.random.Generator) -> s
             f"{outside.fills.sum():>9,}   {in_words(json.loads(w['key']))}"
         )
     changes = f"{walk['changed']} of {len(windows) - 1} times"
-    lines.append(f"  the choice changed {changes}; the out-of-sample windows joined:")
-    pair = {"walk-forward": walk["traded"], "as given": walk["given"]}
-    return "\n".join([*lines, format_bootstrap(summarize_bootstrap(pair, count, rng), "Joined")])
+    lines.append(f"  the choice changed {changes}")
+    joined = {"walk-forward": walk["traded"], "as given": walk["given"]}
+    summary = summarize_bootstrap(joined, count, rng)
+    return "\n".join([*lines, "", format_bootstrap(summary, "Out of sample, windows joined")])
 
 
 # ---- Plots -------------------------------------------------------------------------
@@ -2084,8 +2084,10 @@ def plot_heat(ax: Any, found: dict[str, Any], scores: dict[str, float], grid: Ma
     ax.set_xlabel(across or "")
     ax.set_ylabel(down)
     others = in_words({name: v for name, v in best.items() if name not in (down, across)})
+    star = in_words({name: found["best"][name] for name in (across, down) if name})
     ax.set_title(f"In sample, {found['objective']}{others and ', at '}{others}.\n"
-                 "Star: the best. Framed: within its interval", loc="left", fontsize=9)  # fmt: skip
+                 f"Star: the best, {star}.\nFramed: within its interval", loc="left",
+                 fontsize=9)  # fmt: skip
 
 
 def plot_scatter(ax: Any, found: dict[str, Any], tried: Tried, given: Trial) -> None:
@@ -2102,7 +2104,7 @@ def plot_scatter(ax: Any, found: dict[str, Any], tried: Tried, given: Trial) -> 
     ax.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
     ax.axhline(0, color="grey", linewidth=0.6)
     ax.axvline(0, color="grey", linewidth=0.6)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper left")
     ax.grid(alpha=0.25, linewidth=0.5)
     ax.set_xlabel("in sample")
     ax.set_ylabel("out of sample")

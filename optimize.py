@@ -1,4 +1,5 @@
-"""What a quote should cost: the parameters, the base spread, and a linear program.
+"""What a quote should cost: the parameters, the base spread, and a linear program. In the
+second half: the search for parameters, and what it costs to have searched.
 
 The problem. A market maker bids below the mid price and offers above it. Far from the
 mid it is rarely hit; close by it is hit by those who know more. Holding inventory is a
@@ -61,10 +62,23 @@ comes within one step of it:
 >>> round(solution.bid_distance, 3), round(solution.ask_distance, 3)
 (0.581, 0.419)
 
+The search. Values of every parameter are combined to a grid, and from its best point a
+simplex looks for a better one. What it maximises is the caller's: any function. The best
+of many looks good even where none is; so the second half also holds the statistics of
+having searched, over x, the net of n periods (rows) of N configurations tried (columns):
+
+  n, N      x.shape              periods, configurations tried
+  SR        sharpe               mean / standard deviation of a period's net
+  SR0       reference            the ratio that SR is held against
+  V         variance             of the SR of all configurations tried
+  g3, g4    skew, kurtosis       of a period's net; raw kurtosis, 3 for the normal
+  b         block                mean length of the blocks resampled, periods
+
 What this module does not do: it knows no exchange, no clock and no state. No paper was
 found that quotes by a linear program; it is a design choice of this project, made
 because its answer can be checked by hand and its multipliers can be read. The lean in
-inventory goes back to Ho and Stoll (1981) and Avellaneda and Stoikov (2008).
+inventory goes back to Ho and Stoll (1981) and Avellaneda and Stoikov (2008). Sources of
+the search stand at its functions.
 """
 
 from __future__ import annotations
@@ -74,11 +88,13 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, wait
+from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
 from numbers import Real
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -474,7 +490,7 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
 # ---- Searching: a grid, then refinement from its best point ------------------------
 
 POLL_S = 0.2  # how often a search looks whether it is to stop
-SMALLEST_STEP = 0.02  # of the distance between grid points, where refinement ends
+SMALLEST_STEP = 0.02  # of half the distance between grid points, where refinement ends
 
 
 def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -497,10 +513,13 @@ def run_trials(
     What play raises is raised here. Once is_stopped, nothing more comes.
     """
     waiting = {executor.submit(play, one): k for k, one in enumerate(configurations)}
+    finished: SimpleQueue[Future] = SimpleQueue()
+    for future in waiting:
+        future.add_done_callback(finished.put)
     try:
         while waiting and not is_stopped():
-            done, _ = wait(waiting, POLL_S, FIRST_COMPLETED)
-            for future in sorted(done, key=waiting.get):
+            with suppress(Empty):
+                future = finished.get(timeout=POLL_S)
                 yield waiting.pop(future), future.result()
     finally:
         for future in waiting:
@@ -523,17 +542,17 @@ def refine(
     names = [name for name in start if len(set(grid[name])) > 1]
     scale = np.array([_half_gap(sorted(set(grid[name])), start[name]) for name in names])
     origin = np.array([start[name] for name in names], float)
-    ends = np.array([limits[name] for name in names]) - origin[:, None]
     if not names or steps < 1:
         return
+    low, high = np.array([limits[name] for name in names], float).T
 
     def cost(x: np.ndarray) -> float:
-        point = dict(zip(names, (origin + x * scale).tolist()))
-        return -score({**start, **point})
+        values = np.clip(origin + x * scale, low, high)  # not a rounding error beyond
+        return -score({**start, **dict(zip(names, values.tolist()))})
 
     minimize(
         cost, np.zeros(len(names)), method="Nelder-Mead",
-        bounds=np.sort(ends / scale[:, None], axis=1),
+        bounds=np.sort(np.column_stack([low - origin, high - origin]) / scale[:, None], axis=1),
         options=dict(maxfev=steps, xatol=SMALLEST_STEP, fatol=INF,
                      initial_simplex=np.vstack([np.zeros(len(names)), np.eye(len(names))])),
     )  # fmt: skip
@@ -563,7 +582,7 @@ def net_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 def sharpe_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """Sharpe ratio of a period; 0 where nothing changes: nothing earned, nothing risked."""
     spread = np.sqrt(np.maximum(variance, 0))
-    is_flat = spread <= 1e-12 * np.abs(mean) + 1e-12
+    is_flat = spread <= 1e-6 * np.abs(mean) + 1e-12  # no more than rounding
     return np.where(is_flat, 0.0, mean / np.where(is_flat, 1.0, spread))
 
 
@@ -575,8 +594,8 @@ def block_length(x: np.ndarray) -> float:
 
     R autocovariance, h(x) = min(1, 2 (1 - |x|)). m is twice the first lag after which
     K = max(5, sqrt(log10 n)) autocorrelations in succession stay within
-    2 sqrt(log10(n) / n), noise. Politis and White (2004), as corrected by Patton,
-    Politis and White (2009).
+    2 sqrt(log10(n) / n), noise; at most sqrt(n) + K. Politis and White (2004), as corrected
+    by Patton, Politis and White (2009).
     """
     n = len(x)
     deviations, quiet = x - x.mean(), max(5, math.ceil(math.sqrt(math.log10(n))))
@@ -620,19 +639,14 @@ def draw_positions(
         yield positions
 
 
-def draw_moments(
-    x: np.ndarray, block: float, count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of every column in every resample: (count, N) each."""
-    n, squares, moments = len(x), x**2, []
+def draw_means(x: np.ndarray, block: float, count: int, rng: np.random.Generator) -> np.ndarray:
+    """The mean of every column in every resample: (count, N)."""
+    n, means = len(x), []
     for positions in draw_positions(n, block, count, rng):
         rows = np.arange(len(positions))[:, None] * n
         times = np.bincount((positions + rows).ravel(), minlength=positions.size)
-        times = times.reshape(positions.shape).astype(float)  # how often a period is drawn
-        mean = times @ x / n
-        moments.append((mean, (times @ squares / n - mean**2) * (n / (n - 1))))
-    mean, variance = (np.concatenate(parts) for parts in zip(*moments))
-    return mean, variance
+        means.append(times.reshape(positions.shape).astype(float) @ x / n)
+    return np.concatenate(means)
 
 
 def measure_paths(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -705,7 +719,7 @@ def best_sharpe_by_luck(variance: float, trials: float) -> float:
     if trials <= 1:
         return 0.0
     first, second = ndtri(1 - 1 / trials), ndtri(1 - 1 / (trials * math.e))
-    return math.sqrt(variance) * float((1 - EULER) * first + EULER * second)
+    return math.sqrt(variance) * max(0.0, float((1 - EULER) * first + EULER * second))
 
 
 def deflated_sharpe(
@@ -729,12 +743,17 @@ def draw_best_of_chance(
     """The best score among N configurations like these, but without skill: (count,).
 
     Each column of x, (n, N), loses its mean and is resampled, all at the same positions,
-    so that their correlation is kept. The share of these maxima at or above the score of
-    the best that was found says how often a search without skill ends as well.
+    so that their correlation is kept; its variance stays that of x, since a resample may
+    miss the few fills of one that hardly trades. The share of these maxima at or above
+    the score of the best that was found says how often a search without skill ends as well.
+
+    Blocks are twice as long as for a mean: short ones understate the variance, which a
+    maximum of many shows. Measured on noise with an autocorrelation of 0.3, 960 periods: a
+    share below 5 % then comes in 6 to 9 % of searches without skill, else in 8 to 12 %.
     """
-    centred = x - x.mean(axis=0)
-    moments = draw_moments(centred, common_block_length(x), count, rng)
-    return score(*moments).max(axis=1)
+    block = 2 * common_block_length(x)
+    means = draw_means(x - x.mean(axis=0), block, count, rng)
+    return score(means, x.var(axis=0, ddof=1)).max(axis=1)
 
 
 def overfitting_probability(x: np.ndarray, score: Score) -> float:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,20 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_command_of_the_readme_runs(command, workplace):
+@cache
+def run(command: str, workplace: Path) -> subprocess.CompletedProcess:
     words = shlex.split(command, comments=True)
     assert words[0] == "python"
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, *words[1:]], cwd=workplace, capture_output=True, text=True, timeout=120
     )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_command_of_the_readme_runs(command, workplace):
+    done = run(command, workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout and "Traceback" not in done.stderr
 
 
 def test_commands_that_need_a_network_have_flags_that_exist():
@@ -54,12 +60,17 @@ def test_commands_that_need_a_network_have_flags_that_exist():
                     assert flag in known, flag
 
 
-def test_results_of_the_readme_are_what_the_command_prints(tmp_path):
-    (shown,) = re.findall(r"draws this:\n\n.*?```text\n(.*?)```", README, re.DOTALL)
-    command = [sys.executable, str(ROOT / "backtest.py")]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "command, before",
+    [("python backtest.py --plot backtest.png", "draws this:\n\n.*?"),
+     ("python backtest.py --tune --grid", "and prints\n\n")],
+)  # fmt: skip
+def test_results_of_the_readme_are_what_the_command_prints(command, before, workplace):
+    (command,) = (line for line in COMMANDS if line.startswith(command))
+    (shown,) = re.findall(before + "```text\n(.*?)```", README, re.DOTALL)
+    printed = re.split("(?m)^(?:plot|written to)", run(command, workplace).stdout)[0]
     plain = re.compile(r"the sum is off by \S+")  # rounding differs between processors
-    assert plain.sub("", shown).split() == plain.sub("", run.stdout).split()
+    assert plain.sub("", shown).split() == plain.sub("", printed).split()
 
 
 def test_results_of_baselines_and_frictions_are_those_of_the_readme(tmp_path):
