@@ -542,6 +542,8 @@ HORIZONS_S = (0.1, 1, 10, 60)
 OUTAGE_S = (5.0, 60.0)  # shortest and longest
 STEP = 20_000  # messages played at a time: then markouts, and a look whether to stop
 KEPT_NS = 120 * NS  # mids kept for fills that we hear of late, after an outage say
+Windows = Sequence[tuple[int, int]]  # of outages, ns of receive time
+Schedule = Sequence[tuple[int, Mapping[str, Any]]]  # ns of receive time, parameters from then
 
 
 @dataclass
@@ -618,36 +620,49 @@ def draw_outages(
     return windows
 
 
-class Outages:
-    """Plays tapes with windows in which we hear nothing; keeps what each of them cost."""
+class Player:
+    """Plays tapes; at given times something else happens: an outage begins or ends, or
+    parameters change. Keeps what each outage cost.
+    """
 
-    def __init__(self, maker: MarketMaker, windows: list[tuple[int, int]]) -> None:
-        self.maker, self.windows = maker, windows
-        self.costs: list[dict[str, float]] = []
+    def __init__(self, maker: MarketMaker, windows: Windows, schedule: Schedule) -> None:
+        self.maker, self.costs = maker, []
+        waiting = [(at_ns, partial(self.change, at_ns, changes)) for at_ns, changes in schedule]
+        for window in windows:
+            waiting += zip(window, (partial(self.cut_off, *window), self.reconnect))
+        self.waiting = sorted(waiting, key=lambda one: one[0])
 
     def follow(self, tape: Tape, start: int, stop: int) -> None:
-        """Messages start..stop-1 of a tape, with what begins and ends between them."""
-        maker, at = self.maker, start
-        while self.windows:
-            begin_ns, end_ns = self.windows[0]
-            until = end_ns if maker.is_cut_off else begin_ns
-            then = int(tape.recv_ns[:stop].searchsorted(until))
-            if then > at:
-                maker.follow(tape, at, then)
-                at = then
+        """Messages start..stop-1 of a tape, with what happens between them."""
+        while self.waiting:
+            then = int(tape.recv_ns[:stop].searchsorted(self.waiting[0][0]))
+            if then > start:
+                self.maker.follow(tape, start, then)
+                start = then
             if then >= stop:
                 return
-            if maker.is_cut_off:
-                maker.reconnect()
-                self.costs[-1]["net_usdt"] += maker.state.equity
-                self.costs[-1]["fills"] += maker.state.fills
-                self.windows.pop(0)
-            else:
-                maker.cut_off(begin_ns, end_ns)
-                cost = dict(net_usdt=-maker.state.equity, fills=-maker.state.fills)
-                self.costs.append(dict(start_ns=begin_ns, end_ns=end_ns) | cost)
-        if at < stop:
-            maker.follow(tape, at, stop)
+            self.waiting.pop(0)[1]()
+        if start < stop:
+            self.maker.follow(tape, start, stop)
+
+    def cut_off(self, begin_ns: int, end_ns: int) -> None:
+        """From here on we hear nothing."""
+        self.maker.cut_off(begin_ns, end_ns)
+        state = self.maker.state
+        cost = dict(net_usdt=-state.equity, fills=-state.fills)
+        self.costs.append(dict(start_ns=begin_ns, end_ns=end_ns) | cost)
+
+    def reconnect(self) -> None:
+        """We hear again."""
+        self.maker.reconnect()
+        self.costs[-1]["net_usdt"] += self.maker.state.equity
+        self.costs[-1]["fills"] += self.maker.state.fills
+
+    def change(self, at_ns: int, changes: Mapping[str, Any]) -> None:
+        """New parameters, which nothing that a recording says later takes back."""
+        self.maker.overrides |= changes
+        note = {"event": "params", "parameters": {}}
+        self.maker.follow(build_tape([Message(feed.CONTROL, at_ns, fields=note)]))
 
 
 class Markouts:
@@ -718,21 +733,24 @@ def run_backtest(
     history: History,
     parameters: Parameters,
     strategy: Callable[..., Distances] = choose_distances,
-    outages: list[tuple[int, int]] | None = None,
+    outages: Windows | None = None,
     overrides: dict[str, Any] | None = None,
     log: Any = None,
     quotes: Any = None,
     stop: threading.Event | None = None,
+    schedule: Schedule = (),
     **exchange: Any,
 ) -> Result:
     """Play a history through the market maker, up to where stop is set.
 
-    log and quotes take lines; exchange: frictions of the PaperExchange.
+    schedule: parameters that change at times of receipt. log and quotes take lines;
+    exchange: frictions of the PaperExchange.
     """
     maker = MarketMaker(
         parameters, history.instrument, log, overrides, strategy=strategy, **exchange
     )
-    notebook, player, markouts = Notebook(maker, quotes), Outages(maker, outages or []), Markouts()
+    notebook, markouts = Notebook(maker, quotes), Markouts()
+    player = Player(maker, outages or (), schedule)
     is_stopped = stop.is_set if stop else lambda: False
     with paused_collector():
         late_ms = parameters.feed_latency_ms + parameters.clock_offset_ms  # by our clock
@@ -782,7 +800,7 @@ class Setting:
     steps: tuple[str | None, str | None, int | None]  # tick, lot, depth, if data do not tell
     given: dict[str, Any]  # parameters
     strategy: tuple  # its name, then what shapes it
-    outages: tuple[tuple[int, int], ...]
+    outages: Windows
     exchange: dict[str, Any]  # frictions of the PaperExchange
 
 
@@ -813,46 +831,20 @@ def parameters_of(setting: Setting, changes: Mapping[str, Any]) -> Parameters:
 def play(
     setting: Setting,
     changes: Mapping[str, Any] | None = None,
-    schedule: Sequence[tuple[int, Mapping[str, Any]]] = (),
+    schedule: Schedule = (),
     **files: Any,
 ) -> Result:
     """One run, with some parameters changed; by schedule, more of them at later times."""
-    history = history_of(setting)
-    scheduled = {name for _, later in schedule for name in later}
-    given = {**setting.given, **(changes or {})}
     return run_backtest(
-        with_changes(history, schedule) if schedule else history,
+        history_of(setting),
         parameters_of(setting, changes or {}),
         choose_strategy(*setting.strategy),
-        list(setting.outages),
-        {name: value for name, value in given.items() if name not in scheduled},
+        setting.outages,
+        {**setting.given, **(changes or {})},
+        schedule=schedule,
         **files,
         **setting.exchange,
     )
-
-
-def with_changes(
-    history: History, schedule: Sequence[tuple[int, Mapping[str, Any]]]
-) -> History:
-    """The same history, in which parameters change at given times of receipt, ns."""
-
-    def pieces(latency_ns: int) -> Iterator[Piece]:
-        waiting = list(schedule)
-        for piece in history.pieces(latency_ns):
-            while waiting:
-                then = int(piece.tape.recv_ns[: piece.stop].searchsorted(waiting[0][0]))
-                if then >= piece.stop:
-                    break
-                if then > piece.start:
-                    yield piece._replace(stop=then)
-                    piece = piece._replace(start=then)
-                at_ns, changes = waiting.pop(0)
-                note = {"event": "params", "parameters": dict(changes)}
-                tape = build_tape([Message(feed.CONTROL, at_ns, fields=note)])
-                yield Piece(tape, 0, 1, piece.tick_text)
-            yield piece
-
-    return dataclasses.replace(history, pieces=pieces)
 
 
 def choose_strategy(name: str, *shape: float) -> Callable[..., Distances]:
@@ -1316,8 +1308,9 @@ def cut_into_minutes(result: Result) -> Trial:
 
 def summarize_bootstrap(
     trials: Mapping[str, Trial], count: int, rng: np.random.Generator
-) -> dict[str, Any]:
-    """Measures of one or two runs, and of their difference, with 95 % intervals.
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Measures of one or two runs, and of their difference, with 95 % intervals; and their
+    net in every resample.
 
     Two runs are resampled at the same minutes: what the market did to both cancels.
     """
@@ -1333,8 +1326,9 @@ def summarize_bootstrap(
             low, high = interval_of(drawn[measure][k])
             column[measure] = dict(value=float(found[measure][k]), low=low, high=high)
         if name in trials:
-            column |= dict(fills=int(trials[name].fills.sum()), drawn_net=drawn["net_usdt"][k])
-    return dict(resamples=count, periods=len(x), block=common_block_length(x), of=of)
+            column["fills"] = int(trials[name].fills.sum())
+    sizes = dict(resamples=count, periods=len(x), block=common_block_length(x))
+    return sizes | {"of": of}, drawn["net_usdt"]
 
 
 def format_bootstrap(summary: dict[str, Any], title: str = "Bootstrap") -> str:
@@ -1342,14 +1336,17 @@ def format_bootstrap(summary: dict[str, Any], title: str = "Bootstrap") -> str:
     lines = [
         f"{title}: {summary['periods']:,} minutes, 95 % by {summary['resamples']:,} resamples "
         f"in blocks of {summary['block']:.1f} minutes",
-        " " * 17 + "".join(f"{name:>27}" for name in summary["of"]),
+        " " * 17 + "".join(f" {name[-26:]:>26}" for name in summary["of"]),
     ]
     for measure, (label, form) in MEASURES.items():
         line = f"  {label:<15}"
         for name, column in summary["of"].items():
             sign = "+" if name == "difference" and form[0] != "+" else ""
-            value, low, high = (format(x, sign + form) for x in column[measure].values())
-            line += f"{f'{value} ({low} to {high})':>27}"
+            value, low, high = (
+                format(x, sign + (form if abs(x) < 1000 else form[:-2] + "0f"))
+                for x in column[measure].values()
+            )
+            line += f" {f'{value} ({low} to {high})':>26}"
         lines.append(line)
     fills = [column.get("fills") for column in summary["of"].values()]
     lines.append(f"  {'fills':<15}" + "".join(f"{n:>27,}" for n in fills if n is not None))
@@ -1433,7 +1430,7 @@ def summarize_regime(
         "net_usdt": net.sum(),
         "net_a_minute": net.mean() if n else math.nan,
         "net_a_minute_half_width": half,
-        "volatility_bps": np.nanmean(by_minute["volatility"][chosen]) if n else math.nan,
+        "volatility_bps": mean_of_known(by_minute["volatility"][chosen]),
         "fills": int(own.sum()),
         "markouts": {
             f"{h:g} s": estimate_mean(markouts[own, k], filled[own])
@@ -1442,18 +1439,26 @@ def summarize_regime(
     }
 
 
-def format_regimes(regimes: dict[str, dict[str, Any]]) -> str:
+def mean_of_known(values: np.ndarray) -> float:
+    """The mean of what is finite; nan of nothing."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def format_regimes(regimes: dict[str, dict[str, Any]], whose: str = "of all minutes") -> str:
     """A line for each regime, and in words where the money goes."""
     lines = [
-        "Regimes: each minute against those before it, thirds by volatility, halves by directness",
+        f"Regimes {whose} (± 95 %). A minute is classed, at its end, against those before it:",
+        "by thirds of volatility, and by halves of directness",
         "             minutes  bps/√s   gross    fees     net   net a minute fills"
         + "".join(f"{'markout ' + h:>14}" for h in REGIME_HORIZONS),
     ]
     for name, r in regimes.items():
         cells = [r["markouts"][h] for h in REGIME_HORIZONS]
-        numbers = (r["volatility_bps"], r["gross_usdt"], -r["fees_usdt"], r["net_usdt"])
+        numbers = (r["volatility_bps"], r["gross_usdt"], 0 - r["fees_usdt"], r["net_usdt"])
         lines.append(
-            f"  {name:<11}{r['minutes']:>7,}" + "".join(f"{number:>8.2f}" for number in numbers)
+            f"  {name:<11}{r['minutes']:>7,}"
+            + "".join(plus_minus(number, math.nan, 8, ".2f") for number in numbers)
             + plus_minus(r["net_a_minute"], r["net_a_minute_half_width"], 15)
             + f"{r['fills']:>6,}"
             + "".join(plus_minus(c["mean_bps"], c["high_bps"] - c["mean_bps"], 14) for c in cells)
@@ -1461,22 +1466,23 @@ def format_regimes(regimes: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, *tell_regimes(regimes)])
 
 
-def plus_minus(mean: float, half: float, width: int) -> str:
+def plus_minus(mean: float, half: float, width: int, form: str = "+.2f") -> str:
     """A mean with half the width of its interval, - where there is none."""
-    text = "-" if mean != mean else f"{mean:+.2f}" + ("" if half != half else f" ± {half:.2f}")
+    text = "-" if mean != mean else f"{mean:{form}}" + ("" if half != half else f" ± {half:.2f}")
     return text.rjust(width)
 
 
 def tell_regimes(regimes: dict[str, dict[str, Any]]) -> list[str]:
     """In plain words: which regime loses the money."""
-    total = sum(regimes[name]["net_usdt"] for name in (*VOLATILITIES, "not classed"))
+    volatile = [regimes[name] for name in (*VOLATILITIES, "not classed")]
+    total, minutes = (sum(r[name] for r in volatile) for name in ("net_usdt", "minutes"))
     lines = []
     for names in (VOLATILITIES, DIRECTIONS):
         worst = min(names, key=lambda name: regimes[name]["net_usdt"])
-        net, minutes = regimes[worst]["net_usdt"], regimes[worst]["minutes"]
-        if net < 0:
-            lines.append(f"  {worst} minutes lose most: {net:+.2f} of {total:+.2f} USDT in all, "
-                         f"in {minutes:,} minutes")  # fmt: skip
+        r = regimes[worst]
+        if r["net_usdt"] < 0:
+            lines.append(f"  {worst} minutes lose most: {r['net_usdt']:+.2f} USDT in "
+                         f"{r['minutes']:,} minutes; all {minutes:,}: {total:+.2f}")  # fmt: skip
     return lines or ["  no regime loses money"]
 
 
@@ -1490,8 +1496,10 @@ DEFAULT_GRID = {
     "delta": [0.0, 1.0, 4.0], "zeta": [0.0, 1.0, 4.0],
 }  # fmt: skip
 FIXED_IN_GRID = "beta, horizon_s fixed: only alpha/beta and gamma x sqrt(horizon_s) matter"
+OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no baseline's
+FACTS = {*PARAMETER_FRICTIONS, "clock_offset_ms"}  # else a search takes the kindest of them
 IN_SAMPLE = 2 / 3  # of the minutes
-OBJECTIVES = ("net", "sharpe", "penalized")
+UNITS = {"net": "net, USDT", "sharpe": "Sharpe ratio a minute", "penalized": "penalized net, USDT"}
 HELD_SHARE = 0.01  # of the inventory's value is added to the drawdown: a move of 1 %
 RESAMPLES = 1000  # where --bootstrap gives no number
 CHANCE_DRAWS = 200  # of the overfitting probability without skill
@@ -1499,9 +1507,9 @@ LUCK = 0.05  # a search without skill ends as well less often than this: it may 
 DIGITS = 4  # of a refined parameter
 
 
-def parse_grid(texts: list[str] | None) -> dict[str, list[Any]]:
+def parse_grid(texts: list[str] | None, strategy: str) -> dict[str, list[float]]:
     """--grid alpha=0.5,1,2 --grid gamma=…: values by parameter. UserError for nonsense."""
-    grid: dict[str, list[Any]] = {}
+    grid: dict[str, list[float]] = {}
     for text in texts or []:
         name, _, listed = text.partition("=")
         name, values = name.strip().replace("-", "_"), [v for v in listed.split(",") if v.strip()]
@@ -1509,12 +1517,18 @@ def parse_grid(texts: list[str] | None) -> dict[str, list[Any]]:
             raise UserError(f"--grid {text} holds no value: write it as alpha=0.5,1,2")
         if name in grid:
             raise UserError(f"--grid {name} is given twice: list all its values in one")
+        if name in FACTS:
+            raise UserError(f"--grid {name}: the exchange decides that, not we: compare runs with "
+                            f"--{name.replace('_', '-')}")  # fmt: skip
         try:
-            is_word = "choices" in FIELDS[name].metadata if name in FIELDS else False
-            grid[name] = list(dict.fromkeys(v.strip() if is_word else float(v) for v in values))
+            grid[name] = sorted({float(v) for v in values})
         except ValueError:
             raise UserError(f"--grid {text}: the values must be numbers") from None
-    return grid or DEFAULT_GRID
+    grid = grid or DEFAULT_GRID
+    if strategy != "lp" and (unused := [name for name in grid if name in OF_THE_PROGRAM]):
+        raise UserError(f"--strategy {strategy} does not use {unused[0]}: give --grid with what it "
+                        "uses, such as default_spread_bps=3,6,12 for fixed")  # fmt: skip
+    return grid
 
 
 def score_trial(trial: Trial, objective: str, penalty: float) -> float:
@@ -1566,11 +1580,11 @@ class Search:
     """
 
     def __init__(
-        self, setting: Setting, folder: Path, executor: Executor,
-        is_stopped: Callable[[], bool], tell: Callable[[str, int, int], None],
+        self, setting: Setting, folder: Path, executor: Executor, stop: threading.Event,
+        tell: Callable[[str, int, int], None],
     ) -> None:  # fmt: skip
         self.setting, self.executor = setting, executor
-        self.is_stopped, self.tell = is_stopped, tell
+        self.stop, self.tell = stop, tell
         self.known: dict[str, Trial] = {}
         code = [Path(__file__).with_name(f"{name}.py").read_text() for name in MODULES]
         made_of = dataclasses.astuple(setting), stamps_of(setting.paths), code
@@ -1578,19 +1592,11 @@ class Search:
         name = hashlib.sha256(about.encode()).hexdigest()[:10]
         self.path = folder / f"trials-{name}.jsonl"
         if self.path.exists():
-            os.truncate(self.path, self._read())
+            for line in self.path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off: see below
+                    self._take(json.loads(line))
         self.file = feed.GrowingFile(self.path, append=True)
-
-    def _read(self) -> int:
-        """Take what the file holds; the bytes up to where a killed writer broke off."""
-        whole = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                self._take(json.loads(line) if line.endswith(b"\n") else {})
-            except (ValueError, KeyError, TypeError):
-                break
-            whole += len(line)
-        return whole
+        self.file.write("\n")  # ends the line in which a killed writer broke off
 
     def _take(self, line: dict[str, Any]) -> None:
         columns = [np.array(line[name]) for name in Trial._fields[1:]]
@@ -1604,7 +1610,7 @@ class Search:
         missing = [one for key, one in keys.items() if key not in self.known]
         work, done = partial(try_out, self.setting), len(keys) - len(missing)
         try:
-            for k, trial in run_trials(work, missing, self.executor, self.is_stopped):
+            for k, trial in run_trials(work, missing, self.executor, self.stop.is_set):
                 line = {"changes": missing[k]} | to_plain(trial._asdict())
                 self._take(line)
                 self.file.write(json.dumps(line) + "\n")
@@ -1631,14 +1637,13 @@ def tune(
     lot, and the order in which workers finish does not matter.
     """
     tried = search.try_all(expand_grid(grid), "configurations")
-    if not tried or search.is_stopped():
+    if not tried or search.stop.is_set():
         return tried
     start, on_grid = json.loads(best_of(tried, score)), len(tried)
-    numbers = {name: values for name, values in grid.items() if "low" in FIELDS[name].metadata}
-    rules = {name: FIELDS[name].metadata for name in numbers}
+    rules = {name: FIELDS[name].metadata for name in grid}
 
     def score_at(point: dict[str, float]) -> float:
-        changes = start | {name: float(f"{point[name]:.{DIGITS}g}") for name in numbers}
+        changes = {name: float(f"{point[name]:.{DIGITS}g}") for name in grid}
         try:
             parameters_of(search.setting, changes)
         except UserError:
@@ -1653,7 +1658,7 @@ def tune(
 
     limits = {name: (rule["low"], rule["high"]) for name, rule in rules.items()}
     with contextlib.suppress(Stopped):
-        refine(score_at, {name: start[name] for name in numbers}, numbers, limits, steps)
+        refine(score_at, start, grid, limits, steps)
     return tried
 
 
@@ -1709,12 +1714,9 @@ def walk_forward(
     the first choice it trades as given, and that does not count.
     """
     setting = search.setting
-    names = [name for name in grid if FIELDS[name].metadata.get("fixed")]
-    if names:
-        raise UserError(f"{names[0]} cannot change while trading: leave it out of --walk-forward")
     tried = search.try_all(expand_grid(grid), "configurations")
     given = search.try_all([{}])
-    if search.is_stopped() or not given:
+    if search.stop.is_set() or not given:
         return {}
     (trial,) = given.values()
     score = partial(score_trial, objective=options.objective, penalty=options.penalty)
@@ -1727,7 +1729,9 @@ def walk_forward(
         begin_ns = trial.start_ns + stop * MINUTE_S * NS
         windows.append(dict(key=key, begin_ns=begin_ns, in_sample=past[key], start=stop))
     schedule = [(w["begin_ns"], json.loads(w["key"])) for w in windows]
-    result = play(setting, schedule=schedule)
+    result = play(setting, schedule=schedule, stop=search.stop)
+    if search.stop.is_set():
+        return {}
     traded = cut_into_minutes(result)
     for w in windows:
         w["out_of_sample"] = traded.between(w["start"], w["start"] + length)
@@ -1759,8 +1763,8 @@ def window_length(minutes: int, windows: int) -> int:
 SEARCH_TABLE = """\
 {title}
 {minutes:,} minutes: chosen by {objective} on the first {split:,}, judged on the {rest:,} after them
-{trials:,} trials: {on_grid:,} of {grid_size:,} on the grid, {refined:,} of refinement{stopped}
-  {fixed}
+{trials:,} trials: {on_grid:,} of {grid_size:,} on the grid, {refined:,} of refinement{stopped}\
+{notes}
   best       {best}
   as given   {given}
 
@@ -1768,47 +1772,62 @@ SEARCH_TABLE = """\
 
 {out_of_sample}
 
-The price of having searched
-  the plateau             {plateau:>6,}   trials within the best's interval above: as good, for all\
- we know
-  deflated Sharpe ratio   {deflated_sharpe:>6.3f}   confidence that the best, in sample, is above\
- {sharpe_by_luck:.3f} a minute,
-                                   to expect of the best of {trials:,} without skill
-  overfitting probability {overfitting:>6}   how often the best of one half is below the middle\
- in the
-                                   other half; {by_chance}
-  In plain words: {luck_probability:.1%} of searches through as many configurations without skill
+The price of having searched{by_net}
+  the plateau             {plateau:>6,}   trials inside the best's interval above
+  deflated Sharpe ratio   {deflated_sharpe:>6.3f}   confidence that the best's true Sharpe ratio is\
+ above
+                                   {sharpe_by_luck:.3f} a minute, to expect of the best of\
+ {trials:,} that only
+                                   luck sets apart
+  overfitting probability {overfitting:>6}   how often the best of one half of all minutes is below\
+ the
+                                   middle in the other half; {by_chance}
+  In plain words: {luck_probability:.1%} of searches through these configurations, had they no\
+ skill,
   would find a best that looks at least as good{verdict}"""
 
 
 def in_words(changes: Mapping[str, Any]) -> str:
     """alpha 4, gamma 0.5"""
     pairs = ((name, changes[name]) for name in FIELDS if name in changes)
-    return ", ".join(f"{n} {v}" if isinstance(v, str) else f"{n} {v:g}" for n, v in pairs)
+    return ", ".join(f"{n} {'off' if v is None else format(v, 'g')}" for n, v in pairs)
 
 
 def summarize_search(
     search: Search, tried: Tried, options: argparse.Namespace, grid: dict[str, list[Any]]
-) -> dict[str, Any]:
-    """Best and given parameters, in sample and out, and the price of the search."""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Best and given parameters, in sample and out, and the price of the search; and net in
+    every resample out of sample.
+    """
     rng, count = np.random.default_rng(options.seed), options.bootstrap or RESAMPLES
     (given,) = search.try_all([{}]).values()
     minutes = len(given.net)
     split, configurations = split_of(minutes), {key_of(one) for one in expand_grid(grid)}
     best = best_of(tried, partial(score_in_sample, options=options))
-    pair = {"best": tried[best], "as given": given}
-    parts = (slice(0, split), slice(split, minutes))
-    inside, outside = (
+    (inside, _), (outside, drawn) = (
         summarize_bootstrap(
-            {name: trial.between(part.start, part.stop) for name, trial in pair.items()}, count, rng
+            {"best": tried[best].between(*part), "as given": given.between(*part)}, count, rng
         )
-        for part in parts
+        for part in ((0, split), (split, minutes))
     )
-    parameters = parameters_of(search.setting, {})
+    parameters, score = parameters_of(search.setting, {}), partial(score_in_sample, options=options)
+    earlier = len(search.known.keys() - tried.keys() - {key_of({})})
+    notes = [FIXED_IN_GRID] if grid is DEFAULT_GRID else []
+    if earlier:
+        notes.append(f"{earlier:,} more trials of earlier searches are not counted")
+    verdicts = []
+    if score(given) >= score(tried[best]):
+        verdicts.append("As given was at least as good where the best was chosen: keep it.")
+    beyond = [name for name, value in json.loads(best).items()
+              if not min(grid[name]) <= value <= max(grid[name])]  # fmt: skip
+    if beyond:
+        verdicts.append(f"The best lies beyond the grid in {', '.join(beyond)}: widen it.")
     measure = "sharpe" if options.objective == "sharpe" else "net_usdt"
     least = inside["of"]["best"][measure]["low"]
     return {
         "objective": options.objective,
+        "notes": notes,
+        "verdicts": verdicts,
         "minutes": minutes,
         "split": split,
         "on_grid": len(configurations & set(tried)),
@@ -1821,26 +1840,26 @@ def summarize_search(
             key for key, t in tried.items() if measure_paths(t.net[:split])[measure] >= least
         ],
         **price_of_search(tried, best, split, options.objective, rng, count),
-    }
+    }, drawn
 
 
 def format_search(found: dict[str, Any], title: str) -> str:
     """What was tried, the best, how it fares out of sample, and what the search costs."""
-    f, luck = to_plain(without_draws(found)), found["luck_probability"]
+    f, luck = to_plain(found), found["luck_probability"]
     pbo, low, high = (f[f"overfitting_{name}"] for name in ("probability", "low", "high"))
     is_whole = f["on_grid"] == f["grid_size"]
     best = f["in_sample"]["of"]["best"]
-    verdicts = [": it may be luck" if luck >= LUCK else ": luck alone hardly explains it"]
+    verdicts = [": it may be luck" if luck >= LUCK else ": luck alone would rarely do this"]
     if not best["fills"]:
         verdicts.append("The best that was found is not to trade.")
     elif best["net_usdt"]["value"] < 0:
         verdicts.append("The best loses money even where it was chosen.")
+    verdicts += f["verdicts"]
     return Blanks().format(
         SEARCH_TABLE,
-        **{name: f[name] for name in f.keys() - {"in_sample", "out_of_sample", "best", "given",
-                                                 "plateau"}},
+        **{name: value for name, value in f.items() if not isinstance(value, (list, dict))},
         title=title,
-        fixed=FIXED_IN_GRID,
+        by_net=" (judged by net)" if f["objective"] == "penalized" else "",
         best=in_words(found["best"]),
         given=in_words(found["given"]),
         in_sample=format_bootstrap(found["in_sample"], "In sample, where it was chosen"),
@@ -1848,6 +1867,7 @@ def format_search(found: dict[str, Any], title: str) -> str:
         rest=f["minutes"] - f["split"],
         refined=f["trials"] - f["on_grid"],
         stopped="" if is_whole else "   STOPPED EARLY",
+        notes="".join(f"\n  {note}" for note in f["notes"]),
         plateau=len(f["plateau"]),
         overfitting="-" if pbo is None else f"{pbo:.2f}",
         by_chance="too few trials or minutes to tell" if pbo is None else
@@ -1873,7 +1893,7 @@ def format_walk(walk: dict[str, Any], count: int, rng: np.random.Generator) -> s
     changes = f"{walk['changed']} of {len(windows) - 1} times"
     lines.append(f"  the choice changed {changes}")
     joined = {"walk-forward": walk["traded"], "as given": walk["given"]}
-    summary = summarize_bootstrap(joined, count, rng)
+    summary, _ = summarize_bootstrap(joined, count, rng)
     return "\n".join([*lines, "", format_bootstrap(summary, "Out of sample, windows joined")])
 
 
@@ -1881,7 +1901,8 @@ def format_walk(walk: dict[str, Any], count: int, rng: np.random.Generator) -> s
 
 BLACK, BLUE, RED, GREEN = "black", "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, which
 SKY, YELLOW, PINK = "#56B4E9", "#F0E442", "#CC79A7"  # colour-blind readers can tell apart
-FIGURE_SIZE = (8.8, 14)  # inches; at 100 dpi 880 pixels wide
+Row = tuple[float, list[Callable[[Any], None]]]  # height in inches; one panel, or two
+FIGURE_WIDTH, PANEL_HEIGHT, PAIR_HEIGHT = 8.8, 2.6, 4.4  # inches
 DPI = 150
 FEW = 4000  # decisions: more are thinned out
 BINS = 1000  # of time, when thinned; about the pixels of a panel
@@ -1926,7 +1947,9 @@ def head(ax: Any, title: str, label: str) -> None:
               fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
 
 
-def plot_prices(ax: Any, c: dict[str, np.ndarray], fills: list[Fill], at: np.ndarray) -> None:
+def plot_prices(
+    ax: Any, c: dict[str, np.ndarray], fills: list[Fill], at: np.ndarray, label: str
+) -> None:
     """Mid, our quotes, and where they were filled."""
     ax.plot(c["x"], c["mid"], color=BLACK, linewidth=0.9, label="mid", zorder=4)
     for name, color in (("bid", BLUE), ("ask", RED)):
@@ -1939,6 +1962,11 @@ def plot_prices(ax: Any, c: dict[str, np.ndarray], fills: list[Fill], at: np.nda
                    s=30 if len(fills) <= FEW_FILLS else 15, edgecolors="white",
                    label=f"{verb} ({own.sum():,})")  # fmt: skip
     ax.ticklabel_format(axis="y", useOffset=False)
+    if label == "UTC":
+        from matplotlib import dates
+
+        ax.xaxis_date()
+        ax.xaxis.set_major_formatter(dates.ConciseDateFormatter(dates.AutoDateLocator()))
     head(ax, "Price", "USDT")
 
 
@@ -1967,7 +1995,7 @@ def plot_equity(ax: Any, c: dict[str, np.ndarray], max_drawdown: float | None) -
     head(ax, "Result", "USDT")
 
 
-def plot_spread(ax: Any, c: dict[str, np.ndarray]) -> None:
+def plot_spread(ax: Any, c: dict[str, np.ndarray], label: str) -> None:
     """The terms of the base spread, stacked, and the spread that was quoted."""
     names = ("volatility", "liquidity", "depth")
     terms = [c[f"{name}_bps"] for name in names]
@@ -1975,6 +2003,7 @@ def plot_spread(ax: Any, c: dict[str, np.ndarray]) -> None:
                  step="post")  # fmt: skip
     ax.step(c["x"], c["spread_bps"], where="post", color=BLACK, linewidth=0.7, label="as quoted")
     ax.set_ylim(bottom=0)
+    ax.set_xlabel(label)
     head(ax, "Spread: its base by terms, and as quoted", "bps")
 
 
@@ -2013,26 +2042,28 @@ def plot_columns(decisions: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(c, thin(np.column_stack(list(c.values())), by_last).T))
 
 
-def plot_bootstrap(ax: Any, summary: dict[str, Any], what: str = "Net") -> None:
+def plot_bootstrap(
+    ax: Any, summary: dict[str, Any], drawn: np.ndarray, what: str = "Net"
+) -> None:
     """How net scatters over the resamples, and the middle 95 % of it."""
-    for (name, column), color in zip(summary["of"].items(), (BLUE, PINK)):
-        if "drawn_net" in column:
-            net = column["net_usdt"]
-            ax.hist(column["drawn_net"], bins=60, color=color, alpha=0.6, density=True,
-                    label=f"{name}: {net['low']:+.2f} to {net['high']:+.2f}")  # fmt: skip
-            ax.axvline(net["value"], color=color, linewidth=2)
-            for bound in ("low", "high"):
-                ax.axvline(net[bound], color=color, linestyle="--", linewidth=1)
+    for (name, column), values, color in zip(summary["of"].items(), drawn, (BLUE, PINK)):
+        net = column["net_usdt"]
+        ax.hist(values, bins=60, color=color, alpha=0.6, density=True,
+                label=f"{name}: {net['low']:+.2f} to {net['high']:+.2f}")  # fmt: skip
+        ax.axvline(net["value"], color=color, linewidth=2)
+        for bound in ("low", "high"):
+            ax.axvline(net[bound], color=color, linestyle="--", linewidth=1)
     ax.axvline(0, color="grey", linewidth=0.8)
     ax.set_yticks([])
     ax.set_xlabel("net in a resample, USDT; line: as it was, dashed: middle 95 %")
     head(ax, f"{what}: {summary['periods']:,} minutes, resampled", "how often")
 
 
-def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]]) -> None:
+def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]], whose: str = "") -> None:
     """Gross, fees and net of the minutes of each regime."""
-    names = [name for name in regimes if regimes[name]["minutes"]]
-    at = np.arange(len(names))
+    names = ["not classed", *VOLATILITIES, *DIRECTIONS]
+    at = np.array([0.0, 1, 2, 3, 4.5, 5.5])  # the same minutes again, by another view
+    ax.axvline(3.75, color="grey", linestyle=":", linewidth=1)
     for k, (name, sign, color) in enumerate((("gross", 1, GREEN), ("fees", -1, PINK),
                                              ("net", 1, BLACK))):  # fmt: skip
         values = [sign * regimes[regime][f"{name}_usdt"] for regime in names]
@@ -2043,7 +2074,7 @@ def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]]) -> None:
     ax.errorbar(at + 0.25, net, yerr=np.nan_to_num(half), fmt="none", color="grey", capsize=3)
     ax.axhline(0, color="grey", linewidth=0.6)
     ax.set_xticks(at, [f"{name}\n{regimes[name]['minutes']:,} min" for name in names])
-    head(ax, "Regimes: what their minutes brought (net ± 95 %)", "USDT")
+    head(ax, f"Result by regimes {whose} (net ± 95 %)", "USDT")
 
 
 def most_telling(grid: Mapping[str, Sequence[Any]], scores: dict[str, float], best: dict) -> list:
@@ -2060,34 +2091,39 @@ def plot_heat(ax: Any, found: dict[str, Any], scores: dict[str, float], grid: Ma
     """The scores of a slice through the grid's best point, in sample."""
     on_grid = [key for key in map(key_of, expand_grid(grid)) if key in scores]
     best = json.loads(max(on_grid, key=scores.get))
-    down, across = (*most_telling(grid, scores, best), None)[:2]
-    columns = grid[across] if across else [None]
-    keys = [[key_of(best | {down: y} | ({across: x} if across else {})) for x in columns]
-            for y in grid[down]]  # fmt: skip
+    names = most_telling(grid, scores, best)
+    others = in_words({name: value for name, value in best.items() if name not in names})
+    star = in_words({name: found["best"][name] for name in names})
+    ax.set_title(f"In sample, {UNITS[found['objective']]}{others and ', at '}{others}\n"
+                 f"best: {star}", loc="left", fontsize=9)  # fmt: skip
+    ax.set_xlabel(names[-1])
+    if len(names) == 1:
+        points = sorted((json.loads(key)[names[0]], score) for key, score in scores.items())
+        ax.plot(*zip(*points), marker="o", color=BLUE)
+        return
+    down, across = names
+    keys = [[key_of(best | {down: y, across: x}) for x in grid[across]] for y in grid[down]]
     values = np.array([[scores.get(key, math.nan) for key in row] for row in keys])
-    image = ax.imshow(values, origin="lower", aspect="auto", cmap="cividis")
+    ax.imshow(values, origin="lower", aspect="auto", cmap="cividis")
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (y, x), value in np.ndenumerate(values):
         if value == value:
             ax.text(x, y + 0.22, f"{value:.3g}", ha="center", fontsize=8,
                     color=BLACK if value > middle else "white")  # fmt: skip
         if keys[y][x] in found["plateau"]:
-            ax.add_patch(image.axes.patch.__class__((x - 0.46, y - 0.46), 0.92, 0.92, fill=False,
-                                                    edgecolor=RED, linewidth=1.5))  # fmt: skip
-    place = [
-        float(np.interp(found["best"][name], grid[name], range(len(grid[name]))))
-        if name and not isinstance(best[name], str) else 0.0 for name in (across, down)
-    ]  # fmt: skip
-    ax.plot(*place, marker="*", color=RED, markersize=16, markeredgecolor="white")
-    ax.set_xticks(range(len(columns)), [str(x) for x in columns])
-    ax.set_yticks(range(len(grid[down])), [str(y) for y in grid[down]])
-    ax.set_xlabel(across or "")
+            corners = np.array([-1, -1, 1, 1, -1]) * 0.46, np.array([-1, 1, 1, -1, -1]) * 0.46
+            ax.plot(x + corners[0], y + corners[1], color=RED, linewidth=1.5,
+                    label="framed: inside the best's interval")  # fmt: skip
+    place = [np.interp(found["best"][name], grid[name], range(len(grid[name]))) for name in names]
+    if all(min(grid[name]) <= found["best"][name] <= max(grid[name]) for name in names):
+        ax.plot(*place[::-1], "*", color=RED, markersize=16, markeredgecolor="white", label="best")
+    ax.set_xticks(range(len(grid[across])), [f"{x:g}" for x in grid[across]])
+    ax.set_yticks(range(len(grid[down])), [f"{y:g}" for y in grid[down]])
     ax.set_ylabel(down)
-    others = in_words({name: v for name, v in best.items() if name not in (down, across)})
-    star = in_words({name: found["best"][name] for name in (across, down) if name})
-    ax.set_title(f"In sample, {found['objective']}{others and ', at '}{others}.\n"
-                 f"Star: the best, {star}.\nFramed: within its interval", loc="left",
-                 fontsize=9)  # fmt: skip
+    legend = dict(zip(*ax.get_legend_handles_labels()[::-1]))  # each label once
+    if legend:
+        ax.legend(legend.values(), legend, loc="upper left", bbox_to_anchor=(0, -0.14), fontsize=8,
+                  ncols=2, frameon=False)  # fmt: skip
 
 
 def plot_scatter(ax: Any, found: dict[str, Any], tried: Tried, given: Trial) -> None:
@@ -2130,39 +2166,42 @@ def plot_walk(ax: Any, walk: dict[str, Any]) -> None:
     head(ax, "Walk-forward: net out of sample", "USDT")
 
 
-def plot_search(
-    panels: list[Callable[[Any], None]], pair: list[Callable[[Any], None]], title: str,
-    path: Path | None,
-) -> None:  # fmt: skip
-    """Two panels side by side, if there are two, and others below them."""
-    pyplot = start_plot(path)
-    rows = ([["left", "right"]] if pair else []) + [[str(k)] * 2 for k in range(len(panels))]
-    ratios = ([1.7] if pair else []) + [1] * len(panels)
-    figure, axes = pyplot.subplot_mosaic(
-        rows, figsize=(FIGURE_SIZE[0], 2.6 * sum(ratios)), height_ratios=ratios,
-        layout="constrained",
-    )  # fmt: skip
-    figure.suptitle(title, fontsize=12)
-    for name, draw in zip(("left", "right"), pair):
-        draw(axes[name])
-    for k, draw in enumerate(panels):
-        draw(axes[str(k)])
-    end_plot(pyplot, figure, path)
+def result_rows(result: Result, metrics: dict[str, Any]) -> list[Row]:
+    """The five rows of a run; the first four share the axis of time."""
+    c, (label, to_x) = plot_columns(result.decisions), time_axis(result)
+    c["x"] = to_x(c["t_s"])
+    fills_s = np.array([fill.recv_ns - result.first_ns for fill in result.fills]) / NS
+    limit, fee_bps = result.parameters.max_inventory, result.parameters.maker_fee_bps
+    return [
+        (4.4, [partial(plot_prices, c=c, fills=result.fills, at=to_x(fills_s), label=label)]),
+        (1.75, [partial(plot_inventory, c=c, limit=limit, coin=result.coin)]),
+        (2.9, [partial(plot_equity, c=c, max_drawdown=metrics["max_drawdown_usdt"])]),
+        (2.35, [partial(plot_spread, c=c, label=label)]),
+        (2.6, [partial(plot_markouts, markouts=metrics["markouts"], fee_bps=fee_bps)]),
+    ]
 
 
-def start_plot(path: Path | None) -> Any:
-    """pyplot, which is slow to import; without a screen if there is a path."""
-    import matplotlib
+def draw_figure(rows: Sequence[Row], title: str, path: Path | None, shared: int = 0) -> None:
+    """As PNG, or on the screen without a path; so many rows on top share their axis x."""
+    import matplotlib  # slow
 
     if path:
         matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
-
-
-def end_plot(pyplot: Any, figure: Any, path: Path | None) -> None:
-    """As PNG, or on the screen without a path."""
+    heights, panels = zip(*rows)
+    figure, axes = pyplot.subplot_mosaic(
+        [[f"{k} 0", f"{k} {len(draws) - 1}"] for k, draws in enumerate(panels)],
+        height_ratios=heights,
+        figsize=(FIGURE_WIDTH, sum(heights)), layout="constrained",
+    )  # fmt: skip
+    figure.suptitle(title, fontsize=12)
+    for name, ax in axes.items():
+        row, column = map(int, name.split())
+        panels[row][column](ax)
+    for k in range(1, shared):
+        axes[f"{k} 0"].sharex(axes["0 0"])
+        axes[f"{k - 1} 0"].tick_params(labelbottom=False)
     if path:
         feed.write_whole(path, partial(figure.savefig, dpi=DPI, format="png"))
     else:
@@ -2170,45 +2209,10 @@ def end_plot(pyplot: Any, figure: Any, path: Path | None) -> None:
     pyplot.close(figure)
 
 
-def plot_result(
-    result: Result, metrics: dict[str, Any], path: Path | None,
-    extra: Sequence[Callable[[Any], None]] = (),
-) -> None:  # fmt: skip
-    """One figure of five panels, and extra ones, as PNG; on the screen without a path."""
-    pyplot = start_plot(path)
-    from matplotlib import dates
-
-    width, height = FIGURE_SIZE
-    ratios = (3, 1.2, 2, 1.6, 1.8) + (1.8,) * len(extra)
-    figure, axes = pyplot.subplots(
-        len(ratios), 1, figsize=(width, height * sum(ratios) / sum(ratios[:5])),
-        height_ratios=ratios, layout="constrained",
-    )  # fmt: skip
-    for ax, draw in zip(axes[5:], extra):
-        draw(ax)
-    figure.suptitle(full_title(result.title, result.is_synthetic), fontsize=12)
-    c, (label, to_x) = plot_columns(result.decisions), time_axis(result)
-    c["x"] = to_x(c["t_s"])
-    fills_s = np.array([fill.recv_ns - result.first_ns for fill in result.fills]) / NS
-    plot_prices(axes[0], c, result.fills, to_x(fills_s))
-    plot_inventory(axes[1], c, result.parameters.max_inventory, result.coin)
-    plot_equity(axes[2], c, metrics["max_drawdown_usdt"])
-    plot_spread(axes[3], c)
-    plot_markouts(axes[4], metrics["markouts"], result.parameters.maker_fee_bps)
-    for ax in axes[1:4]:
-        ax.sharex(axes[0])
-    for ax in axes[:3]:
-        ax.tick_params(labelbottom=False)
-    axes[3].set_xlabel(label)
-    if label == "UTC":
-        axes[3].xaxis_date()
-        axes[3].xaxis.set_major_formatter(dates.ConciseDateFormatter(dates.AutoDateLocator()))
-    end_plot(pyplot, figure, path)
-
-
 # ---- Command line ------------------------------------------------------------------
 
 STRATEGIES = ("lp", "fixed", "as")
+MAX_WORKERS = 61  # in a pool, on Windows
 TUNING = Path("tuning")  # where a search writes without --out
 SCREEN = Path("-")  # --plot without a name
 SOUND = {"book", "trades", "tickers", "acks", "pongs", "ignored", "block trades"}  # no defects
@@ -2250,13 +2254,12 @@ def describe_defects(counts: Counter) -> str:
 
 def make_setting(options: argparse.Namespace) -> Setting:
     """What the flags say of data, parameters and frictions."""
-    shape = (options.risk_aversion, options.fill_rate_per_s, options.fill_decay_per_bps)
     open_history.cache_clear()  # the data may have changed since
     setting = Setting(
         paths=tuple(path.absolute() for path in options.data or [SAMPLE]),
         steps=(options.tick_size, options.lot_size, options.depth),
         given=given_parameters(options, ParameterFile(options.params) if options.params else None),
-        strategy=(options.strategy, *shape) if options.strategy == "as" else (options.strategy,),
+        strategy=strategy_of(options, options.strategy),
         outages=(),
         exchange=dict(participation=options.participation, impact_bps=options.impact_bps,
                       peer_rules=options.peer_rules),
@@ -2267,13 +2270,23 @@ def make_setting(options: argparse.Namespace) -> Setting:
     return dataclasses.replace(setting, outages=tuple(windows))
 
 
+def strategy_of(options: argparse.Namespace, name: str) -> tuple:
+    """A strategy's name, then what shapes it."""
+    shape = (options.risk_aversion, options.fill_rate_per_s, options.fill_decay_per_bps)
+    return (name, *shape) if name == "as" else (name,)
+
+
 def make_rival(options: argparse.Namespace, setting: Setting) -> Setting:
     """What --against names: a strategy, or a file of parameters."""
     if options.against in STRATEGIES:
-        other = argparse.Namespace(**vars(options) | {"strategy": options.against})
-        return dataclasses.replace(setting, strategy=make_setting(other).strategy)
-    values = ParameterFile(Path(options.against)).values
-    return dataclasses.replace(setting, given=setting.given | values)
+        return dataclasses.replace(setting, strategy=strategy_of(options, options.against))
+    try:
+        values = ParameterFile(Path(options.against)).values
+        rival = dataclasses.replace(setting, given=setting.given | values)
+        parameters_of(rival, {})  # judged before the work
+    except UserError as error:
+        raise UserError(str(error).replace("--params", "--against", 1)) from None
+    return rival
 
 
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
@@ -2296,13 +2309,14 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     except BrokenPipeError:  # the reader of the table has gone
         raise
     except OSError as error:
-        where = error.filename or options.out
+        where = error.filename or options.out or TUNING
         raise UserError(f"{where} cannot be written: {error.strerror}") from None
 
 
 def run_once(options: argparse.Namespace, setting: Setting) -> None:
     """One run: its table, its files, its picture."""
     folder, rng = options.out, np.random.default_rng(options.seed)
+    rival = make_rival(options, setting) if options.against else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     log = feed.GrowingFile(options.log) if options.log else None
@@ -2310,21 +2324,23 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         quotes = feed.GrowingFile(Path(scratch) / "quotes.csv") if folder else None
         stop = feed.stop_signal()
         result = play(setting, log=log, quotes=quotes, stop=stop)
-        metrics, panels = measure(result), []
+        metrics, rows = measure(result), []
         print(format_table(metrics, result) + describe_defects(history_of(setting).counts))
-        if options.bootstrap:
-            trials = {"this run": cut_into_minutes(result)}
-            if options.against:
-                rival = make_rival(options, setting)
-                trials[options.against] = cut_into_minutes(play(rival, stop=stop))
-            summary = summarize_bootstrap(trials, options.bootstrap, rng)
-            metrics["bootstrap"] = to_plain(without_draws(summary))
-            panels.append(partial(plot_bootstrap, summary=summary))
+        trials = {"this run": cut_into_minutes(result)}
+        is_short = len(trials["this run"].net) < LEAST_MINUTES
+        if is_short and (options.bootstrap or options.regimes):
+            print(f"\nbootstrap and regimes need {LEAST_MINUTES} whole minutes: give more --data")
+        elif options.bootstrap:
+            if rival:
+                trials[Path(options.against).name] = cut_into_minutes(play(rival, stop=stop))
+            summary, drawn = summarize_bootstrap(trials, options.bootstrap, rng)
+            metrics["bootstrap"] = to_plain(summary)
+            rows.append((PANEL_HEIGHT, [partial(plot_bootstrap, summary=summary, drawn=drawn)]))
             print("\n" + format_bootstrap(summary))
-        if options.regimes:
+        if options.regimes and not is_short:
             regimes = summarize_regimes(result)
             metrics["regimes"] = to_plain(regimes)
-            panels.append(partial(plot_regimes, regimes=regimes))
+            rows.append((PANEL_HEIGHT, [partial(plot_regimes, regimes=regimes)]))
             print("\n" + format_regimes(regimes))
         for file in (log, quotes):
             if file:
@@ -2334,14 +2350,9 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         if quotes:
             quotes.path.replace(folder / "quotes.csv")
             write_results(result, metrics, folder)
-    show_plot(options, "backtest.png", partial(plot_result, result, metrics, extra=panels))
-
-
-def without_draws(value: Any) -> Any:
-    """A summary without its resamples, which are many."""
-    if not isinstance(value, dict):
-        return value
-    return {name: without_draws(item) for name, item in value.items() if name != "drawn_net"}
+    if options.plot:
+        title = full_title(result.title, result.is_synthetic)
+        show_plot(options, "backtest.png", result_rows(result, metrics) + rows, title, shared=4)
 
 
 @contextlib.contextmanager
@@ -2381,8 +2392,7 @@ def show_progress(clock_ns: Callable[[], int]) -> Callable[[str, int, int], None
             left_s = (clock_ns() - since_ns) / NS / (done - before) * (total - done)
             text += f", {left_s:,.0f} s left"
         if sys.stderr.isatty():
-            end = "" if done < total else "\n"
-            print(f"\r{text}\x1b[K", end=end, file=sys.stderr, flush=True)
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
         elif done in (before, total) or done % max(1, total // 10) == 0:
             print(text, file=sys.stderr, flush=True)
 
@@ -2393,27 +2403,33 @@ def run_search(
     options: argparse.Namespace, setting: Setting, executor: Executor | None
 ) -> None:
     """--tune, --walk-forward: search, report, write."""
-    grid, score = parse_grid(options.grid), partial(score_in_sample, options=options)
     history, stop = history_of(setting), feed.stop_signal()
+    grid = parse_grid(options.grid, options.strategy)
     for one in expand_grid(grid):
         try:
             parameters_of(setting, one)
         except UserError as error:
             raise UserError(f"--grid: {error}") from None
+    fixed = [name for name in grid if FIELDS[name].metadata["fixed"]]
+    if fixed and options.walk_forward:
+        raise UserError(f"{fixed[0]} cannot change while trading: leave it out of --walk-forward")
     folder = options.out or TUNING
     folder.mkdir(parents=True, exist_ok=True)
     for _ in history.pieces(0):
         pass  # archives are parsed here and not by every worker
-    own = start_workers(options.workers or os.cpu_count() or 1)
+    own = start_workers(options.workers or min(os.cpu_count() or 1, MAX_WORKERS))
     with contextlib.nullcontext(executor) if executor else own as workers:
         tell = show_progress(feed.session_clock())
-        search = Search(setting, folder, workers, stop.is_set, tell)
+        search = Search(setting, folder, workers, stop, tell)
         for trial in search.try_all([{}]).values():
             split_of(len(trial.net))
             if options.walk_forward:
                 window_length(len(trial.net), options.walk_forward + LOOK_BACK)
+        score = partial(score_in_sample, options=options)
         tried = tune(search, grid, score, options.refine) if options.tune else {}
         walk = walk_forward(search, grid, options) if options.walk_forward else {}
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # ends the line of progress
     report_search(options, search, grid, tried, walk)
     if search.file.failure:
         raise UserError(search.file.failure)
@@ -2428,52 +2444,52 @@ def report_search(
     symbol = f"{history.instrument.symbol} {history.instrument.category}"
     title = full_title(f"{symbol}   search over {history.name}", history.is_synthetic)
     rng, result = np.random.default_rng(options.seed), None
-    pair, panels, written = [], [], [search.path.name]
+    rows, written = [], [search.path.name]
     if tried:
-        found = summarize_search(search, tried, options, grid)
+        found, drawn = summarize_search(search, tried, options, grid)
         print(format_search(found, title))
         best = json.dumps(search.setting.given | found["best"], indent=1)
         feed.write_whole(folder / "best.json", lambda path: path.write_text(best + "\n"))
-        text = json.dumps(to_plain(without_draws(found)), indent=1)
+        text = json.dumps(to_plain(found), indent=1)
         feed.write_whole(folder / "search.json", lambda path: path.write_text(text))
         written += ["best.json", "search.json"]
         scores = {key: score_in_sample(trial, options) for key, trial in tried.items()}
         (given,) = search.try_all([{}]).values()
-        pair = [partial(plot_heat, found=found, scores=scores, grid=grid),
-                partial(plot_scatter, found=found, tried=tried, given=given)]  # fmt: skip
-        outside = found["out_of_sample"]
-        panels.append(partial(plot_bootstrap, summary=outside, what="Net out of sample"))
+        rows.append((PAIR_HEIGHT, [partial(plot_heat, found=found, scores=scores, grid=grid),
+                                   partial(plot_scatter, found=found, tried=tried, given=given)]))
+        outside = dict(summary=found["out_of_sample"], drawn=drawn, what="Net out of sample")
+        rows.append((PANEL_HEIGHT, [partial(plot_bootstrap, **outside)]))
         if options.regimes:
-            result = play(search.setting, found["best"])
+            result = play(search.setting, found["best"], stop=search.stop)
     if walk:
         print("" if tried else title)
         print(format_walk(walk, options.bootstrap or RESAMPLES, rng))
-        panels.insert(0, partial(plot_walk, walk=walk))
-        result = result or walk["result"]
-    if options.regimes and result:
+        rows.insert(1, (PANEL_HEIGHT, [partial(plot_walk, walk=walk)]))
+        if options.regimes and not tried:
+            result = walk["result"]
+    if result and not search.stop.is_set():
         regimes = summarize_regimes(result)
-        panels.append(partial(plot_regimes, regimes=regimes))
-        print("\n" + format_regimes(regimes))
-    if search.is_stopped():
+        whose = "of the best, all minutes" if tried else "of the walk-forward, all minutes"
+        rows.append((PANEL_HEIGHT, [partial(plot_regimes, regimes=regimes, whose=whose)]))
+        print("\n" + format_regimes(regimes, whose))
+    if search.stop.is_set():
         print(f"stopped; trials kept, from which the same command goes on: {len(search.known):,}")
     print(f"written to {folder}: {', '.join(written)}")
-    if panels:
-        show_plot(options, "search.png", partial(plot_search, panels, pair, title))
+    if rows and options.plot:
+        show_plot(options, "search.png", rows, title)
 
 
 def show_plot(
-    options: argparse.Namespace, name: str, draw: Callable[..., None]
+    options: argparse.Namespace, name: str, rows: list[Row], title: str, shared: int = 0
 ) -> None:
     """--plot: on the screen if there is one and no name was given, else a PNG file."""
-    if options.plot is None:
-        return
     path = options.plot
     if path == SCREEN:
         from matplotlib import pyplot  # chooses a backend that can show, if there is one
 
         is_shown = pyplot.get_backend().lower() not in ("agg", "pdf", "ps", "svg", "template")
         path = None if is_shown else (options.out or Path()) / name
-    draw(path=path)
+    draw_figure(rows, title, path, shared)
     if path:
         print(f"plot: {path}")
 
@@ -2488,18 +2504,18 @@ def build_arguments() -> argparse.ArgumentParser:
         help="recording, its parts in order of time, archives of days, or a folder of these "
         "(default: the bundled synthetic sample)")  # fmt: skip
     add("--plot", type=Path, nargs="?", const=SCREEN, metavar="FILE.png",
-        help="show five panels; as PNG where a name is given or there is no screen")  # fmt: skip
+        help="draw what was found; as PNG where a name is given or there is no screen")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="metrics.json, quotes, fills, equity as CSV")
     add("--log", type=Path, metavar="FILE", help="every decision as CSV")
     add("--params", type=Path, metavar="FILE.json", help="parameters")
     add("--tune", action="store_true",
-        help="search for better parameters, to be judged on data that the search does not see; "
+        help="search for better parameters, judged on minutes that the choice did not see; "
         "writes to --out (default tuning)")  # fmt: skip
     add("--grid", action="append", metavar="NAME=A,B,…",
         help="values to try of a parameter (default: of alpha, gamma, delta, zeta)")  # fmt: skip
     add("--refine", type=number(0, kind=int), default=30, metavar="N",
         help="steps of local refinement from the grid's best point (default 30)")  # fmt: skip
-    add("--objective", choices=OBJECTIVES, default="net",
+    add("--objective", choices=tuple(UNITS), default="net",
         help="what is made large: net, Sharpe ratio of a minute, or net less a penalty on "
         "drawdown and inventory (default net)")  # fmt: skip
     add("--penalty", type=number(0), default=1.0, metavar="X",
@@ -2530,7 +2546,7 @@ def build_arguments() -> argparse.ArgumentParser:
         "far against us, bps; it decays (default 0)")  # fmt: skip
     add("--outages", type=number(0, kind=int), default=0, metavar="N",
         help="windows of 5 to 60 s in which we hear nothing and cannot cancel")  # fmt: skip
-    add("--seed", type=number(0, kind=int), default=0, help="of the outages' times (default 0)")
+    add("--seed", type=number(0, kind=int), default=0, help="of outages and resamples (default 0)")
     add("--peer-rules", action="store_true", help="fill rules of hftbacktest, to compare")
     for flag, kind in (("--tick-size", str), ("--lot-size", str), ("--depth", int)):
         add(flag, type=kind, help="of the data, where they do not tell")

@@ -537,7 +537,8 @@ def refine(
 
     Nelder and Mead's simplex, which asks for no slopes: a backtest has none, its fills
     come and go in jumps. One unit is half the way to the grid's next point, so that all
-    parameters count alike. score hears of every point and keeps the best itself.
+    parameters count alike. score hears of every point and keeps the best itself; start,
+    which it hears of first, is no step.
     """
     names = [name for name in start if len(set(grid[name])) > 1]
     scale = np.array([_half_gap(sorted(set(grid[name])), start[name]) for name in names])
@@ -553,7 +554,7 @@ def refine(
     minimize(
         cost, np.zeros(len(names)), method="Nelder-Mead",
         bounds=np.sort(np.column_stack([low - origin, high - origin]) / scale[:, None], axis=1),
-        options=dict(maxfev=steps, xatol=SMALLEST_STEP, fatol=INF,
+        options=dict(maxfev=steps + 1, xatol=SMALLEST_STEP, fatol=INF,
                      initial_simplex=np.vstack([np.zeros(len(names)), np.eye(len(names))])),
     )  # fmt: skip
 
@@ -745,7 +746,9 @@ def draw_best_of_chance(
     Each column of x, (n, N), loses its mean and is resampled, all at the same positions,
     so that their correlation is kept; its variance stays that of x, since a resample may
     miss the few fills of one that hardly trades. The share of these maxima at or above
-    the score of the best that was found says how often a search without skill ends as well.
+    the score of the best that was found says how often a search without skill ends as well:
+    White's reality check (2000), not studentised for the net. A refinement is taken as it
+    went; noise would have led it elsewhere.
 
     Blocks are twice as long as for a mean: short ones understate the variance, which a
     maximum of many shows. Measured on noise with an autocorrelation of 0.3, 960 periods: a

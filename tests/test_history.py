@@ -288,13 +288,13 @@ def test_days_are_parsed_once_whatever_the_latency_until_a_file_changes(tmp_path
 
 
 def test_no_tape_is_kept_after_that_of_the_next_day(tmp_path, monkeypatch):
-    told, tapes, alive, follow = days(30, 4), [], [], backtest.Outages.follow
+    told, tapes, alive, follow = days(30, 4), [], [], backtest.Player.follow
 
     def watch(player, tape, start, stop):
         follow(player, tape, start, stop)
         alive.append([ref() is not None for ref in tapes])
         tapes.append(weakref.ref(tape.recv_ns))
 
-    monkeypatch.setattr(backtest.Outages, "follow", watch)
+    monkeypatch.setattr(backtest.Player, "follow", watch)
     play(archive(tmp_path / "days", told))
     assert len(alive) == 7 and not any(any(older[:-2]) for older in alive)

@@ -17,13 +17,14 @@ from backtest import (
     Fill,
     Result,
     changes_by_minute,
+    draw_figure,
     estimate_mean,
     format_table,
     measure,
     measure_drawdown,
     measure_markouts,
     measure_sharpe,
-    plot_result,
+    result_rows,
     thin,
     time_mean,
 )
@@ -373,6 +374,6 @@ def test_picture_is_written_whole_and_nothing_else(case, tmp_path):
         result = result_of(rows, fills, state)
     else:
         result = result_of(EMPTY[case])
-    plot_result(result, measure(result), tmp_path / "result.png")
+    draw_figure(result_rows(result, measure(result)), "", tmp_path / "result.png", shared=4)
     assert [path.name for path in tmp_path.iterdir()] == ["result.png"]
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")

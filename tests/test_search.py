@@ -510,7 +510,7 @@ def test_parameters_count_alike_whatever_their_units():
 def test_first_steps_go_half_the_way_to_the_next_point_and_back_from_the_last():
     for start, step in [((0.5, 0.25), (0.75, 0.375)), ((2.0, 1.0), (3.0, 0.75))]:
         grid = {"alpha": GRID["alpha"], "gamma": GRID["gamma"]}
-        points = refined(smooth, grid, start=dict(zip(grid, start)), steps=3)
+        points = refined(smooth, grid, start=dict(zip(grid, start)), steps=2)
         (a, g), (further_a, further_g) = start, step
         assert [tuple(p.values()) for p in points] == [(a, g), (further_a, g), (a, further_g)]
 
@@ -528,7 +528,7 @@ def test_refinement_stays_within_the_limits_and_reaches_them(sign):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9, 20])
 def test_refinement_never_takes_more_steps_than_allowed(steps):
-    assert len(refined(smooth, GRID, steps=steps)) == steps
+    assert len(refined(smooth, GRID, steps=steps)) == 1 + steps  # the start is no step
 
 
 def test_refinement_has_nothing_to_do_without_steps_or_choice():
