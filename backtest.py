@@ -1488,8 +1488,8 @@ def tell_regimes(regimes: dict[str, dict[str, Any]]) -> list[str]:
 
 # ---- Tuning on the past ------------------------------------------------------------
 #
-# In sample: the minutes on which a choice is made. Out of sample: those after it, which
-# judge it and are looked at once.
+# A trial: one configuration played over all data, kept by the minute. In sample: the
+# minutes on which a choice is made. Out of sample: those after it, which judge it.
 
 DEFAULT_GRID = {
     "alpha": [0.25, 1.0, 4.0], "gamma": [0.25, 0.5, 1.0, 2.0],
@@ -1773,18 +1773,14 @@ SEARCH_TABLE = """\
 {out_of_sample}
 
 The price of having searched{by_net}
-  the plateau             {plateau:>6,}   trials inside the best's interval above
-  deflated Sharpe ratio   {deflated_sharpe:>6.3f}   confidence that the best's true Sharpe ratio is\
- above
-                                   {sharpe_by_luck:.3f} a minute, to expect of the best of\
- {trials:,} that only
-                                   luck sets apart
-  overfitting probability {overfitting:>6}   how often the best of one half of all minutes is below\
- the
-                                   middle in the other half; {by_chance}
-  In plain words: {luck_probability:.1%} of searches through these configurations, had they no\
- skill,
-  would find a best that looks at least as good{verdict}"""
+  deflated Sharpe ratio    {deflated_sharpe:>6.3f}
+    confidence that the best's true Sharpe ratio is above {sharpe_by_luck:.3f} a minute, as
+    is to be expected of the best of {trials:,} that only luck sets apart
+  overfitting probability  {overfitting}
+    how often the best of one half of all minutes is below the middle in the other half
+  plateau                  {plateau:>6,} trials inside the best's interval above
+  In plain words: {luck_probability:.1%} of searches through these configurations, had they no
+  skill, would find a best that looks at least as good{verdict}"""
 
 
 def in_words(changes: Mapping[str, Any]) -> str:
@@ -1803,25 +1799,32 @@ def summarize_search(
     (given,) = search.try_all([{}]).values()
     minutes = len(given.net)
     split, configurations = split_of(minutes), {key_of(one) for one in expand_grid(grid)}
-    best = best_of(tried, partial(score_in_sample, options=options))
+    score = partial(score_in_sample, options=options)
+    best = best_of(tried, score)
     (inside, _), (outside, drawn) = (
         summarize_bootstrap(
             {"best": tried[best].between(*part), "as given": given.between(*part)}, count, rng
         )
         for part in ((0, split), (split, minutes))
     )
-    parameters, score = parameters_of(search.setting, {}), partial(score_in_sample, options=options)
+    parameters = parameters_of(search.setting, {})
     earlier = len(search.known.keys() - tried.keys() - {key_of({})})
     notes = [FIXED_IN_GRID] if grid is DEFAULT_GRID else []
     if earlier:
         notes.append(f"{earlier:,} more trials of earlier searches are not counted")
-    verdicts = []
-    if score(given) >= score(tried[best]):
-        verdicts.append("As given was at least as good where the best was chosen: keep it.")
     beyond = [name for name, value in json.loads(best).items()
               if not min(grid[name]) <= value <= max(grid[name])]  # fmt: skip
-    if beyond:
-        verdicts.append(f"The best lies beyond the grid in {', '.join(beyond)}: widen it.")
+    fills, net = (inside["of"]["best"][name] for name in ("fills", "net_usdt"))
+    verdicts = [
+        text
+        for text, holds in {
+            "The best that was found is not to trade.": not fills,
+            "The best loses money even where it was chosen.": net["value"] < 0,
+            "As given was at least as good there: keep it.": score(given) >= score(tried[best]),
+            f"The best lies beyond the grid in {', '.join(beyond)}: widen it.": beyond,
+        }.items()
+        if holds
+    ]
     measure = "sharpe" if options.objective == "sharpe" else "net_usdt"
     least = inside["of"]["best"][measure]["low"]
     return {
@@ -1848,12 +1851,7 @@ def format_search(found: dict[str, Any], title: str) -> str:
     f, luck = to_plain(found), found["luck_probability"]
     pbo, low, high = (f[f"overfitting_{name}"] for name in ("probability", "low", "high"))
     is_whole = f["on_grid"] == f["grid_size"]
-    best = f["in_sample"]["of"]["best"]
     verdicts = [": it may be luck" if luck >= LUCK else ": luck alone would rarely do this"]
-    if not best["fills"]:
-        verdicts.append("The best that was found is not to trade.")
-    elif best["net_usdt"]["value"] < 0:
-        verdicts.append("The best loses money even where it was chosen.")
     verdicts += f["verdicts"]
     return Blanks().format(
         SEARCH_TABLE,
@@ -1869,9 +1867,8 @@ def format_search(found: dict[str, Any], title: str) -> str:
         stopped="" if is_whole else "   STOPPED EARLY",
         notes="".join(f"\n  {note}" for note in f["notes"]),
         plateau=len(f["plateau"]),
-        overfitting="-" if pbo is None else f"{pbo:.2f}",
-        by_chance="too few trials or minutes to tell" if pbo is None else
-        f"{low:.2f} to {high:.2f} where nobody has skill",
+        overfitting="     - too few trials or minutes to tell" if pbo is None else
+        f"{pbo:>6.2f} (where nobody has skill: {low:.2f} to {high:.2f})",
         verdict="\n  ".join(verdicts),
     )  # fmt: skip
 
