@@ -1270,6 +1270,7 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
 # ---- How sure: the bootstrap -------------------------------------------------------
 
 FEW_PERIODS = 500  # below, resampled intervals are too narrow
+WIDTH = 27  # of a column of the table
 MEASURES = {  # of optimize.measure_paths: name and form in the tables
     "net_usdt": ("net, USDT", "+.2f"),
     "sharpe": ("Sharpe a minute", "+.3f"),
@@ -1336,20 +1337,21 @@ def format_bootstrap(summary: dict[str, Any], title: str = "Bootstrap") -> str:
     lines = [
         f"{title}: {summary['periods']:,} minutes, 95 % by {summary['resamples']:,} resamples "
         f"in blocks of {summary['block']:.1f} minutes",
-        " " * 17 + "".join(f" {name[-26:]:>26}" for name in summary["of"]),
+        " " * 17 + "".join(f"{name:>{WIDTH}}" for name in summary["of"]),
     ]
     for measure, (label, form) in MEASURES.items():
         line = f"  {label:<15}"
         for name, column in summary["of"].items():
             sign = "+" if name == "difference" and form[0] != "+" else ""
-            value, low, high = (
-                format(x, sign + (form if abs(x) < 1000 else form[:-2] + "0f"))
-                for x in column[measure].values()
-            )
-            line += f" {f'{value} ({low} to {high})':>26}"
+            for digits in (form[-2:], "1f", "0f", "0e"):  # fewer where they do not fit
+                text = sign + form[:-2] + digits
+                value, low, high = (format(x, text) for x in column[measure].values())
+                if len(cell := f"{value} ({low} to {high})") < WIDTH:
+                    break
+            line += f"{cell:>{WIDTH}}"
         lines.append(line)
     fills = [column.get("fills") for column in summary["of"].values()]
-    lines.append(f"  {'fills':<15}" + "".join(f"{n:>27,}" for n in fills if n is not None))
+    lines.append(f"  {'fills':<15}" + "".join(f"{n:>{WIDTH},}" for n in fills if n is not None))
     if summary["periods"] < FEW_PERIODS:
         lines.append(f"  WARNING: below {FEW_PERIODS} minutes such intervals are too narrow")
     return "\n".join(lines)
@@ -1389,7 +1391,7 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     known = np.isfinite(mid)
     at_s = whole_minutes(result.first_ns, result.decisions[:, 0])
     n, parts = max(len(at_s) - 1, 0), round(MINUTE_S / GRID_S)
-    grid_s = at_s[0] + np.arange(n * parts + 1) * GRID_S
+    grid_s = (at_s[0] if n else 0) + np.arange(n * parts + 1) * GRID_S
     mids = values_at(grid_s, t_s[known], mid[known])
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 before the first mid
         returns = (np.diff(np.log(mids)) * 1e4).reshape(n, parts)
@@ -1402,7 +1404,7 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
 def summarize_regimes(result: Result) -> dict[str, dict[str, Any]]:
     """Result, fills and markouts of the minutes of each regime, by its name."""
     c, (volatility, direct) = account_of(result), describe_minutes(result)
-    at_s = whole_minutes(result.first_ns, c["t_s"])
+    at_s = whole_minutes(result.first_ns, result.decisions[:, 0])
     by_minute = {n: np.diff(values_at(at_s, c["t_s"], c[n])) for n in ("gross", "fees", "net")}
     by_minute["volatility"] = volatility
     f, markouts = resting_fills(result.fills), resting_markouts(result)
@@ -1450,14 +1452,14 @@ def format_regimes(regimes: dict[str, dict[str, Any]], whose: str = "of all minu
     lines = [
         f"Regimes {whose} (± 95 %). A minute is classed, at its end, against those before it:",
         "by thirds of volatility, and by halves of directness",
-        "             minutes  bps/√s   gross    fees     net   net a minute fills"
+        "            minutes  bps/√s   gross    fees     net   net a minute fills"
         + "".join(f"{'markout ' + h:>14}" for h in REGIME_HORIZONS),
     ]
     for name, r in regimes.items():
         cells = [r["markouts"][h] for h in REGIME_HORIZONS]
         numbers = (r["volatility_bps"], r["gross_usdt"], 0 - r["fees_usdt"], r["net_usdt"])
         lines.append(
-            f"  {name:<11}{r['minutes']:>7,}"
+            f"  {name:<11}{r['minutes']:>6,}"
             + "".join(plus_minus(number, math.nan, 8, ".2f") for number in numbers)
             + plus_minus(r["net_a_minute"], r["net_a_minute_half_width"], 15)
             + f"{r['fills']:>6,}"
@@ -1547,7 +1549,11 @@ def score_trial(trial: Trial, objective: str, penalty: float) -> float:
 def split_of(minutes: int) -> int:
     """How many of the minutes are in sample; UserError where either part is too little."""
     split = round(minutes * IN_SAMPLE)
-    window_length(minutes - split, 1)
+    if minutes - split < LEAST_MINUTES:
+        raise UserError(
+            f"{minutes} minutes of data leave {minutes - split} to judge the choice, fewer than "
+            f"{LEAST_MINUTES}: give more --data"
+        )
     return split
 
 
@@ -1591,12 +1597,13 @@ class Search:
         about = json.dumps(made_of, default=str)
         name = hashlib.sha256(about.encode()).hexdigest()[:10]
         self.path = folder / f"trials-{name}.jsonl"
-        if self.path.exists():
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off: see below
-                    self._take(json.loads(line))
+        kept = self.path.read_bytes() if self.path.exists() else b""
+        for line in kept.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # it was cut off
+                self._take(json.loads(line))
         self.file = feed.GrowingFile(self.path, append=True)
-        self.file.write("\n")  # ends the line in which a killed writer broke off
+        if kept[-1:] not in (b"", b"\n"):
+            self.file.write("\n")  # a killed writer broke off in mid-line
 
     def _take(self, line: dict[str, Any]) -> None:
         columns = [np.array(line[name]) for name in Trial._fields[1:]]
@@ -1753,7 +1760,7 @@ def window_length(minutes: int, windows: int) -> int:
     if length < LEAST_MINUTES:
         raise UserError(
             f"{minutes} minutes of data make {windows} windows of {length}, fewer than "
-            f"{LEAST_MINUTES}: give more --data, or fewer windows"
+            f"{LEAST_MINUTES}: give more --data, or a smaller --walk-forward"
         )
     return length
 
@@ -1879,13 +1886,14 @@ def format_walk(walk: dict[str, Any], count: int, rng: np.random.Generator) -> s
     lines = [
         f"Walk-forward: {len(windows)} windows of {minutes} minutes, each traded with what was best\
  in the {LOOK_BACK * minutes} before it",
-        "  from, UTC            net a minute in sample, out of sample    fills   chosen",
+        "                       net a minute",
+        "  from, UTC            in sample   out of it  fills   chosen",
     ]
     for w in windows:
         inside, outside = w["in_sample"], w["out_of_sample"]
         lines.append(
-            f"  {clock_text(w['begin_ns'])}{inside.net.mean():>+24.3f}{outside.net.mean():>+15.3f}"
-            f"{outside.fills.sum():>9,}   {in_words(json.loads(w['key']))}"
+            f"  {clock_text(w['begin_ns'])}{inside.net.mean():>+11.3f}{outside.net.mean():>+12.3f}"
+            f"{outside.fills.sum():>7,}   {in_words(json.loads(w['key']))}"
         )
     changes = f"{walk['changed']} of {len(windows) - 1} times"
     lines.append(f"  the choice changed {changes}")
@@ -2209,6 +2217,8 @@ def draw_figure(rows: Sequence[Row], title: str, path: Path | None, shared: int 
 # ---- Command line ------------------------------------------------------------------
 
 STRATEGIES = ("lp", "fixed", "as")
+STOPS = (signal.SIGINT, signal.SIGTERM)
+GRACE_S = 0.3  # for workers to end by themselves
 MAX_WORKERS = 61  # in a pool, on Windows
 TUNING = Path("tuning")  # where a search writes without --out
 SCREEN = Path("-")  # --plot without a name
@@ -2282,7 +2292,8 @@ def make_rival(options: argparse.Namespace, setting: Setting) -> Setting:
         rival = dataclasses.replace(setting, given=setting.given | values)
         parameters_of(rival, {})  # judged before the work
     except UserError as error:
-        raise UserError(str(error).replace("--params", "--against", 1)) from None
+        text = str(error).removeprefix(f"--params {options.against}: ")
+        raise UserError(f"--against {options.against}: {text}") from None
     return rival
 
 
@@ -2314,6 +2325,7 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     """One run: its table, its files, its picture."""
     folder, rng = options.out, np.random.default_rng(options.seed)
     rival = make_rival(options, setting) if options.against else None
+    check_length(options, minutes_of(history_of(setting)))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     log = feed.GrowingFile(options.log) if options.log else None
@@ -2323,18 +2335,21 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         result = play(setting, log=log, quotes=quotes, stop=stop)
         metrics, rows = measure(result), []
         print(format_table(metrics, result) + describe_defects(history_of(setting).counts))
-        trials = {"this run": cut_into_minutes(result)}
-        is_short = len(trials["this run"].net) < LEAST_MINUTES
-        if is_short and (options.bootstrap or options.regimes):
-            print(f"\nbootstrap and regimes need {LEAST_MINUTES} whole minutes: give more --data")
-        elif options.bootstrap:
+        if options.bootstrap:
+            trials = {"this run": cut_into_minutes(result)}
             if rival:
-                trials[Path(options.against).name] = cut_into_minutes(play(rival, stop=stop))
-            summary, drawn = summarize_bootstrap(trials, options.bootstrap, rng)
-            metrics["bootstrap"] = to_plain(summary)
-            rows.append((PANEL_HEIGHT, [partial(plot_bootstrap, summary=summary, drawn=drawn)]))
-            print("\n" + format_bootstrap(summary))
-        if options.regimes and not is_short:
+                name = Path(options.against).name[1 - WIDTH :]
+                trials[name] = cut_into_minutes(play(rival, stop=stop))
+            least = min(len(trial.net) for trial in trials.values())  # if one was stopped
+            if least < LEAST_MINUTES:
+                print(f"\nstopped after {least} minutes: too few to resample")
+            else:
+                trials = {name: trial.between(0, least) for name, trial in trials.items()}
+                summary, drawn = summarize_bootstrap(trials, options.bootstrap, rng)
+                metrics["bootstrap"] = to_plain(summary)
+                rows.append((PANEL_HEIGHT, [partial(plot_bootstrap, summary=summary, drawn=drawn)]))
+                print("\n" + format_bootstrap(summary))
+        if options.regimes:
             regimes = summarize_regimes(result)
             metrics["regimes"] = to_plain(regimes)
             rows.append((PANEL_HEIGHT, [partial(plot_regimes, regimes=regimes)]))
@@ -2354,21 +2369,30 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
 
 @contextlib.contextmanager
 def start_workers(count: int) -> Iterator[Executor]:
-    """Processes of our own; what they still play when we leave is ended."""
+    """Processes of our own, which no Ctrl-C reaches: to answer it is for their parent. What
+    they still play when we leave is ended.
+    """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), begin_work)
+    ours = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    for _ in range(count):  # a process for each, that inherits what is ignored
+        pool.submit(int)
+    for number, handler in ours.items():
+        signal.signal(number, handler)
     try:
         yield pool
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # in a thread: it waits for what is being played, after it has dropped the rest
+        closer = threading.Thread(target=partial(pool.shutdown, cancel_futures=True))
+        closer.start()
+        closer.join(GRACE_S)
         for child in set(multiprocessing.active_children()) - others:
             child.kill()
+        closer.join()
 
 
 def begin_work() -> None:
-    """A worker begins: Ctrl-C is for its parent to answer, and without that it ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A worker begins: without its parent it ends."""
     threading.Thread(target=end_with, args=[multiprocessing.parent_process()], daemon=True).start()
 
 
@@ -2410,6 +2434,7 @@ def run_search(
     fixed = [name for name in grid if FIELDS[name].metadata["fixed"]]
     if fixed and options.walk_forward:
         raise UserError(f"{fixed[0]} cannot change while trading: leave it out of --walk-forward")
+    check_length(options, minutes_of(history))
     folder = options.out or TUNING
     folder.mkdir(parents=True, exist_ok=True)
     for _ in history.pieces(0):
@@ -2418,18 +2443,38 @@ def run_search(
     with contextlib.nullcontext(executor) if executor else own as workers:
         tell = show_progress(feed.session_clock())
         search = Search(setting, folder, workers, stop, tell)
-        for trial in search.try_all([{}]).values():
-            split_of(len(trial.net))
-            if options.walk_forward:
-                window_length(len(trial.net), options.walk_forward + LOOK_BACK)
         score = partial(score_in_sample, options=options)
-        tried = tune(search, grid, score, options.refine) if options.tune else {}
-        walk = walk_forward(search, grid, options) if options.walk_forward else {}
-    if sys.stderr.isatty():
-        print(file=sys.stderr)  # ends the line of progress
+        try:
+            for trial in search.try_all([{}]).values():
+                check_length(options, len(trial.net))
+            tried = tune(search, grid, score, options.refine) if options.tune else {}
+            walk = walk_forward(search, grid, options) if options.walk_forward else {}
+        finally:
+            search.file.close()
+            if sys.stderr.isatty():
+                print(file=sys.stderr)  # the line of progress ends
     report_search(options, search, grid, tried, walk)
     if search.file.failure:
         raise UserError(search.file.failure)
+
+
+def minutes_of(history: History) -> int:
+    """How many whole minutes there are, at most."""
+    first_ns, last_ns = history.span_ns
+    return max(len(whole_minutes(first_ns, np.array([last_ns - first_ns]) / NS)) - 1, 0)
+
+
+def check_length(options: argparse.Namespace, minutes: int) -> None:
+    """UserError for data too short for what is asked."""
+    if options.tune:
+        split_of(minutes)
+    if options.walk_forward:
+        window_length(minutes, options.walk_forward + LOOK_BACK)
+    if options.bootstrap and minutes < LEAST_MINUTES:
+        raise UserError(
+            f"--bootstrap resamples minutes, of which the data hold {minutes}, fewer than "
+            f"{LEAST_MINUTES}: give more --data"
+        )
 
 
 def report_search(

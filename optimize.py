@@ -88,7 +88,7 @@ import difflib
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -521,6 +521,9 @@ def run_trials(
             with suppress(Empty):
                 future = finished.get(timeout=POLL_S)
                 yield waiting.pop(future), future.result()
+    except BrokenExecutor:
+        waiting.clear()  # they fail by themselves; to cancel them meanwhile upsets the executor
+        raise
     finally:
         for future in waiting:
             future.cancel()
