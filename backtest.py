@@ -2299,7 +2299,8 @@ def make_rival(options: argparse.Namespace, setting: Setting) -> Setting:
 
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     """Load, play, print, write."""
-    feed.check_plot_path(None if options.plot == SCREEN else options.plot)
+    if options.plot and options.plot != SCREEN and options.plot.parent != options.out:
+        feed.check_plot_path(options.plot)
     is_search = options.tune or options.walk_forward
     for flag, is_wrong in (("log", is_search), ("against", is_search or not options.bootstrap),
                            ("grid", not is_search)):  # fmt: skip

@@ -96,11 +96,11 @@ def history_of(folder: Path, days: int = 1) -> backtest.History:
 
     def pieces(_: int):
         for k in range(days):
-            tape = backtest.read_tape(folder, facts)
-            shift = k * HOURS * 3600 * NS
-            exch_ns = np.where(tape.exch_ns > 0, tape.exch_ns + shift, 0)
-            trades = tape.trades._replace(exch_ns=tape.trades.exch_ns + shift)
-            tape = replace(tape, recv_ns=tape.recv_ns + shift, exch_ns=exch_ns, trades=trades)
+            tape, shift = backtest.read_tape(folder, facts), k * HOURS * 3600 * NS
+            if shift:
+                exch_ns = np.where(tape.exch_ns > 0, tape.exch_ns + shift, 0)
+                trades = tape.trades._replace(exch_ns=tape.trades.exch_ns + shift)
+                tape = replace(tape, recv_ns=tape.recv_ns + shift, exch_ns=exch_ns, trades=trades)
             yield backtest.Piece(tape, 0, len(tape), facts["tick"])
 
     return backtest.History(feed.Instrument(), pieces, (0, 0), "a simulated day",
