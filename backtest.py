@@ -2375,7 +2375,8 @@ def start_workers(count: int) -> Iterator[Executor]:
     """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), begin_work)
-    ours = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
+    is_main = threading.current_thread() is threading.main_thread()  # others may set no signal
+    ours = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS if is_main}
     for _ in range(count):  # a process for each, that inherits what is ignored
         pool.submit(int)
     for number, handler in ours.items():
