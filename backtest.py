@@ -1796,6 +1796,21 @@ def in_words(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{n} {'off' if v is None else format(v, 'g')}" for n, v in pairs)
 
 
+def judge(
+    best: Mapping[str, float], grid: Mapping[str, Sequence[float]], found: dict[str, Any],
+    is_given_as_good: bool,
+) -> list[str]:  # fmt: skip
+    """What is to be said against a best that looks good, in sample."""
+    beyond = [n for n, value in best.items() if not min(grid[n]) <= value <= max(grid[n])]
+    objections = {
+        "The best that was found is not to trade.": not found["fills"],
+        "The best loses money even where it was chosen.": found["net_usdt"]["value"] < 0,
+        "As given was at least as good there: keep it.": is_given_as_good,
+        f"The best lies beyond the grid in {', '.join(beyond)}: widen it.": beyond,
+    }
+    return [text for text, holds in objections.items() if holds]
+
+
 def summarize_search(
     search: Search, tried: Tried, options: argparse.Namespace, grid: dict[str, list[Any]]
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -1819,25 +1834,13 @@ def summarize_search(
     notes = [FIXED_IN_GRID] if grid is DEFAULT_GRID else []
     if earlier:
         notes.append(f"{earlier:,} more trials of earlier searches are not counted")
-    beyond = [name for name, value in json.loads(best).items()
-              if not min(grid[name]) <= value <= max(grid[name])]  # fmt: skip
-    fills, net = (inside["of"]["best"][name] for name in ("fills", "net_usdt"))
-    verdicts = [
-        text
-        for text, holds in {
-            "The best that was found is not to trade.": not fills,
-            "The best loses money even where it was chosen.": net["value"] < 0,
-            "As given was at least as good there: keep it.": score(given) >= score(tried[best]),
-            f"The best lies beyond the grid in {', '.join(beyond)}: widen it.": beyond,
-        }.items()
-        if holds
-    ]
     measure = "sharpe" if options.objective == "sharpe" else "net_usdt"
     least = inside["of"]["best"][measure]["low"]
     return {
         "objective": options.objective,
         "notes": notes,
-        "verdicts": verdicts,
+        "verdicts": judge(json.loads(best), grid, inside["of"]["best"],
+                          score(given) >= score(tried[best])),
         "minutes": minutes,
         "split": split,
         "on_grid": len(configurations & set(tried)),
