@@ -688,7 +688,7 @@ class Markouts:
         mids = np.where(has_mid, (bid - ask) * (tick_size / 2), np.nan)
         mids *= seen_share(exchange.shifts, tape.exch_ns[books])
         mids = np.concatenate((self.last[1], mids))
-        kept = np.searchsorted(times, times[-1:].sum() - KEPT_NS)
+        kept = np.searchsorted(times, (times[-1] if len(times) else 0) - KEPT_NS)
         self.last = times[kept:], mids[kept:]
         open_fills = exchange.fills[self.count :]
         known, self.rest = self.rest, np.full((len(open_fills), len(HORIZONS_S)), np.nan)
@@ -797,6 +797,7 @@ class Setting:
     """What a run is made of, but for what a search changes: small, and plain to send."""
 
     paths: tuple[Path, ...]
+    stamps: tuple[tuple[str, int, int], ...]  # of the data's files, see stamps_of
     steps: tuple[str | None, str | None, int | None]  # tick, lot, depth, if data do not tell
     given: dict[str, Any]  # parameters
     strategy: tuple  # its name, then what shapes it
@@ -805,14 +806,14 @@ class Setting:
 
 
 @lru_cache(maxsize=1)
-def open_history(paths: tuple[Path, ...], steps: tuple, stamps: tuple = ()) -> History:
+def open_history(paths: tuple[Path, ...], stamps: tuple, steps: tuple) -> History:
     """The history, mapped once in a process; other stamps open it anew."""
     return load_history(list(paths), *steps)
 
 
 def history_of(setting: Setting) -> History:
     """The history of a setting."""
-    return open_history(setting.paths, setting.steps, stamps_of(setting.paths))
+    return open_history(setting.paths, setting.stamps, setting.steps)
 
 
 def stamps_of(paths: tuple[Path, ...]) -> tuple[tuple[str, int, int], ...]:
@@ -1279,7 +1280,7 @@ MEASURES = {  # of optimize.measure_paths: name and form in the tables
 
 
 class Trial(NamedTuple):
-    """A run by the minute: what bootstrap, regimes and search need to know of it."""
+    """A run by the minute: what bootstrap and search need to know of it."""
 
     start_ns: int  # the first whole minute
     net: np.ndarray  # (n,) its change in each minute, USDT
@@ -1422,29 +1423,25 @@ def summarize_regime(
     chosen: np.ndarray, by_minute: dict[str, np.ndarray], filled: np.ndarray, markouts: np.ndarray
 ) -> dict[str, Any]:
     """What the chosen minutes brought; filled is the minute of each fill."""
-    net, n = by_minute["net"][chosen], int(chosen.sum())
-    half = stdtrit(n - 1, 0.975) * net.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    net, volatility = (  # each minute by itself; estimate_mean keeps the unit of its values
+        estimate_mean(by_minute[name][chosen], chosen.nonzero()[0])
+        for name in ("net", "volatility")
+    )
     own = np.isin(filled, chosen.nonzero()[0])
     return {
-        "minutes": n,
+        "minutes": int(chosen.sum()),
         "gross_usdt": by_minute["gross"][chosen].sum(),
         "fees_usdt": by_minute["fees"][chosen].sum(),
-        "net_usdt": net.sum(),
-        "net_a_minute": net.mean() if n else math.nan,
-        "net_a_minute_half_width": half,
-        "volatility_bps": mean_of_known(by_minute["volatility"][chosen]),
+        "net_usdt": by_minute["net"][chosen].sum(),
+        "net_a_minute": net["mean_bps"],
+        "net_a_minute_half_width": net["high_bps"] - net["mean_bps"],
+        "volatility_bps": volatility["mean_bps"],
         "fills": int(own.sum()),
         "markouts": {
             f"{h:g} s": estimate_mean(markouts[own, k], filled[own])
             for k, h in enumerate((0, *HORIZONS_S))
         },
     }
-
-
-def mean_of_known(values: np.ndarray) -> float:
-    """The mean of what is finite; nan of nothing."""
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else math.nan
 
 
 def format_regimes(regimes: dict[str, dict[str, Any]], whose: str = "of all minutes") -> str:
@@ -1593,8 +1590,7 @@ class Search:
         self.stop, self.tell = stop, tell
         self.known: dict[str, Trial] = {}
         code = [Path(__file__).with_name(f"{name}.py").read_text() for name in MODULES]
-        made_of = dataclasses.astuple(setting), stamps_of(setting.paths), code
-        about = json.dumps(made_of, default=str)
+        about = json.dumps([dataclasses.astuple(setting), code], default=str)
         name = hashlib.sha256(about.encode()).hexdigest()[:10]
         self.path = folder / f"trials-{name}.jsonl"
         kept = self.path.read_bytes() if self.path.exists() else b""
@@ -1685,10 +1681,10 @@ def price_of_search(
     x = np.column_stack([trial.net for trial in tried.values()])
     score = sharpe_score if objective == "sharpe" else net_score
     chosen, k = x[:split], list(tried).index(best)
-    sharpes = sharpe_score(chosen.mean(axis=0), chosen.var(axis=0, ddof=1))
+    moments = chosen.mean(axis=0), chosen.var(axis=0, ddof=1)
+    sharpes, found = sharpe_score(*moments), score(*moments)[k]
     variance = float(sharpes.var(ddof=1)) if len(tried) > 1 else 0.0
     luck = draw_best_of_chance(chosen, score, count, rng)
-    found = score(chosen.mean(axis=0), chosen.var(axis=0, ddof=1))[k]
     low, high = interval_of(draw_overfitting_by_chance(x, score, CHANCE_DRAWS, rng))
     return {
         "trials": len(tried),
@@ -1823,6 +1819,7 @@ def summarize_search(
     split, configurations = split_of(minutes), {key_of(one) for one in expand_grid(grid)}
     score = partial(score_in_sample, options=options)
     best = best_of(tried, score)
+    changes = json.loads(best)
     (inside, _), (outside, drawn) = (
         summarize_bootstrap(
             {"best": tried[best].between(*part), "as given": given.between(*part)}, count, rng
@@ -1839,13 +1836,13 @@ def summarize_search(
     return {
         "objective": options.objective,
         "notes": notes,
-        "verdicts": judge(json.loads(best), grid, inside["of"]["best"],
+        "verdicts": judge(changes, grid, inside["of"]["best"],
                           score(given) >= score(tried[best])),
         "minutes": minutes,
         "split": split,
         "on_grid": len(configurations & set(tried)),
         "grid_size": len(configurations),
-        "best": json.loads(best),
+        "best": changes,
         "given": {name: getattr(parameters, name) for name in grid},
         "in_sample": inside,
         "out_of_sample": outside,
@@ -2264,9 +2261,11 @@ def describe_defects(counts: Counter) -> str:
 
 def make_setting(options: argparse.Namespace) -> Setting:
     """What the flags say of data, parameters and frictions."""
-    open_history.cache_clear()  # the data may have changed since
+    open_history.cache_clear()  # the cache on disk may have changed since
+    paths = tuple(path.absolute() for path in options.data or [SAMPLE])
     setting = Setting(
-        paths=tuple(path.absolute() for path in options.data or [SAMPLE]),
+        paths=paths,
+        stamps=stamps_of(paths),
         steps=(options.tick_size, options.lot_size, options.depth),
         given=given_parameters(options, ParameterFile(options.params) if options.params else None),
         strategy=strategy_of(options, options.strategy),
@@ -2305,13 +2304,14 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     if options.plot and options.plot != SCREEN and options.plot.parent != options.out:
         feed.check_plot_path(options.plot)
     is_search = options.tune or options.walk_forward
-    for flag, is_wrong in (("log", is_search), ("against", is_search or not options.bootstrap),
-                           ("grid", not is_search)):  # fmt: skip
+    for flag, is_wrong, needs in (
+        ("log", is_search, "one run: not with --tune or --walk-forward"),
+        ("against", is_search or not options.bootstrap,
+         "--bootstrap N, without --tune or --walk-forward"),
+        ("grid", not is_search, "--tune or --walk-forward"),
+    ):  # fmt: skip
         if getattr(options, flag) and is_wrong:
-            needs = dict(log="one run: not with --tune or --walk-forward",
-                         against="--bootstrap N, without --tune or --walk-forward",
-                         grid="--tune or --walk-forward")  # fmt: skip
-            raise UserError(f"--{flag} needs {needs[flag]}")
+            raise UserError(f"--{flag} needs {needs}")
     setting = make_setting(options)
     try:
         if is_search:
