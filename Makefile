@@ -14,8 +14,6 @@ test: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(PY) tests/bench.py
-	$(PY) tests/bench_backtest.py
-	$(PY) tests/bench_search.py
 
 lint: $(VENV)/ready
 	$(PY) -m pip install --quiet ruff && $(VENV)/bin/ruff check .

@@ -286,12 +286,12 @@ class Tape:
         return np.maximum.accumulate(np.where(is_book, np.arange(len(self)), -1))
 
 
-COLUMNS = {field.name: CODES.get(field.type) for field in dataclasses.fields(Tape)}
+COLUMNS = {f.name: CODES[f.type] for f in dataclasses.fields(Tape) if f.type in CODES}
 
 
 def build_tape(messages: Iterable[Message]) -> Tape:
     """Messages as columns. They are taken one by one, so that a day needs no list of them."""
-    columns = {name: array(code) for name, code in COLUMNS.items() if code}
+    columns = {name: array(code) for name, code in COLUMNS.items()}
     notes: dict[int, dict[str, Any]] = {}
     of_a_message = [columns[name] for name in ("kind", "recv_ns", "exch_ns", *View._fields)]
     of_a_trade = [columns[name] for name in columns if name.startswith("trade_")]

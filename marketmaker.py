@@ -19,7 +19,7 @@ trips or clears makes the next message decide. A fill does not; the next decisio
 it. No decision reads a clock.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
-has the same rules once more, row by row, in plain dicts: `simulate`.)
+has the same rules in their plainest form, message by message: `simulate`.)
 
   - An order decided at t (our clock) stands on the exchange from t + order_latency until
     its cancel arrives, as late. Only events of that time (exchange clock) can fill it,
@@ -34,10 +34,10 @@ has the same rules once more, row by row, in plain dicts: `simulate`.)
     the rule before: pessimistic.
   - We take no volume from others, and move no price unless impact_bps says so: optimistic.
 
-The words, the same in all files. A message is *received* by the feed and *heard* by the
-market maker; the exchange *matches* messages with our *orders*; an order is *sent*,
-*arrives*, is *refused*, or *filled*; a fill is *settled* in the *account*; the inventory is
-*marked* to the mid; the maker *decides*, and a *decision* says what to *quote*.
+The words. The feed *receives* a message, the market maker *hears* it, the exchange
+*matches* it with our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*;
+a fill is *settled* in the *account*; the inventory is *marked* to the mid. The maker
+*measures* the market and *decides*; a *decision* says what to *quote*.
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
@@ -47,6 +47,7 @@ Not modelled: funding. Our own impact and outages: only if backtest.py asks for 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -58,7 +59,7 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -68,48 +69,18 @@ import websocket
 from scipy.optimize import linprog
 
 import feed
-from feed import (
-    ASK,
-    BID,
-    CONTROL,
-    DELTA,
-    LOST,
-    MS,
-    NEVER,
-    NO_LEVEL,
-    NS,
-    SIDES,
-    SNAPSHOT,
-    TICKER,
-    TRADES,
-    Book,
-    Instrument,
-    Message,
-    Tape,
-    UserError,
-    View,
-    build_tape,
-    clock_text,
-)
-from optimize import (
-    FIELDS,
-    INF,
-    Distances,
-    Parameters,
-    Solution,
-    change_parameters,
-    choose_distances,
-    get_optimization_frequency,
-)
+import optimize as opt
+from feed import ASK, BID, MS, NEVER, NO_LEVEL, NS, SIDES, Tape, UserError, View, clock_text
+from optimize import INF, Distances, Parameters
 
+NAN = math.nan  # not known, or none
 WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # no quote before so many 1 s returns
 LOOK_AHEAD = 512  # messages, for the next one that is due
 LATE_NS = 10 * NS  # no trade is heard of later than this
 IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
-SAMPLE = Path(__file__).parent / "data" / "sample.jsonl.gz"
-SAMPLE_SPEED = 10.0
-MAX_LAG_MS, MAX_DRIFT_MS = 2000.0, 500.0  # a lag beyond, or so far from the first, is warned of
+SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
+MAX_LAG_MS = 2000.0  # of receive after exchange time; more is warned of
 BURST = 500  # messages taken at once in a replay without pauses
 GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
@@ -122,59 +93,48 @@ TICK_S = 0.1  # how long the main thread waits for a message before it looks aro
 class Market:
     """What is measured from the market, on our clock. nan = not known yet."""
 
-    book: Book = field(default_factory=Book)
+    book: feed.Book = field(default_factory=feed.Book)
     lost: str = "no book yet"  # why the book cannot be trusted; empty: it can
     book_recv_ns: int = 0  # when the last book message was received
-    volatility: float = math.nan  # bps/sqrt(s), over the last minute
-    ema_volatility: float = math.nan  # bps/sqrt(s)
-    liquidity: float = math.nan  # million USDT traded per bp of mid movement
-    bid_depth: float = math.nan  # base coin within depth_band_bps of the mid
-    ask_depth: float = math.nan
+    volatility: float = NAN  # bps/sqrt(s), over the last minute
+    ema_volatility: float = NAN  # bps/sqrt(s)
+    ema_ns: int = 0  # when that was last renewed
+    liquidity: float = NAN  # million USDT traded per bp of mid movement
+    depths: dict[int, float] = field(default_factory=lambda: {BID: NAN, ASK: NAN})  # base coin
+    grid_mid: float = NAN  # USDT, the mid at the last whole second
     returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # of 1 s
     turnovers: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
-    grid_mid: float = math.nan  # USDT, the mid at the last whole second
-    ema_ns: int = 0  # when ema_volatility was last renewed
 
     def measure_second(
         self, second_ns: int, mid_price: float, turnover_musd: float, tick_size: float,
         half_life_s: float,
     ) -> None:  # fmt: skip
-        """One whole second of receive time has passed: volatility, its EMA, liquidity.
+        """One whole second of receive time has passed.
 
         volatility = root mean square of the 1 s log returns of the mid in the window;
+        its EMA: after an uneven step dt the new value weighs 1 - 2^(-dt/half_life);
         liquidity = turnover of the window / sum of the absolute returns (at least a tick).
         """
         previous, self.grid_mid = self.grid_mid, mid_price
-        if math.isnan(previous):
+        if previous != previous:
             return
         self.returns_bps.append(1e4 * math.log(mid_price / previous))
         self.turnovers.append(turnover_musd)
         if len(self.returns_bps) < WARMUP_RETURNS:
             return
         self.volatility = math.hypot(*self.returns_bps) / math.sqrt(len(self.returns_bps))
-        dt_s, self.ema_ns = (second_ns - self.ema_ns) / NS, second_ns
-        self.ema_volatility = exponential_average(
-            self.ema_volatility, self.volatility, dt_s, half_life_s
-        )
+        before = self.ema_volatility if self.ema_volatility >= 0 else self.volatility
+        forgotten = 2 ** (-(second_ns - self.ema_ns) / NS / half_life_s)
+        self.ema_volatility = self.volatility + (before - self.volatility) * forgotten
+        self.ema_ns = second_ns
         moved_bps = max(sum(map(abs, self.returns_bps)), 1e4 * tick_size / mid_price)
         self.liquidity = sum(self.turnovers) / moved_bps
 
     def restart(self) -> None:
         """After a loss or a silence the grid of seconds begins anew; the EMA is kept."""
-        self.grid_mid = self.volatility = self.liquidity = math.nan
+        self.grid_mid = self.volatility = self.liquidity = NAN
         self.returns_bps.clear()
         self.turnovers.clear()
-
-
-def exponential_average(previous: float, value: float, dt_s: float, half_life_s: float) -> float:
-    """EMA over uneven steps: the new value weighs 1 - 2^(-dt/half_life).
-
-    >>> exponential_average(1.0, 3.0, dt_s=30, half_life_s=30)
-    2.0
-    """
-    if math.isnan(previous):
-        return value
-    return value + (previous - value) * 2 ** (-dt_s / half_life_s)
 
 
 # ---- Our account -------------------------------------------------------------------
@@ -206,7 +166,7 @@ class Account:
     spread_captured: float = 0.0  # sum of side (mid - price) qty
     revaluation: float = 0.0  # sum of inventory x change of the mid
     turnover: float = 0.0
-    mid_price: float = math.nan  # the last mid that it was marked to
+    mid_price: float = NAN  # the last mid that it was marked to
     peak_equity: float = 0.0
     fills: list[Fill] = field(default_factory=list)
 
@@ -265,15 +225,12 @@ class Order:
     left: float  # of it, not yet filled
     arrival_ns: int  # exchange time
     cancel_ns: int = NEVER
+    is_taker: bool = False  # it takes whatever price there is, level by level
     has_arrived: bool = False
-    queue_ahead: float = math.inf  # base coin; inf where nothing can be seen
-    queue_at_arrival: float = math.inf
+    queue_ahead: float = INF  # base coin; inf where nothing can be seen
+    queue_at_arrival: float = INF
     eaten: float = 0.0  # of the queue, by trades
     next_message: int = 0  # of the tape
-
-    def stands_at(self, exch_ns: int) -> bool:
-        """Market data go before orders at equal times."""
-        return self.has_arrived and self.arrival_ns < exch_ns <= self.cancel_ns
 
     def shorten_queue(self, shown: float, exch_ns: int) -> None:
         """A book row says what is shown at our price."""
@@ -284,6 +241,7 @@ class Order:
             self.queue_ahead = min(self.queue_ahead, shown)
 
 
+@dataclass(eq=False)
 class PaperExchange:
     """Matches the market's messages, on the exchange's clock, against our orders.
 
@@ -293,24 +251,27 @@ class PaperExchange:
     fills whole or not at all, and a level that leaves the window counts as cancelled.
     """
 
-    def __init__(
-        self, parameters: Parameters, instrument: Instrument, book: Book, account: Account,
-        participation: float = 1.0, peer_rules: bool = False, impact_bps: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.parameters, self.instrument = parameters, instrument
-        self.book, self.account = book, account
-        self.participation, self.peer_rules = participation, peer_rules
-        self.impact_bps = impact_bps
-        self.shifts = [(0, 0.0)]  # (exchange time, shift of the prices we see after it, bps)
-        self.back_ns = 0  # cut off until then: we hear of nothing and nothing hears of us
-        self.offset_ns = round(parameters.clock_offset_ms * MS)  # our clock - exchange's
-        self.latency_ns = round(parameters.order_latency_ms * MS) - self.offset_ns
-        self.orders: list[Order] = []
-        self.sent: dict[int, Order | None] = {BID: None, ASK: None}
-        self.flatten_ns = NEVER  # arrival of a taker order that closes the inventory
-        self.trade_ns = 0  # exchange time of the last trade
-        self.reach: dict[int, np.ndarray] = {}  # of the tape, by side: see `begin`
-        self.counts: Counter[str] = Counter()
+    parameters: Parameters
+    instrument: feed.Instrument
+    market: Market
+    account: Account
+    participation: float = 1.0  # our share of what is left of a trade
+    peer_rules: bool = False
+    impact_bps: float = 0.0  # of a fill as large as the depth near the mid
+    shifts: list = field(default_factory=lambda: [(0, 0.0)])  # (exch_ns, bps that we see from then)
+    back_ns: int = 0  # cut off until then: we hear of nothing and nothing hears of us
+    orders: list[Order] = field(default_factory=list)
+    sent: dict = field(default_factory=lambda: {BID: None, ASK: None})  # Order or None by side
+    counts: Counter = field(default_factory=Counter)
+    reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
+    trade_ns: int = 0  # exchange time of the last trade of the tapes before
+    recv_ns: int = 0  # of the message that is matched
+    mid_price: float = NAN  # just before that message
+
+    def __post_init__(self) -> None:
+        self.book, p = self.market.book, self.parameters
+        self.offset_ns = round(p.clock_offset_ms * MS)  # our clock - exchange's
+        self.latency_ns = round(p.order_latency_ms * MS) - self.offset_ns
 
     # -- orders
 
@@ -320,15 +281,13 @@ class PaperExchange:
         Unchanged against the last one sent, the order keeps its place. Otherwise cancel
         and new order arrive at one instant. True if anything was sent or cancelled.
         """
-        standing = self.sent[side]
-        if time_ns < self.back_ns or (standing is None and level is None):
+        standing, arrival_ns = self.sent[side], time_ns + self.latency_ns
+        wanted = None if level is None else (level, qty)
+        if time_ns < self.back_ns or wanted == (standing and (standing.level, standing.qty)):
             return False
-        if standing is not None and (standing.level, standing.qty) == (level, qty):
-            return False
-        arrival_ns = time_ns + self.latency_ns
-        if standing is not None:
+        if standing:
             standing.cancel_ns, self.sent[side] = arrival_ns, None
-        if level is not None:
+        if wanted:
             self.sent[side] = Order(side, level, qty, left=qty, arrival_ns=arrival_ns)
             self.orders.append(self.sent[side])
             self.counts["sent"] += 1
@@ -336,12 +295,15 @@ class PaperExchange:
 
     def flatten(self, time_ns: int) -> None:
         """Send a taker order that closes the inventory, unless one is under way."""
-        if self.flatten_ns == NEVER and self.account.inventory and time_ns >= self.back_ns:
-            self.flatten_ns = time_ns + self.latency_ns
+        is_under_way = any(order.is_taker for order in self.orders)
+        if self.account.inventory and time_ns >= self.back_ns and not is_under_way:
+            arrival_ns = time_ns + self.latency_ns
+            self.orders.append(Order(0, 0, 0.0, 0.0, arrival_ns, is_taker=True))
 
-    def _drop(self, order: Order) -> None:
+    def drop(self, order: Order) -> None:
+        """The order is over."""
         self.orders.remove(order)
-        if self.sent[order.side] is order:
+        if self.sent.get(order.side) is order:
             self.sent[order.side] = None
 
     # -- slices of messages
@@ -353,7 +315,7 @@ class PaperExchange:
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
             reach = np.where(is_event, -tape.best(-side), -NO_LEVEL)
-            if len(tape.trade_level):
+            if has_trades.any():
                 hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
                 nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
                 reach[has_trades] = np.minimum(reach[has_trades], nearest)
@@ -371,19 +333,17 @@ class PaperExchange:
             start = m + 1
 
     def _next_that_matters(self, tape: Tape, start: int, stop: int) -> int:
-        """The first of messages start..stop-1 that comes after the arrival of an order, or
-        reaches one that has arrived, or is a snapshot; else stop.
+        """The first of messages start..stop-1 that is a snapshot, or comes after the arrival
+        of an order, or reaches one that has arrived; else stop.
         """
-        if tape.kind[start] == SNAPSHOT:
+        if tape.kind[start] == feed.SNAPSHOT:
             return start
-        arrivals = {order.arrival_ns for order in self.orders if not order.has_arrived}
-        for arrival_ns in arrivals | {self.flatten_ns}:
-            if arrival_ns < NEVER:
-                stop = _first(tape.exch_ns[start:stop] > arrival_ns, start, stop)
+        for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
+            stop = first_place(tape.exch_ns[start:stop] > arrival_ns, start, stop)
         for side in SIDES:
             levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
             if levels:
-                stop = _first(self.reach[side][start:stop] <= max(levels), start, stop)
+                stop = first_place(self.reach[side][start:stop] <= max(levels), start, stop)
         return stop
 
     def end(self, tape: Tape) -> None:
@@ -398,64 +358,75 @@ class PaperExchange:
 
     def _meet(self, tape: Tape, m: int) -> None:
         """Trades meet the book as it stood just before message m, book rows just after."""
-        exch_ns, recv_ns = tape.exch_ns.item(m), tape.recv_ns.item(m)
-        mid_price = self.book.view.mid_ticks * self.instrument.tick_size
-        tell = partial(self._settle, recv_ns=recv_ns, mid_price=mid_price)
-        self._forget(tape, m, recv_ns)
+        kind, exch_ns = tape.kind.item(m), tape.exch_ns.item(m)
+        self.recv_ns = tape.recv_ns.item(m)
+        self.mid_price = self.book.view.mid_ticks * self.instrument.tick_size
 
-        # Who has arrived by then meets the book as it stands, unless it would take.
-        if self.flatten_ns < exch_ns:
-            self._walk_the_book(tell)
+        # Orders are over once trades and book have both gone past their end, or when it is
+        # so long ago that no trade of then will be heard of.
+        last_trade = tape.first_trade.item(m) - 1
+        trade_ns = tape.trade_ns.item(last_trade) if last_trade >= 0 else self.trade_ns
+        late_ns = self.recv_ns - self.offset_ns - LATE_NS
+        passed_ns = max(min(trade_ns, self.book.exch_ns), late_ns)
+        self.orders = [order for order in self.orders if order.cancel_ns >= passed_ns]
+
+        # Who has arrived meets the book as it stands. He is refused where he would take.
+        limit = self.parameters.max_inventory + self.instrument.lot_size / 2
         for order in [o for o in self.orders if not o.has_arrived and o.arrival_ns < exch_ns]:
             order.has_arrived, order.next_message = True, m
-            if why := self._objection(order):
-                self._refuse(order, why)
+            if order.is_taker:
+                self._walk_the_book(order)
+            elif self._is_reached(order):
+                self._refuse(order, "would take")
+            elif order.side * self.account.inventory + order.qty > limit:
+                self._refuse(order, "inventory limit")
             else:
                 order.queue_ahead = order.queue_at_arrival = self._shown(order)
 
-        if tape.kind[m] == TRADES:
+        # A message of trades: each meets the orders as those before it left them.
+        if kind == feed.TRADES:
             for order in self.orders:
                 self._catch_up(order, tape, m)
-            for t in range(tape.first_trade.item(m), tape.first_trade.item(m + 1)):
-                self._meet_trade(tape, m, t, tell)
+            for t in range(last_trade + 1, tape.first_trade.item(m + 1)):
+                if tape.trade_ns.item(t) >= late_ns:
+                    self._meet_trade(tape, t)
             return
 
-        # A book message: does it shorten our queue, or reach our price?
-        if tape.kind[m] == SNAPSHOT:
+        # A message of the book: does it shorten our queue, or reach our price?
+        if kind == feed.SNAPSHOT:
             self.book.clear()
         self.book.apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
             self._catch_up(order, tape, m + 1)
-            if tape.kind[m] == SNAPSHOT:  # it tells of every level
+            if kind == feed.SNAPSHOT:  # it tells of every level
                 order.shorten_queue(self._shown(order), exch_ns)
-            if self._is_reached(order):
-                if exch_ns <= order.arrival_ns:
-                    self._refuse(order, "would take")
-                elif exch_ns <= order.cancel_ns:
-                    self._fill(order, order.left, exch_ns, tell)
+            if self._is_reached(order) and exch_ns <= order.arrival_ns:
+                self._refuse(order, "would take")
+            elif self._is_reached(order) and exch_ns <= order.cancel_ns:
+                self._fill(order, order.left, exch_ns)
 
-    def _meet_trade(self, tape: Tape, m: int, t: int, tell: Callable) -> None:
-        """Trade t of message m: through our price it fills us; at our price, by the model."""
-        exch_ns, level = tape.trade_ns.item(t), tape.trade_level.item(t)
-        size, is_rpi = tape.trade_size.item(t), tape.trade_is_rpi.item(t)
-        model = "none" if is_rpi else self.parameters.fill_model
-        if exch_ns < tape.recv_ns.item(m) - self.offset_ns - LATE_NS:
-            return
+    def _meet_trade(self, tape: Tape, t: int) -> None:
+        """A trade through our price fills us; at our price, the fill model says how much."""
+        exch_ns, level, size = (
+            column.item(t) for column in (tape.trade_ns, tape.trade_level, tape.trade_size)
+        )
+        model = "through" if tape.trade_is_rpi[t] else self.parameters.fill_model
         for order in self.orders:
             is_hit = order.side * level > 0 and level <= order.level
-            if not (is_hit and order.stands_at(exch_ns)):
+            stands = order.has_arrived and order.arrival_ns < exch_ns <= order.cancel_ns
+            if not (is_hit and stands):
                 continue
             if level < order.level or model == "touch":
-                self._fill(order, order.left, exch_ns, tell)
+                self._fill(order, order.left, exch_ns)
             elif model == "queue" and (self.peer_rules or exch_ns > self.book.exch_ns):
-                # The trade is not yet in the size shown: first the queue ahead, then us.
+                # The size shown does not yet know of it: first the queue ahead, then us.
                 order.queue_ahead = min(order.queue_ahead, self._shown(order))
                 rest, lot = size - order.queue_ahead, self.instrument.lot_size
                 order.eaten += size
                 if rest >= lot / 2:
                     share = floor_to_lot(rest * self.participation, lot)
                     qty = order.left if self.peer_rules else min(order.left, share)
-                    self._fill(order, qty, exch_ns, tell)
+                    self._fill(order, qty, exch_ns)
                 order.queue_ahead = max(-rest, 0.0)
             return  # one order stands at a time, and a volume fills us once
 
@@ -465,38 +436,13 @@ class PaperExchange:
             return
         first, last = tape.first_row.item(order.next_message), tape.first_row.item(stop)
         order.next_message = stop
+        worst = tape.worst_bid if order.side == BID else tape.worst_ask
         for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
             m = int(tape.first_row.searchsorted(first + row, "right")) - 1
             shown = tape.size.item(first + row)
-            worst = tape.worst_bid if order.side == BID else tape.worst_ask
             if not shown and order.level < worst.item(m) and not self.peer_rules:
-                shown = math.inf  # it has only left the window
+                shown = INF  # it was not deleted, it has left the window
             order.shorten_queue(shown, tape.exch_ns.item(m))
-
-    def _forget(self, tape: Tape, m: int, recv_ns: int) -> None:
-        """Drop orders that are over: before message m, trades and book have both gone past
-        their end, or it is so long ago that no trade of then will be heard of.
-        """
-        last_trade = tape.first_trade.item(m) - 1
-        trade_ns = tape.trade_ns.item(last_trade) if last_trade >= 0 else self.trade_ns
-        passed_ns = max(min(trade_ns, self.book.exch_ns), recv_ns - self.offset_ns - LATE_NS)
-        self.orders = [order for order in self.orders if order.cancel_ns >= passed_ns]
-
-    def _is_reached(self, order: Order) -> bool:
-        """Whether the opposite side's best is at or beyond our price."""
-        return -self.book.view.best(-order.side) <= order.level
-
-    def _objection(self, order: Order) -> str:
-        """Why an order is refused at its arrival; empty if it is not."""
-        if self._is_reached(order):
-            return "would take"
-        held = order.side * self.account.inventory + order.qty
-        limit = self.parameters.max_inventory + self.instrument.lot_size / 2
-        return "inventory limit" if held > limit else ""
-
-    def _refuse(self, order: Order, why: str) -> None:
-        self.counts[f"refused: {why}"] += 1
-        self._drop(order)
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -504,47 +450,49 @@ class PaperExchange:
             return self.book.sizes.item(order.level)
         return self.book.shown(order.side, order.level)
 
-    def _fill(self, order: Order, qty: float, exch_ns: int, tell: Callable) -> None:
-        """The order is filled by a quantity, at its own price."""
+    def _is_reached(self, order: Order) -> bool:
+        """Whether the opposite side's best is at or beyond our price."""
+        return -self.book.view.best(-order.side) <= order.level
+
+    def _refuse(self, order: Order, why: str) -> None:
+        self.counts[f"refused: {why}"] += 1
+        self.drop(order)
+
+    def _walk_the_book(self, order: Order) -> None:
+        """The taker order closes the inventory, level by level, as far as the book goes."""
+        order.side = ASK if self.account.inventory > 0 else BID
+        order.left = abs(self.account.inventory)
+        order.queue_ahead = order.queue_at_arrival = 0.0
+        for level, size in zip(*map(np.ndarray.tolist, self.book.levels(-order.side))):
+            order.level = -level
+            if order.left >= self.instrument.lot_size / 2:
+                self._fill(order, min(order.left, size), order.arrival_ns)
+        if order in self.orders:
+            self.drop(order)
+
+    def _fill(self, order: Order, qty: float, exch_ns: int) -> None:
+        """The one place where a fill is made: at the order's price, and booked at the mid
+        just before the message.
+        """
         if qty <= 0:
             return
-        tell(exch_ns, order.side, order.side * order.level, qty, self.parameters.maker_fee_bps,
-             order.queue_ahead, order.queue_at_arrival, order.arrival_ns)  # fmt: skip
+        account, p, side = self.account, self.parameters, order.side
+        price = side * order.level * self.instrument.tick_size
+        fee = price * qty * (p.taker_fee_bps if order.is_taker else p.maker_fee_bps) * 1e-4
+        marked = account.mid_price  # perhaps of a second after the fill: we go back, and on
+        account.mark(self.mid_price * (1 + self.shift_bps(self.recv_ns) * 1e-4))
+        account.settle(Fill(
+            exch_ns, max(self.recv_ns, self.back_ns), side, price, qty, fee, account.mid_price,
+            order.queue_ahead, order.queue_at_arrival, order.arrival_ns, order.is_taker,
+        ))  # fmt: skip
+        account.mark(marked)
         order.left = round(order.left - qty, 9)
         if order.left <= 0:
-            self._drop(order)
-
-    def _walk_the_book(self, tell: Callable) -> None:
-        """The taker order arrives: level by level until the inventory is closed."""
-        arrival_ns, self.flatten_ns = self.flatten_ns, NEVER
-        side, left = (ASK if self.account.inventory > 0 else BID), abs(self.account.inventory)
-        for level, size in zip(*map(np.ndarray.tolist, self.book.levels(-side))):
-            qty = min(left, size)
-            if qty < self.instrument.lot_size / 2:
-                break
-            tell(arrival_ns, side, -side * level, qty, self.parameters.taker_fee_bps, 0.0, 0.0,
-                 arrival_ns, True)  # fmt: skip
-            left = round(left - qty, 9)
-
-    def _settle(
-        self, exch_ns: int, side: int, tick: int, qty: float, fee_bps: float, *of_the_order: Any,
-        recv_ns: int, mid_price: float,
-    ) -> None:  # fmt: skip
-        """The one place where a fill is made: it is booked at the mid just before it."""
-        account, price = self.account, tick * self.instrument.tick_size
-        marked = account.mid_price  # perhaps at a whole second after the fill: go back, and on
-        account.mark(mid_price * (1 + self.shift_bps(recv_ns) * 1e-4))
-        fee, known_ns = price * qty * fee_bps * 1e-4, max(recv_ns, self.back_ns)
-        account.settle(
-            Fill(exch_ns, known_ns, side, price, qty, fee, account.mid_price, *of_the_order)
-        )
-        account.mark(marked)
-        if self.impact_bps and self.depths[side] > 0:
+            self.drop(order)
+        if self.impact_bps and self.market.depths[side] > 0:
             since_ns = max(exch_ns, self.shifts[-1][0])  # one heard of late counts from now
-            moved_bps = side * self.impact_bps * qty / self.depths[side]
+            moved_bps = side * self.impact_bps * qty / self.market.depths[side]
             self.shifts.append((since_ns, self.shift_bps(since_ns) - moved_bps))
-
-    depths: Mapping[int, float] = {BID: math.nan, ASK: math.nan}  # as the last decision saw them
 
     def shift_bps(self, time_ns: int) -> float:
         """How far our own fills have moved the prices that we see, bps; it decays."""
@@ -552,7 +500,7 @@ class PaperExchange:
         return shift and shift * 2 ** (-max(time_ns - since_ns, 0) / (IMPACT_HALF_LIFE_S * NS))
 
 
-def _first(holds: np.ndarray, start: int, stop: int) -> int:
+def first_place(holds: np.ndarray, start: int, stop: int) -> int:
     """start + the first place where it holds; stop where it never does."""
     at = int(holds.argmax()) if len(holds) else 0
     return start + at if len(holds) and holds[at] else stop
@@ -577,26 +525,26 @@ class Decision(NamedTuple):
     """
 
     time_ns: int = 0  # receive time
-    mid_price: float = math.nan  # USDT; nan while the book cannot be trusted, like the next 2
-    best_bid: float = math.nan
-    best_ask: float = math.nan
-    bid_price: float = math.nan  # our quote, USDT
+    mid_price: float = NAN  # USDT; nan while the book cannot be trusted, like the next two
+    best_bid: float = NAN
+    best_ask: float = NAN
+    bid_price: float = NAN  # our quote, USDT
     bid_qty: float = 0.0  # base coin
-    ask_price: float = math.nan
+    ask_price: float = NAN
     ask_qty: float = 0.0
-    base_spread_bps: float = math.nan
-    volatility: float = math.nan  # bps/sqrt(s)
-    ema_volatility: float = math.nan
-    bid_depth: float = math.nan  # base coin
-    ask_depth: float = math.nan
-    liquidity: float = math.nan  # million USDT per bp
+    base_spread_bps: float = NAN
+    volatility: float = NAN  # bps/sqrt(s)
+    ema_volatility: float = NAN
+    bid_depth: float = NAN  # base coin
+    ask_depth: float = NAN
+    liquidity: float = NAN  # million USDT per bp
     inventory: float = 0.0  # base coin
     cash: float = 0.0  # USDT
     equity: float = 0.0
     fees_paid: float = 0.0
-    volatility_bps: float = math.nan  # the base spread's terms
-    liquidity_bps: float = math.nan
-    depth_bps: float = math.nan
+    volatility_bps: float = NAN  # the base spread's terms
+    liquidity_bps: float = NAN
+    depth_bps: float = NAN
     source: str = "none"  # lp, last_good, default, none, or a baseline
     reason: str = "no message yet"  # why not lp, or why a side is missing
     is_sent: bool = False  # whether it sent or cancelled an order
@@ -609,20 +557,16 @@ NUMBERS = Decision._fields[1 : Decision._fields.index("source")]
 
 def log_row(decision: Decision, digits: int) -> str:
     """A line of the log; empty where nothing is known. digits: decimals of a price."""
-    d = decision
-
-    def text(value: float, form: str = ".9g") -> str:
-        return "" if value != value else format(value, form)
-
-    prices = [text(getattr(d, f"{s}_price"), f".{digits}f") for s in ("bid", "ask")]
-    qtys = [text(qty) if price else "" for price, qty in zip(prices, (d.bid_qty, d.ask_qty))]
-    cells = [
-        str(d.time_ns), text(d.mid_price, f".{digits + 1}f"), text(d.best_bid, f".{digits}f"),
-        text(d.best_ask, f".{digits}f"), prices[0], qtys[0], prices[1], qtys[1],
-        *map(text, d[8:15]), f"{d.cash:.8f}", f"{d.equity:.8f}", d.source,
-        d.reason.replace(",", ";").replace("\n", " "),
-    ]  # fmt: skip
-    return ",".join(cells) + "\n"
+    price = f".{digits}f"
+    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), price)
+    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f", "time_ns": ""}
+    cells = []
+    for name in LOGGED[:-2]:
+        value = getattr(decision, name)
+        is_missing = value != value or (name.endswith("_qty") and not value)
+        cells.append("" if is_missing else format(value, forms.get(name, ".9g")))
+    reason = decision.reason.replace(",", ";").replace("\n", " ")
+    return ",".join([*cells, decision.source, reason]) + "\n"
 
 
 class History:
@@ -645,20 +589,20 @@ class MarketMaker:
     """Messages in, decisions out. Holds market, account, exchange and log."""
 
     def __init__(
-        self, parameters: Parameters, instrument: Instrument, log: TextIO | None = None,
+        self, parameters: Parameters, instrument: feed.Instrument, log: TextIO | None = None,
         overrides: Mapping[str, Any] | None = None, solver: Callable = linprog,
-        strategy: Callable[..., Distances] = choose_distances, **exchange: Any,
+        strategy: Callable[..., Distances] = opt.choose_distances, **exchange: Any,
     ) -> None:  # fmt: skip
         self.parameters, self.instrument, self.strategy = parameters, instrument, strategy
         self.overrides = dict(overrides or {})  # parameters that a recording cannot change
         self.solver, self.log = solver, log
         self.market, self.account = Market(), Account()
         self.exchange = PaperExchange(
-            parameters, instrument, self.market.book, self.account, **exchange
+            parameters, instrument, self.market, self.account, **exchange
         )
-        self.decision = Decision()
+        self.decision, self.history = Decision(), History()
         self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
-        self.last_good: tuple[int, Distances] | None = None  # (time_ns, distances)
+        self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # and its time
         self.last_guard = "book lost"
         self.is_stale = False  # the book is silent
         self.is_stopped = False  # by max_drawdown_usdt, for good
@@ -668,52 +612,51 @@ class MarketMaker:
         self.tape: Tape | None = None  # of it, what message was
         self.heard = self.matched = 0  # the first not yet heard; not yet matched
         self.counted = 0  # the first trade not yet counted
-        self.traded: list[float] = []  # of this second in tapes before, ticks x base coin
+        self.traded: list[float] = []  # of this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
         self.sources: Counter[str] = Counter()  # of decisions
         self.reasons: Counter[str] = Counter()
-        self.lags_ns: deque[int] = deque(maxlen=300)  # receive minus exchange time
-        if log:
+        if log is not None:
             log.write(",".join(LOGGED) + "\n")
 
     # -- from message to message
 
-    def take(self, *messages: Message) -> None:
+    def take(self, *messages: feed.Message) -> None:
         """Messages as they come."""
         if messages:
-            self.follow(build_tape(messages))
+            self.follow(feed.build_tape(messages))
 
     def follow(self, tape: Tape) -> None:
         """Hear messages until something is due; decide; go on."""
         self.tape, self.heard, self.matched, self.counted = tape, 0, 0, 0
         self.messages += len(tape)
         self.exchange.begin(tape)
-        changes = [*(tape.kind > TICKER).nonzero()[0].tolist(), len(tape)]  # of the rules
+        changes = [*(tape.kind > feed.TICKER).nonzero()[0].tolist(), len(tape)]  # of the rules
         m = change = 0
         while m < len(tape):
             # What is due next: a decision, a whole second, or the end of our patience with a
-            # silent book. And who comes first: a message as late as that, one that changes
-            # the rules, or the book message that ends a silence?
+            # silent book. Which message is as late as that, or changes the rules, or is of
+            # the book and ends a silence?
             due_ns = min(self.due_ns, self.second_ns, self.silent_ns() + 1)
             while changes[change] < m:
                 change += 1
             stop = min(changes[change], m + LOOK_AHEAD)
             if self.is_stale:
-                stop = _first(tape.kind[m:stop] == DELTA, m, stop)
+                stop = first_place(tape.kind[m:stop] == feed.DELTA, m, stop)
             m += int(tape.recv_ns[m:stop].searchsorted(due_ns))
             self._hear(m)
             if m == len(tape):
                 break
             kind, now_ns = tape.kind.item(m), tape.recv_ns.item(m)
-            if now_ns >= due_ns or kind > TICKER:
+            if now_ns >= due_ns or kind > feed.TICKER:
                 self.pass_time(now_ns)
 
-            # The message may change the rules; or it decides, itself included.
-            is_back = self.is_stale and kind == DELTA
-            if kind > TICKER:
+            # It changes the rules, or it decides, itself included, or only time has passed.
+            ends_silence = self.is_stale and kind == feed.DELTA
+            if kind > feed.TICKER:
                 self._change_rules(m, kind, now_ns)
                 m += 1
-            elif is_back or now_ns >= self.due_ns:
+            elif ends_silence or now_ns >= self.due_ns:
                 self._hear(m + 1)
                 self.flush()
                 self.decide(now_ns)
@@ -722,10 +665,6 @@ class MarketMaker:
         self.exchange.end(tape)
         self._count_trades()
         self.last_ns = max(self.last_ns, tape.recv_ns.item(-1))
-        books = np.unique(tape.last_book[-2 * self.lags_ns.maxlen :])
-        books = books[books >= 0][-self.lags_ns.maxlen :]
-        lags_ns = tape.recv_ns[books] - tape.exch_ns[books] - self.exchange.offset_ns
-        self.lags_ns.extend(lags_ns.tolist())
 
     def _hear(self, stop: int) -> None:
         """Messages before `stop` of the tape have come."""
@@ -740,52 +679,44 @@ class MarketMaker:
             self.exchange.match(self.tape, self.matched, self.heard)
             self.matched = self.heard
 
-    def view(self) -> View:
-        """What is known after all that was heard, whether it is matched or not."""
-        is_matched = self.tape is None or self.matched == self.heard
-        return self.market.book.view if is_matched else self.tape.view(self.heard - 1)
-
     def _change_rules(self, m: int, kind: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
         self.flush()
         self._hear(m + 1)
         market, note = self.market, self.tape.notes.get(m, {})
-        if kind == SNAPSHOT:
+        if kind == feed.SNAPSHOT:
             self.flush()
             was_away, market.lost = market.lost or self.is_stale, ""
             if was_away or now_ns >= self.due_ns:
                 self.decide(now_ns)
             return
         self.matched = m + 1  # there is nothing in it to match
-        if kind == LOST and not market.lost:
+        if kind == feed.LOST and not market.lost:
             market.lost = note["reason"]
             market.restart()
-            self.exchange.flatten_ns = NEVER  # at what price, nobody can say: sent again later
+            # At what price a taker order would trade, nobody can say: it is sent again later.
+            self.exchange.orders = [o for o in self.exchange.orders if not o.is_taker]
             self.decide(now_ns)
-        elif kind == CONTROL and note["event"] == "params":
-            self._change_parameters(note, now_ns)
-        elif kind == CONTROL and note["event"] == "outage":  # of a backtest: we hear no more
+        elif note.get("event") == "params":
+            changes, min_order = note.get("parameters"), self.instrument.min_order
+            try:
+                if note.get("is_final"):  # no recording takes it back
+                    self.overrides |= changes
+                changes = {**changes, **self.overrides}
+                p = opt.change_parameters(self.parameters, changes, min_order, running=True)
+            except (ValueError, TypeError) as error:
+                logging.warning("parameters in the recording are refused: %s", error)
+                return
+            self.parameters = self.exchange.parameters = p
+            self.decide(now_ns)
+        elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
             market.restart()
             self.is_cut_off, self.exchange.back_ns = True, note["back_ns"]
             self.decide(now_ns)
             self.due_ns = NEVER
-        elif kind == CONTROL and note["event"] == "back":
+        elif note.get("event") == "back":
             self.is_cut_off = False
             self.decide(now_ns)
-
-    def _change_parameters(self, note: dict[str, Any], now_ns: int) -> None:
-        try:
-            if note.get("is_final"):  # no recording takes it back
-                self.overrides |= note["parameters"]
-            changes = {**note["parameters"], **self.overrides}
-            parameters = change_parameters(
-                self.parameters, changes, self.instrument.min_order, running=True
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            logging.warning("parameters in the recording are refused: %s", error)
-            return
-        self.parameters = self.exchange.parameters = parameters
-        self.decide(now_ns)
 
     # -- time
 
@@ -816,48 +747,37 @@ class MarketMaker:
         """The mid after the last message before this second is a point of the grid."""
         second_ns, self.second_ns = self.second_ns, self.second_ns + NS
         if self.parameters.max_drawdown_usdt is not None or self.exchange.impact_bps:
-            self.flush()  # the account of now is needed, not only the mid
-        view = self.view()
+            self.flush()  # the account of now is needed, and not only the mid
+        is_matched = self.tape is None or self.matched == self.heard
+        view = self.market.book.view if is_matched else self.tape.view(self.heard - 1)
         self._mark(view, second_ns)
         self._count_trades()
-        traded, tick_size = math.fsum(self.traded), self.instrument.tick_size  # exact sum
+        turnover_ticks, mid_price = math.fsum(self.traded), self.account.mid_price  # exact sum
         self.traded.clear()
-        if math.isnan(self.account.mid_price):
-            return
-        turnover_musd = traded * tick_size * 1e-6
-        self.market.measure_second(second_ns, self.account.mid_price, turnover_musd, tick_size,
-                                   self.parameters.half_life_s)  # fmt: skip
-        if self._guard(view, second_ns) != self.last_guard:
-            self.due_ns = second_ns  # the next message decides
+        if mid_price == mid_price:
+            tick_size, half_life_s = self.instrument.tick_size, self.parameters.half_life_s
+            turnover_musd = turnover_ticks * tick_size * 1e-6
+            self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
+            if self._guard(view, second_ns) != self.last_guard:
+                self.due_ns = second_ns  # the next message decides
 
     def _count_trades(self) -> None:
         """Remember what was traded in the messages heard since the last time."""
         if self.tape is not None:
-            first, last = self.counted, self.tape.first_trade.item(self.heard)
-            if first < last:
-                ticks = np.abs(self.tape.trade_level[first:last])
-                self.traded += (ticks * self.tape.trade_size[first:last]).tolist()
-            self.counted = last
+            first, self.counted = self.counted, self.tape.first_trade.item(self.heard)
+            ticks = np.abs(self.tape.trade_level[first : self.counted])
+            self.traded += (ticks * self.tape.trade_size[first : self.counted]).tolist()
 
-    def _mid_ticks(self, view: View, time_ns: int) -> float:
-        """The mid that we see: the book's, moved by our own impact if that is modelled."""
-        return view.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
-
-    def _mark(self, view: View, time_ns: int) -> None:
-        """Mark the inventory to the mid, and look at the drawdown."""
+    def _mark(self, view: View, time_ns: int) -> float:
+        """Mark the inventory to the mid that we see, and look at the drawdown. The mid, in
+        ticks, is the book's, moved by our own impact if that is modelled.
+        """
         account, limit = self.account, self.parameters.max_drawdown_usdt
-        account.mark(self._mid_ticks(view, time_ns) * self.instrument.tick_size)
+        mid_ticks = view.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
+        account.mark(mid_ticks * self.instrument.tick_size)
         if limit is not None and account.peak_equity - account.equity > limit:
             self.is_stopped = True  # for good
-
-    def finish(self) -> Decision:
-        """The end: the last decision with the account as it is after the last message."""
-        self._mark(self.view(), self.last_ns)
-        a = self.account
-        return self.decision._replace(
-            time_ns=self.last_ns, mid_price=a.mid_price, inventory=a.inventory, cash=a.cash,
-            equity=a.equity, fees_paid=a.fees_paid,
-        )  # fmt: skip
+        return mid_ticks
 
     # -- deciding
 
@@ -872,9 +792,8 @@ class MarketMaker:
             return view.fault
         if time_ns - market.book_recv_ns >= round(p.stale_after_s * NS):
             return "book stale"
-        mark_gap_bps = abs(self.account.mid_price / view.mark_price - 1) * 1e4  # nan: no mark
-        if mark_gap_bps > p.max_mark_gap_bps:
-            return "far from mark price"
+        if abs(self.account.mid_price / view.mark_price - 1) * 1e4 > p.max_mark_gap_bps:
+            return "far from mark price"  # nan, no mark, is far from nothing
         if self.is_stopped:
             return "drawdown limit"
         return "warming up" if len(market.returns_bps) < WARMUP_RETURNS else ""
@@ -884,69 +803,61 @@ class MarketMaker:
         if self.is_cut_off and self.last_guard == "outage":
             return
         p, market, account = self.parameters, self.market, self.account
-        book, view, tick_size = market.book, market.book.view, self.instrument.tick_size
+        view, tick_size = market.book.view, self.instrument.tick_size
 
         # Mark the inventory, and measure the depth of a book that can be trusted.
         account.peak_equity = max(account.peak_equity, account.equity)
-        self._mark(view, time_ns)
+        mid_ticks = self._mark(view, time_ns)
         is_sound = not (market.lost or view.fault)
-        market.bid_depth, market.ask_depth = (
-            book.depth(side, p.depth_band_bps) if is_sound else math.nan for side in SIDES
-        )
-        self.exchange.depths = {BID: market.bid_depth, ASK: market.ask_depth}
+        for side in SIDES:
+            market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
 
-        # Is there a reason to stay out? A book that has gone silent is measured anew.
+        # Is there a reason to stay out? A book that has fallen silent is measured anew.
         reason = self.last_guard = self._guard(view, time_ns)
         was_stale = self.is_stale
         self.is_stale = time_ns - market.book_recv_ns >= round(p.stale_after_s * NS)
         if self.is_stale and not was_stale:
             market.restart()
 
-        # What to quote: distances from the mid, then prices and quantities.
+        # What to quote: distances from the mid, then levels and quantities.
         source, distances, wanted = "none", None, {BID: (None, 0.0), ASK: (None, 0.0)}
         if not reason:
             distances = self._choose(time_ns)
             source = distances.source
-            wanted, reason = self._place(distances, self._mid_ticks(view, time_ns))
+            wanted, reason = self._place(distances, mid_ticks)
         elif self.is_stopped and not market.lost:
             self.exchange.flatten(time_ns)
         sent = [self.exchange.send(side, *order, time_ns) for side, order in wanted.items()]
 
         # Write it down.
-        (bid, bid_qty), (ask, ask_qty) = wanted.values()
-        terms = distances.base_spread if distances else None
+        best = [side * view.best(side) * tick_size if is_sound else NAN for side in SIDES]
+        quote = []
+        for side, (level, qty) in wanted.items():
+            quote += [NAN if level is None else side * level * tick_size, qty]
+        spread = distances and distances.base_spread
+        terms = spread[:3] if spread else (NAN, NAN, NAN)
         self.decision = Decision(
-            time_ns,
-            account.mid_price if is_sound else math.nan,
-            view.best_bid * tick_size if is_sound else math.nan,
-            -view.best_ask * tick_size if is_sound else math.nan,
-            math.nan if bid is None else bid * tick_size,
-            bid_qty,
-            math.nan if ask is None else -ask * tick_size,
-            ask_qty,
-            terms.total_bps if terms else math.nan,
-            market.volatility, market.ema_volatility, market.bid_depth, market.ask_depth,
-            market.liquidity, account.inventory, account.cash, account.equity, account.fees_paid,
-            *(terms[:3] if terms else (math.nan,) * 3),
-            source, reason, any(sent), distances,
+            time_ns, account.mid_price if is_sound else NAN, *best, *quote,
+            spread.total_bps if spread else NAN, market.volatility, market.ema_volatility,
+            *market.depths.values(), market.liquidity, account.inventory, account.cash,
+            account.equity, account.fees_paid, *terms, source, reason, any(sent), distances,
         )  # fmt: skip
-        self.due_ns = time_ns + round(get_optimization_frequency(p, market.ema_volatility) * NS)
+        self.due_ns = time_ns + round(opt.get_optimization_frequency(p, market.ema_volatility) * NS)
         self.sources[source] += 1
         self.reasons[reason] += 1
-        if self.log:
+        if self.log is not None:
             self.log.write(log_row(self.decision, self.instrument.digits))
+        self.history.add(self.decision)
         self.on_decision(self)
 
     def _choose(self, time_ns: int) -> Distances:
         """Distances from the mid, by the program or its fallbacks."""
         p, market, account = self.parameters, self.market, self.account
         q = min(max(account.inventory / p.max_inventory, -1.0), 1.0)
-        depth_musd = (market.bid_depth + market.ask_depth) / 2 * account.mid_price * 1e-6
-        good_ns, good = self.last_good or (-NEVER, None)
-        distances = self.strategy(
-            p, q, market.ema_volatility, market.liquidity, depth_musd, good,
-            (time_ns - good_ns) / NS, self.solver,
-        )  # fmt: skip
+        depth_musd = sum(market.depths.values()) / 2 * account.mid_price * 1e-6
+        measures = market.ema_volatility, market.liquidity, depth_musd
+        good_ns, good = self.last_good
+        distances = self.strategy(p, q, *measures, good, (time_ns - good_ns) / NS, self.solver)
         if distances.source == "lp":
             self.last_good = (time_ns, distances)
         return distances
@@ -955,18 +866,15 @@ class MarketMaker:
         self, distances: Distances, mid: float
     ) -> tuple[dict[int, tuple[int | None, float]], str]:
         """(level, quantity) of each side around a mid in ticks, and the reasons given."""
-        p, market, lot = self.parameters, self.market, self.instrument.lot_size
+        p, lot = self.parameters, self.instrument.lot_size
         wanted, reasons = {}, [distances.reason] if distances.reason else []
-        for side, name, bps, depth in (
-            (BID, "bid", distances.bid_bps, market.bid_depth),
-            (ASK, "ask", distances.ask_bps, market.ask_depth),
-        ):
+        for side, name, bps in ((BID, "bid", distances.bid_bps), (ASK, "ask", distances.ask_bps)):
             # Rounded outward to the tick; post-only; and a price above 0.
             level = math.floor(side * mid - mid * bps * 1e-4 + 1e-9)
-            level = min(level, -market.book.view.best(-side) - 1)
+            level = min(level, -self.market.book.view.best(-side) - 1)
             level = max(level, 1) if side == BID else level
             # No more than a share of the depth, and within the inventory limit.
-            qty = floor_to_lot(min(p.order_qty, p.max_depth_share * depth), lot)
+            qty = floor_to_lot(min(p.order_qty, p.max_depth_share * self.market.depths[side]), lot)
             why_not = ""
             if qty < self.instrument.min_order * (1 - 1e-9):
                 why_not = "book too thin for a lot"
@@ -977,159 +885,105 @@ class MarketMaker:
                 reasons.append(f"no {name}: {why_not}")
         return wanted, "; ".join(reasons)
 
+    def finish(self) -> Decision:
+        """The end: write down the account as the last message leaves it."""
+        self._mark(self.market.book.view, self.last_ns)
+        a = self.account
+        account = dict(inventory=a.inventory, cash=a.cash, equity=a.equity, fees_paid=a.fees_paid)
+        self.decision = self.decision._replace(
+            time_ns=self.last_ns, mid_price=a.mid_price, **account
+        )
+        self.history.add(self.decision)
+        return self.decision
+
 
 # ---- Display -----------------------------------------------------------------------
 
+SCREEN = """\
+{title}   {moment} UTC
+paper trading: no order is ever sent
 
-def in_words(solution: Solution, order_share: float) -> list[str]:
+Market         bid {best_bid}   ask {best_ask}   last {last}   mark {mark} USDT
+               depth {bid_depth:.2f} / {ask_depth:.2f} {coin} within {band:g} bps
+               volatility {volatility:.2f} (EMA {ema_volatility:.2f}) bps/sqrt(s)
+               liquidity {liquidity:.2f} M USDT per bp
+Our quote      bid {bid_price} x {bid_qty:g}, {bid_bps:.2f} bps away
+               ask {ask_price} x {ask_qty:g}, {ask_bps:.2f} bps away
+               source {source}{reason}
+Base spread    {base_spread_bps:.2f} bps = volatility {volatility_bps:.2f} + liquidity \
+{liquidity_bps:.2f} + depth {depth_bps:.2f}
+               at least {edge:g}: no quote nearer to the mid
+At the margin  {margin}
+{account}
+Feed           {health}
+
+{notice}"""
+LINE = "{moment}  mid {mid}  quote {bid_price} / {ask_price}  {source}{reason}  net {equity:+.2f}"
+ACCOUNT = """\
+Inventory      {inventory:+g} {coin} of at most {limit:g}   {fills} fills{last_fill}
+Result, USDT   gross {gross:+.2f}   fees {fees:.2f}   net {equity:+.2f}
+               gross = spread captured {captured:+.2f} + revaluation {revaluation:+.2f}"""
+SUMMARY = """\
+{title}
+Span           {first} to {moment} UTC   {messages} messages
+Decisions      {sources}
+Reasons        {reasons}
+Orders         {orders}
+{account}
+               turnover {turnover:,.0f}   the sum is off by {residual:.0e}"""
+
+
+def describe(maker: MarketMaker) -> dict[str, Any]:
+    """What the screens tell of the market maker, by the names in their braces."""
+    d, a, p, market = maker.decision, maker.account, maker.parameters, maker.market
+    view, tick_size, digits = market.book.view, maker.instrument.tick_size, maker.instrument.digits
+    told = d._asdict() | dict(
+        coin=maker.instrument.base_coin, band=p.depth_band_bps, edge=p.min_half_spread_bps,
+        limit=p.max_inventory, inventory=a.inventory, equity=a.equity, gross=a.gross,
+        fees=a.fees_paid, captured=a.spread_captured, revaluation=a.revaluation,
+        fills=len(a.fills), last_fill="", turnover=a.turnover, residual=a.residual,
+        messages=maker.messages, first=clock_text(maker.first_ns), moment=clock_text(maker.last_ns),
+        sources=list_counts(maker.sources), reasons=list_counts(maker.reasons),
+        orders=list_counts(maker.exchange.counts), margin="-",
+    )  # fmt: skip
+    is_sound = not (market.lost or view.fault)
+    best = [side * view.best(side) * tick_size if is_sound else NAN for side in SIDES]
+    prices = dict(best_bid=best[0], best_ask=best[1], last=view.last_price, mark=view.mark_price,
+                  bid_price=d.bid_price, ask_price=d.ask_price)  # fmt: skip
+    told |= {name: f"{price:,.{digits}f}" for name, price in prices.items()}
+    told["mid"] = f"{a.mid_price:,.{digits + 1}f}"
+    for name, price in (("bid", d.bid_price), ("ask", d.ask_price)):
+        told[f"{name}_bps"] = abs(price / d.mid_price - 1) * 1e4
+    warmth = f" ({len(market.returns_bps)} of {WARMUP_RETURNS} s)"
+    more = {"book lost": f" ({market.lost})", "warming up": warmth}.get(d.reason, "")
+    told["reason"] = f": {d.reason}{more}" if d.reason else ""
+    if a.fills:
+        last, verb = a.fills[-1], "bought" if a.fills[-1].side == BID else "sold"
+        told["last_fill"] = f"   last: {verb} {last.qty:g} at {last.price:,.{digits}f}"
+    if d.distances and d.distances.solution:
+        told["margin"] = in_words(d.distances.solution, p.order_qty / p.max_inventory)
+    return told | dict(account=ACCOUNT.format(**told))
+
+
+def list_counts(counts: Counter) -> str:
+    """How often what, in a line."""
+    return "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
+
+
+def in_words(solution: opt.Solution, order_share: float) -> str:
     """What spread, edge and inventory cost at the margin, relative to the quote's cost C.
 
     order_share: one order as a share of max_inventory.
     """
-
-    def effect(price: float, amount: float) -> str:
-        return f"cost {100 * price * amount / solution.cost:+.1f} %"
-
-    words = [f"1 % more spread asked for: {effect(solution.spread_price, 0.01)}"]
-    if solution.spread_price <= 1e-9:
-        words = ["spread: costs nothing, the edges ask for more"]
-    for side, price in (("bid", solution.bid_edge_price), ("ask", solution.ask_edge_price)):
-        if price > 1e-9:
-            words.append(f"{side} stands on its edge, 1 % of S further: {effect(price, 0.01)}")
-    return [*words, f"one order more bought: {effect(solution.inventory_price, order_share)}"]
-
-
-def describe(maker: MarketMaker) -> list[tuple[str, list[str]]]:
-    """What the screen shows: label and items, line by line."""
-    d, a, p, market = maker.decision, maker.account, maker.parameters, maker.market
-    coin, digits, view = maker.instrument.base_coin, maker.instrument.digits, market.book.view
-    best = [math.nan, math.nan]
-    if not (market.lost or view.fault):
-        best = [s * view.best(s) * maker.instrument.tick_size for s in SIDES]
-
-    def price(value: float) -> str:
-        return "-" if value != value else f"{value:,.{digits}f}"
-
-    def number(value: float) -> str:
-        return "-" if value != value else f"{value:.2f}"
-
-    quote = [f"NONE: {d.reason}"]
-    if d.source == "none" and d.reason in ("book lost", "warming up"):
-        progress = f"{len(market.returns_bps)} of {WARMUP_RETURNS} s"
-        quote[0] += f" ({market.lost if d.reason == 'book lost' else progress})"
-    elif d.source != "none":
-        quote = [f"source {d.source}" + (f": {d.reason}" if d.reason else "")]
-        for name, at, qty in (("ask", d.ask_price, d.ask_qty), ("bid", d.bid_price, d.bid_qty)):
-            far = f" x {qty:g}, {abs(at / d.mid_price - 1) * 1e4:.2f} bps away" if at == at else ""
-            quote.insert(0, f"{name} {price(at)}{far}")
-    lines = [
-        ("Market", [
-            f"bid {price(best[0])}", f"ask {price(best[1])} USDT",
-            f"last {price(view.last_price)}", f"mark {price(view.mark_price)}",
-            f"depth {number(d.bid_depth)} / {number(d.ask_depth)} {coin} within "
-            f"{p.depth_band_bps:g} bps",
-            f"volatility {number(market.volatility)} (EMA {number(market.ema_volatility)}) "
-            "bps/sqrt(s)",
-            f"liquidity {number(market.liquidity)} M USDT per bp",
-        ]),
-        ("Our quote", quote),
-    ]  # fmt: skip
-    if d.base_spread_bps == d.base_spread_bps:
-        lines.append(("Base spread", [
-            f"{d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + liquidity "
-            f"{d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}",
-            f"(at least {p.min_half_spread_bps:g})"]))  # fmt: skip
-    if d.distances and d.distances.solution:
-        words = in_words(d.distances.solution, p.order_qty / p.max_inventory)
-        lines.append(("At the margin", words))
-    held = [f"{a.inventory:+g} {coin} of at most {p.max_inventory:g}", f"{len(a.fills)} fills"]
-    if a.fills:
-        verb = "bought" if a.fills[-1].side == BID else "sold"
-        held.append(f"last: {verb} {a.fills[-1].qty:g} at {price(a.fills[-1].price)}")
-    lines.append(("Inventory", held))
-    lines.append(("Result, USDT", [
-        f"gross {a.gross:+.2f}", f"fees {a.fees_paid:.2f}", f"net {a.equity:+.2f}",
-        f"gross = spread captured {a.spread_captured:+.2f}, revaluation {a.revaluation:+.2f}",
-    ]))  # fmt: skip
-    return lines
-
-
-def wrap(lines: list[tuple[str, list[str]]], width: int) -> list[str]:
-    """Fill the width with items, the label before the first of them."""
-    text, indent, gap = [], 15, "   "
-    for label, items in lines:
-        line, is_empty = f"{label:<{indent}}", True
-        for item in items:
-            if not is_empty and len(line) + len(gap) + len(item) > width:
-                text.append(line)
-                line, is_empty = " " * indent, True
-            line += item if is_empty else gap + item
-            is_empty = False
-        text.append(line)
-    return text
-
-
-class Display:
-    """Shows the market maker: in place on a terminal, else one plain line a second."""
-
-    def __init__(self, title: str, stream: TextIO | None = None) -> None:
-        self.title, self.stream = title, stream or sys.stdout
-        self.in_place = self.stream.isatty()
-        self.next_s, self.started, self.notice = 0.0, False, ""
-
-    def show(self, maker: MarketMaker, health: Callable[[], list[str]], force=False) -> None:
-        """Show if it is time to; health is only asked then."""
-        if time.monotonic() < self.next_s and not force:
-            return
-        self.next_s = time.monotonic() + (0.25 if self.in_place else 1.0)
-        if self.in_place:
-            self.stream.write(self.screen(maker, health()))
-        elif not force and maker.messages:
-            self.stream.write(("" if self.started else self.title + "\n") + self.line(maker) + "\n")
-        self.started = True
-        self.stream.flush()
-
-    def screen(self, maker: MarketMaker, health: list[str]) -> str:
-        """The whole screen, from its first line on."""
-        columns, rows = shutil.get_terminal_size((80, 24))
-        moment = f"{self.title}   {clock_text(maker.last_ns)} UTC"
-        head = [moment, "paper trading: no order is ever sent", ""]
-        body = wrap([*describe(maker), ("Feed", health)], columns)
-        foot = ["", self.notice or "Ctrl-C ends the run with a summary"]
-        text = [line[:columns] for line in head + body + foot][: rows - 1]
-        clear = "" if self.started else "\x1b[2J"
-        return clear + "\x1b[H" + "".join(line + "\x1b[K\n" for line in text) + "\x1b[J"
-
-    def line(self, maker: MarketMaker) -> str:
-        """The same in a line."""
-        d, a, digits = maker.decision, maker.account, maker.instrument.digits
-        quote = ["-" if p != p else f"{p:.{digits}f}" for p in (d.bid_price, d.ask_price)]
-        why = f" ({d.reason})" if d.reason else ""
-        notice, self.notice = f"  {self.notice}" if self.notice else "", ""
-        return (
-            f"{clock_text(maker.last_ns)}  mid {a.mid_price:.{digits + 1}f}  "
-            f"quote {' / '.join(quote)}  {d.source}{why}  inventory {a.inventory:+g}  "
-            f"net {a.equity:+.2f} USDT{notice}"
-        )
-
-
-def summarize(maker: MarketMaker, title: str) -> str:
-    """The end of a run in a few lines."""
-    a, start, end = maker.account, clock_text(maker.first_ns), clock_text(maker.last_ns)
-    lines = [
-        ("Span", [f"{start} to {end} UTC", f"{maker.messages} messages"]),
-        ("Decisions", [f"{n} {name}" for name, n in maker.sources.items()]),
-        ("Reasons", [f"{n} x {name}" for name, n in maker.reasons.items() if name]),
-        ("Orders", [f"{n} {name}" for name, n in maker.exchange.counts.items()]),
-        ("Fills", [f"{len(a.fills)}", f"turnover {a.turnover:,.0f} USDT",
-                   f"inventory {a.inventory:+g} {maker.instrument.base_coin}"]),
-        ("Result, USDT", [
-            f"gross {a.gross:+.2f}", f"fees {a.fees_paid:.2f}", f"net {a.equity:+.2f}",
-            f"net = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}"
-            " - fees", f"(residual {a.residual:.0e})"]),
-    ]  # fmt: skip
-    width = shutil.get_terminal_size((100, 24)).columns
-    return "\n".join([title, *wrap([line for line in lines if line[1]], width)])
+    prices = {
+        "1 % more spread": 0.01 * solution.spread_price,
+        "bid 1 % of S beyond its edge": 0.01 * solution.bid_edge_price,
+        "ask 1 % of S beyond its edge": 0.01 * solution.ask_edge_price,
+        "one order more bought": solution.inventory_price * order_share,
+    }
+    words = [f"{what}: {100 * price / solution.cost:+.1f} %"
+             for what, price in prices.items() if abs(price) > 1e-9]  # fmt: skip
+    return "cost of the quote, " + "   ".join(words)
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -1152,44 +1006,61 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
               fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
 
 
+def plot_steps(ax: Any, x: np.ndarray, lines: Sequence[tuple[np.ndarray, str, str, float]]) -> None:
+    """Values that hold until the next, each with its label, its colour, its width."""
+    for values, label, color, width in lines:
+        ax.step(x, values, where="post", label=label, color=color, linewidth=width)
+    ax.axhline(0, color="grey", linewidth=0.6)
+
+
 def plot_prices(ax: Any, c: Mapping[str, np.ndarray], fills: list[Fill], at: np.ndarray) -> None:
     """Mid, our quotes, and where they were filled; `at` is x of each fill."""
+    prices = np.array([fill.price for fill in fills])
     ax.plot(c["x"], c["mid_price"], color=BLACK, linewidth=0.9, label="mid", zorder=4)
-    for name, color in (("bid", BLUE), ("ask", RED)):
+    for side, name, verb, color, marker in (
+        (BID, "bid", "bought", BLUE, "^"), (ASK, "ask", "sold", RED, "v"),
+    ):  # fmt: skip
         ax.step(c["x"], c[f"{name}_price"], where="post", color=color, linewidth=0.6, alpha=0.6,
                 label=f"our {name}")  # fmt: skip
-    prices = np.array([fill.price for fill in fills])
-    for side, verb, color, marker in ((BID, "bought", BLUE, "^"), (ASK, "sold", RED, "v")):
-        is_own = np.array([fill.side == side for fill in fills], bool)
-        ax.scatter(at[is_own], prices[is_own], color=color, marker=marker, zorder=5,
+        is_ours = np.array([fill.side == side for fill in fills], bool)
+        ax.scatter(at[is_ours], prices[is_ours], color=color, marker=marker, zorder=5,
                    s=30 if len(fills) < 300 else 15, edgecolors="white", linewidths=0.3,
-                   label=f"{verb} ({is_own.sum():,})")  # fmt: skip
+                   label=f"{verb} ({is_ours.sum():,})")  # fmt: skip
     ax.ticklabel_format(axis="y", useOffset=False)
     finish_panel(ax, "Price", "USDT")
 
 
 def plot_inventory(ax: Any, c: Mapping[str, np.ndarray], limit: float, coin: str) -> None:
     """What we hold, between the limits."""
-    ax.step(c["x"], c["inventory"], where="post", color=BLACK, linewidth=0.9, label="held")
-    for sign, label in ((1, "limit"), (-1, None)):
-        ax.axhline(sign * limit, color=RED, linestyle="--", linewidth=1, label=label)
-    ax.axhline(0, color="grey", linewidth=0.6)
+    ends = np.full(len(c["x"]), limit)
+    plot_steps(ax, c["x"], [(c["inventory"], "held", BLACK, 0.9), (ends, "limit", RED, 1.0),
+                            (-ends, "", RED, 1.0)])  # fmt: skip
     finish_panel(ax, "Inventory", coin)
 
 
 def plot_result(ax: Any, c: Mapping[str, np.ndarray]) -> None:
     """Gross, fees and net; the shade reaches from net up to its peak so far."""
-    is_rebate = np.nansum(c["fees_paid"][-1:]) < 0
-    peak = np.maximum.accumulate(np.append(0.0, np.nan_to_num(c["equity"])))[1:]
-    ax.fill_between(c["x"], c["equity"], peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
-    for values, color, name in (
-        (c["equity"] + c["fees_paid"], GREEN, "gross"),
-        (-c["fees_paid"], PINK, "rebates" if is_rebate else "fees, as a loss"),
-        (c["equity"], BLACK, "net = gross " + ("+ rebates" if is_rebate else "- fees")),
-    ):
-        ax.plot(c["x"], values, color=color, linewidth=1.2, label=name)
-    ax.axhline(0, color="grey", linewidth=0.6)
+    net, fees = c["equity"], c["fees_paid"]
+    peak = np.maximum.accumulate(np.append(0.0, net))[1:]
+    ax.fill_between(c["x"], net, peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
+    plot_steps(ax, c["x"], [(net + fees, "gross", GREEN, 1.2), (-fees, "- fees", PINK, 1.2),
+                            (net, "= net", BLACK, 1.2)])  # fmt: skip
     finish_panel(ax, "Result", "USDT")
+
+
+def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
+    """Prices, inventory and result of a run over its minutes; c, the columns of its history,
+    gets an x.
+    """
+    fills, minute_ns = maker.account.fills, 60 * NS
+    c["x"] = (c["time_ns"] - maker.first_ns) / minute_ns
+    at = np.array([fill.recv_ns - maker.first_ns for fill in fills]) / minute_ns
+    limit, coin = maker.parameters.max_inventory, maker.instrument.base_coin
+    return [
+        (4.4, [partial(plot_prices, c=c, fills=fills, at=at)]),
+        (1.8, [partial(plot_inventory, c=c, limit=limit, coin=coin)]),
+        (2.8, [partial(plot_result, c=c)]),
+    ]
 
 
 def draw_figure(
@@ -1205,10 +1076,9 @@ def draw_figure(
     from matplotlib import pyplot
 
     heights, panels = zip(*rows)
-    figure, axes = pyplot.subplot_mosaic(
-        [[f"{k} 0", f"{k} {len(row) - 1}"] for k, row in enumerate(panels)],
-        height_ratios=heights, figsize=(8.8, sum(heights)), layout="constrained",
-    )  # fmt: skip
+    names = [[f"{k} 0", f"{k} {len(row) - 1}"] for k, row in enumerate(panels)]
+    size = dict(height_ratios=heights, figsize=(8.8, sum(heights)), layout="constrained")
+    figure, axes = pyplot.subplot_mosaic(names, **size)
     figure.suptitle(title, fontsize=12)
     for name, ax in axes.items():
         row, column = map(int, name.split())
@@ -1223,213 +1093,168 @@ def draw_figure(
     pyplot.close(figure)
 
 
-def check_plot_path(path: Path | None) -> None:
-    """UserError, before the work and not after it, where no picture could be written."""
-    if path and (not path.absolute().parent.is_dir() or path.is_dir()):
-        raise UserError(f"--plot {path} cannot be written: choose a file in a folder")
-
-
 # ---- Running -----------------------------------------------------------------------
 
 
-class ParameterFile:
-    """--params FILE.json, read again when it is edited while the program runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.stamp = path, 0
-        try:
-            self.values = self.read() or {}  # as last accepted
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"--params {path}: {error}") from None
-
-    def read(self) -> dict[str, Any] | None:
-        """The values, if the file has changed; ValueError or OSError if it is unreadable."""
-        stamp = self.path.stat().st_mtime_ns
-        if stamp == self.stamp:
-            return None
-        self.stamp = stamp
-        values = json.loads(self.path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError('it must hold one JSON object such as {"alpha": 2}')
-        return values
+def read_parameters(path: Path | None) -> dict[str, Any]:
+    """The values in FILE.json of --params; UserError unless it holds a JSON object."""
+    if path is None:
+        return {}
+    try:
+        values = json.loads(path.read_text())
+        if isinstance(values, dict):
+            return values
+        raise ValueError('it must hold one JSON object such as {"alpha": 2}')
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--params {path}: {error}") from None
 
 
-def given_parameters(options: argparse.Namespace, file: ParameterFile | None) -> dict[str, Any]:
+def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
     """What the user set: the flags before the file."""
-    values = dict(file.values) if file else {}
-    return values | {n: v for n in FIELDS if (v := getattr(options, n)) is not None}
+    flags = {name: getattr(options, name) for name in opt.FIELDS}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return {**read_parameters(options.params), **given}
 
 
 def choose_parameters(
-    given: Mapping[str, Any], start: Mapping[str, Any], instrument: Instrument
+    given: Mapping[str, Any], start: Mapping[str, Any], instrument: feed.Instrument
 ) -> Parameters:
     """The user's parameters before those of a recording's start line before the defaults."""
     try:
-        recorded = start.get("parameters", {})
-        if not isinstance(recorded, dict):
-            raise ValueError(f"parameters {recorded!r} in the recording's start line are no object")
-        return change_parameters(Parameters(), {**recorded, **given}, instrument.min_order)
+        values = {**start.get("parameters", {}), **given}
+        return opt.change_parameters(Parameters(), values, instrument.min_order)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
 
 
 class Session:
-    """One run: its market maker, its display, and the files it writes.
+    """One run as its user sees it: the screen, the files, the edits of --params.
 
-    source is the live feed, None in a replay; start are the fields of a recording's first
-    line, None when live.
+    source is the live feed, None in a replay; stream is where the screen is.
     """
 
     def __init__(
-        self, options: argparse.Namespace, instrument: Instrument, title: str, start: dict | None
-    ) -> None:
-        self.options, self.title, self.display = options, title, Display(title)
-        self.source: feed.LiveFeed | None = None
-        self.parser: feed.Parser | None = None
-        self.file = ParameterFile(options.params) if options.params else None
-        given = given_parameters(options, self.file)
-        parameters = choose_parameters(given, start or {}, instrument)
-        check_plot_path(options.plot)
-        self.log = feed.GrowingFile(options.log) if options.log else None
-        self.maker = MarketMaker(parameters, instrument, self.log, None if start is None else given)
-        self.history = History()
-        if options.plot:
-            self.maker.on_decision = lambda maker: self.history.add(maker.decision)
-        self.next_look_s = self.rate_since_s = 0.0
-        self.rate_from, self.rate = 0, 0.0
-        self.usual_lag_ms: float | None = None  # the first that was shown
+        self, options: argparse.Namespace, maker: MarketMaker, title: str, parser: feed.Parser,
+        source: feed.LiveFeed | None = None, stream: TextIO | None = None,
+    ) -> None:  # fmt: skip
+        self.options, self.maker, self.title = options, maker, title
+        self.parser, self.source, self.stream = parser, source, stream or sys.stdout
+        self.files = [file for file in (maker.log, source and source.recorder) if file]
+        self.accepted = read_parameters(options.params)  # of --params
+        self.edited_ns = options.params.stat().st_mtime_ns if options.params else 0
+        self.next_look_s = self.next_show_s = 0.0
+        self.lags_ns: deque[int] = deque(maxlen=300)  # of late, receive minus exchange time
+        self.has_begun, self.notice = False, ""
 
-    def run(self, bursts: Iterator[list[Message]]) -> None:
+    def run(self, bursts: Iterator[list[feed.Message]]) -> None:
         """Take every message (their source looks around in between); close all files."""
+        maker = self.maker
         try:
             for messages in bursts:
-                self.maker.take(*messages)
-        except UserError:
-            self.discard_log()
-            raise
+                maker.take(*messages)
         finally:
             if self.source:
                 self.source.stop()
-                if self.source.recorder:
-                    self.source.recorder.close()
-            if self.log:
-                self.log.close()
-        self.history.add(self.maker.finish())
-        self.display.show(self.maker, self.health, force=True)
-        print(summarize(self.maker, self.title))
-        if self.options.plot:
-            self.plot(self.options.plot)
-
-    def plot(self, path: Path) -> None:
-        """Mid and quotes with fills, inventory, result."""
-        maker, c = self.maker, self.history.columns()
-        first_ns = c["time_ns"][0]
-        c["x"] = (c["time_ns"] - first_ns) / (60 * NS)
-        at = np.array([fill.recv_ns - first_ns for fill in maker.account.fills]) / (60 * NS)
-        limit, coin = maker.parameters.max_inventory, maker.instrument.base_coin
-
-        def result(ax: Any) -> None:
-            plot_result(ax, c)
-            ax.set_xlabel(f"minutes since {clock_text(first_ns)} UTC")
-
-        rows = [
-            (4.4, [partial(plot_prices, c=c, fills=maker.account.fills, at=at)]),
-            (1.8, [partial(plot_inventory, c=c, limit=limit, coin=coin)]),
-            (2.8, [result]),
-        ]
-        try:
-            draw_figure(rows, self.title, path, shared=3)
-        except OSError as error:
-            raise UserError(f"--plot {path} cannot be written: {error.strerror}") from None
-
-    def discard_log(self) -> None:
-        """An error came before any quote: leave no log in the way of the next run."""
-        if self.log and not set(self.maker.sources) - {"none"}:
-            self.log.close()
-            self.options.log.unlink()
+            for file in self.files:
+                file.close()
+        maker.finish()
+        if self.stream.isatty():
+            self.show()
+        print(SUMMARY.format(title=self.title, **describe(maker)), file=self.stream)
+        if self.options.plot and maker.messages:
+            rows = plot_rows(maker, maker.history.columns())
+            title = f"{self.title}\nminutes since {clock_text(maker.first_ns)} UTC"
+            draw_figure(rows, title, self.options.plot, shared=len(rows))
 
     def look(self) -> None:
-        """A few times a second: the screen, the parameter file, the disk."""
-        now = time.monotonic()
-        if now < self.next_look_s:
+        """A few times a second: the disk, the feed, the parameter file, the screen."""
+        now_s, market, view = time.monotonic(), self.maker.market, self.maker.market.book.view
+        if now_s < self.next_look_s:
             return
-        self.next_look_s = now + TICK_S
-        for file in (self.log, self.source and self.source.recorder):
-            if file and file.failure:
-                self.display.notice = f"DISK: {file.failure}"
+        self.next_look_s = now_s + TICK_S
+        self.lags_ns.append(market.book_recv_ns - market.book.exch_ns)
+        for file in self.files:
+            if file.failure:
+                self.notice = f"DISK: {file.failure}"
         if self.source:
             self.source.tend()
-            if self.file:
-                self.read_edits(self.file)
-            market = self.maker.market
-            if market.book.view.fault and not market.lost:
-                self.source.cut(f"resync: {market.book.view.fault}")
-        self.display.show(self.maker, self.health)
+            if self.options.params:
+                self.read_edits(self.options.params)
+            if view.fault and not market.lost:
+                self.source.cut(f"resync: {view.fault}")
+        if now_s >= self.next_show_s:
+            self.next_show_s = now_s + (0.25 if self.stream.isatty() else 1.0)
+            self.show()
 
-    def read_edits(self, file: ParameterFile) -> None:
+    def read_edits(self, path: Path) -> None:
         """A sound edit becomes a line of the session; another is refused with a notice."""
+        maker = self.maker
         try:
-            values = file.read()
-            if values is None:
+            stamp_ns = path.stat().st_mtime_ns
+            if stamp_ns == self.edited_ns:
                 return
-            edits = {n: v for n, v in values.items() if file.values.get(n, INF) != v}
-            p = self.maker.parameters
-            p = change_parameters(p, edits, self.maker.instrument.min_order, running=True)
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            self.display.notice = f"edit of {file.path} refused: {error}"
+            self.edited_ns, values = stamp_ns, read_parameters(path)
+            edits = {n: v for n, v in values.items() if self.accepted.get(n, INF) != v}
+            min_order = maker.instrument.min_order
+            p = opt.change_parameters(maker.parameters, edits, min_order, running=True)
+        except (UserError, OSError, ValueError, TypeError) as error:
+            self.notice = f"edit of {path} refused: {error}"
         else:
-            file.values = values
-            self.source.emit(feed.control_line("params", parameters=asdict(p)))
-            self.display.notice = f"parameters changed: {edits}"
+            self.accepted = values
+            self.source.emit(feed.control_line("params", parameters=dataclasses.asdict(p)))
+            self.notice = f"parameters changed: {edits}"
 
-    def health(self) -> list[str]:
-        """The feed in words: age, rate, reconnects, gaps, lag, and what went wrong."""
-        now, source, counts = time.monotonic(), self.source, self.parser.counts
-        if now - self.rate_since_s >= 1:
-            self.rate = (self.maker.messages - self.rate_from) / (now - self.rate_since_s)
-            self.rate_since_s, self.rate_from = now, self.maker.messages
-        items = [f"{self.rate:.0f} messages/s", f"{counts['gaps']} gaps"]
+    def show(self) -> None:
+        """In place on a terminal; else the title, and then a line each time."""
+        told, text = describe(self.maker), "" if self.has_begun else self.title + "\n"
+        if self.stream.isatty():
+            columns, rows = shutil.get_terminal_size((80, 24))
+            told |= dict(title=self.title, health=self.health())
+            told["notice"] = self.notice or "Ctrl-C ends the run with a summary"
+            lines = SCREEN.format(**told).replace("nan", "-").splitlines()
+            text = "\x1b[H" if self.has_begun else "\x1b[2J\x1b[H"
+            text += "".join(f"{line[:columns]}\x1b[K\n" for line in lines[: rows - 1]) + "\x1b[J"
+        elif self.maker.messages:
+            text += f"{LINE.format(**told).replace('nan', '-')}  {self.notice}\n"
+            self.notice = ""
+        else:
+            return
+        self.has_begun = True
+        self.stream.write(text)
+        self.stream.flush()
+
+    def health(self) -> str:
+        """The feed in words: age, reconnects, gaps, lag, and what went wrong."""
+        source, parser, items = self.source, self.parser, []
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            state = f"last frame {age_s:.1f} s ago" if source.ws else "NOT CONNECTED"
-            items = [state, *items, f"{source.reconnects} reconnects"]
-        items.append(f"{counts['malformed']} malformed")
-        if self.maker.lags_ns:
-            lag_ms = statistics.median(self.maker.lags_ns) / MS
-            self.usual_lag_ms = lag_ms if self.usual_lag_ms is None else self.usual_lag_ms
-            items.append(describe_lag(lag_ms, self.usual_lag_ms))
+            items.append(f"last frame {age_s:.1f} s ago" if source.ws else "NOT CONNECTED")
+            items.append(f"{source.reconnects} reconnects")
+        items.append(f"{self.maker.messages:,} messages")
+        items += [f"{parser.counts[name]} {name}" for name in ("gaps", "malformed")]
+        lag_ms = (statistics.median(self.lags_ns or [0]) - self.maker.exchange.offset_ns) / MS
+        is_odd = not 0 <= lag_ms <= MAX_LAG_MS
+        items.append(f"lag {lag_ms:.0f} ms" + ": see --clock-offset-ms" * is_odd)
         if source and source.recorder:
             items.append(source.recorder.failure or f"recording to {self.options.record}")
-        return items + ([f"last problem: {self.parser.problem}"] if self.parser.problem else [])
+        if parser.problem:
+            items.append(f"\n               last problem: {parser.problem}")
+        return "   ".join(items)
 
 
-def describe_lag(lag_ms: float, usual_ms: float) -> str:
-    """Median of receive minus exchange time, with a warning where the clocks disagree."""
-    if lag_ms < 0:
-        return f"CLOCK BEHIND THE EXCHANGE by {-lag_ms:.0f} ms: see --clock-offset-ms"
-    if lag_ms > MAX_LAG_MS:
-        return f"LAG {lag_ms:.0f} ms: slow network, or see --clock-offset-ms"
-    if abs(lag_ms - usual_ms) > MAX_DRIFT_MS:
-        return f"LAG {lag_ms:.0f} ms HAS DRIFTED from {usual_ms:.0f} ms"
-    return f"lag {lag_ms:.0f} ms"
-
-
-def live_messages(
-    session: Session, source: feed.LiveFeed, stop: feed.StopSignal, duration_s: float
-) -> Iterator[list[Message]]:
+def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
     """Messages as they come. At the end the feed stops first, then the rest is drained."""
-    end_ns = source.clock_ns() + duration_s * NS
+    stop, end_ns = feed.StopSignal(), source.clock_ns() + session.options.duration * NS
     while not stop.is_set and source.clock_ns() < end_ns and not source.fatal:
         try:
             burst = [source.queue.get(timeout=TICK_S)]
             yield burst + [source.queue.get() for _ in range(source.queue.qsize())]
-            session.look()
             time.sleep(GATHER_S)
         except queue.Empty:
             with source.lock:  # nothing is stamped meanwhile
                 if source.queue.empty():
                     session.maker.pass_time(source.clock_ns())
-            session.look()
+        session.look()
     source.stop()
     source.emit(feed.control_line("end"))
     yield [source.queue.get() for _ in range(source.queue.qsize())]
@@ -1438,25 +1263,22 @@ def live_messages(
 
 
 def replayed_messages(
-    session: Session, recording: feed.Recording, stop: feed.StopSignal, speed: float
-) -> Iterator[list[Message]]:
+    session: Session, recording: feed.Recording, speed: float
+) -> Iterator[list[feed.Message]]:
     """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
-    began_s, first_ns, end_ns, burst = time.monotonic(), 0, NEVER, []
+    stop, began_s, first_ns, burst = feed.StopSignal(), time.monotonic(), 0, []
     for message in recording.messages():
-        if not first_ns:
-            first_ns = message.recv_ns
-            end_ns = first_ns + min(session.options.duration * NS, NEVER // 2)
-        if message.recv_ns > end_ns or stop.is_set:
+        first_ns = first_ns or message.recv_ns
+        elapsed_s = (message.recv_ns - first_ns) / NS
+        if elapsed_s > session.options.duration:
             break
-        if speed < math.inf:
-            due_s = began_s + (message.recv_ns - first_ns) / NS / speed
-            while (wait_s := due_s - time.monotonic()) > 0:
-                session.look()
-                if stop.is_set:
-                    return
-                time.sleep(min(wait_s, TICK_S))
+        while (wait_s := began_s + elapsed_s / speed - time.monotonic()) > 0 and not stop.is_set:
+            session.look()
+            time.sleep(min(wait_s, TICK_S))
+        if stop.is_set:
+            break
         burst.append(message)
-        if speed < math.inf or len(burst) == BURST:
+        if speed < INF or len(burst) == BURST:
             session.look()
             yield burst
             burst = []
@@ -1465,98 +1287,92 @@ def replayed_messages(
 
 def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) -> None:
     """Paper trading on the live feed; the bundled sample where there is no network."""
-    steps = options.tick_size, options.lot_size
-    instrument = feed.find_instrument(options.symbol, options.category, *steps, not options.url)
-    where = options.url or "Bybit"
-    title = f"{instrument.symbol} {instrument.category}   LIVE from {where}"
-    session = Session(options, instrument, title, None)
-    depth, start = options.depth or feed.DEPTHS[0], asdict(session.maker.parameters)
+    steps, market = (options.tick_size, options.lot_size), (options.symbol, options.category)
+    instrument = feed.find_instrument(*market, *steps, ask=not options.url)
+    given, where = given_parameters(options), options.url or "Bybit"
+    parameters = choose_parameters(given, {}, instrument)
+    start, depth = dataclasses.asdict(parameters), options.depth or feed.DEPTHS[0]
     try:
-        session.source = feed.open_feed(
+        source = feed.open_feed(
             instrument, depth, options.url, options.record, clock_ns, parameters=start
         )
-    except (UserError, KeyboardInterrupt, OSError, websocket.WebSocketException) as error:
-        session.discard_log()
-        if isinstance(error, (UserError, KeyboardInterrupt)):
-            raise
-        return run_offline(options, f"{where} cannot be reached ({error})")
-    messages = live_messages(session, session.source, feed.StopSignal(), options.duration)
-    session.parser = session.source.parser
-    session.run(messages)
-
-
-def run_offline(options: argparse.Namespace, reason: str) -> None:
-    """No network at the start: replay the sample, unless live data were insisted on."""
-    market = (options.symbol, options.category)
-    if options.live or options.url or options.record or market != ("BTCUSDT", "linear"):
-        raise UserError(f"{reason}: check the network, or give --replay FILE")
-    print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
-    run_replay(options, SAMPLE, options.speed or SAMPLE_SPEED, "OFFLINE REPLAY")
+    except (OSError, websocket.WebSocketException) as error:
+        reason = f"{where} cannot be reached ({error})"
+        if options.live or options.url or options.record or market != ("BTCUSDT", "linear"):
+            raise UserError(f"{reason}: check the network, or give --replay FILE") from None
+        print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
+        return run_replay(options, SAMPLE, options.speed or SAMPLE_SPEED, "OFFLINE REPLAY")
+    maker = MarketMaker(parameters, instrument, open_log(options))
+    title = f"{instrument.symbol} {instrument.category}   LIVE from {where}"
+    session = Session(options, maker, title, source.parser, source)
+    session.run(live_messages(session, source))
 
 
 def run_replay(options: argparse.Namespace, path: Path, speed: float, label: str) -> None:
     """Paper trading on a recording."""
-    flags = (options.tick_size, options.lot_size, options.depth)
-    recording = feed.open_recording(path, *flags)
-    instrument = recording.parser.instrument
-    kind = "SYNTHETIC data" if recording.is_synthetic else path.name
-    pace = "" if speed == math.inf else f" at {speed:g} x"
-    title = f"{instrument.symbol} {instrument.category}   {label}{pace} of {kind}"
-    session = Session(options, instrument, title, recording.start)
-    session.parser = recording.parser
-    session.run(replayed_messages(session, recording, feed.StopSignal(), speed))
+    if options.record:
+        raise UserError("--record records the live feed: leave it out with --replay")
+    recording = feed.open_recording(path, options.tick_size, options.lot_size, options.depth)
+    instrument, given = recording.parser.instrument, given_parameters(options)
+    parameters = choose_parameters(given, recording.start, instrument)
+    maker = MarketMaker(parameters, instrument, open_log(options), given)
+    data = "SYNTHETIC data" if recording.is_synthetic else path.name
+    pace = "" if speed == INF else f" at {speed:g} x"
+    title = f"{instrument.symbol} {instrument.category}   {label}{pace} of {data}"
+    session = Session(options, maker, title, recording.parser)
+    session.run(replayed_messages(session, recording, speed))
+
+
+def open_log(options: argparse.Namespace) -> feed.GrowingFile | None:
+    """The file of --log; and a picture must have a folder, before the work and not after it."""
+    if options.plot and not options.plot.absolute().parent.is_dir():
+        raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
+    return feed.GrowingFile(options.log) if options.log else None
 
 
 # ---- Command line ------------------------------------------------------------------
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every parameter, with unit and range; unset means the default."""
+    """--params, and a flag for every parameter, with unit and range; unset means the default."""
     group = parser.add_argument_group("parameters")
-    for name, parameter in FIELDS.items():
-        rule, default = parameter.metadata, parameter.default
-        span = "" if "choices" in rule else f", {rule['low']:g} to {rule['high']:g}"
-        group.add_argument(
-            "--" + name.replace("_", "-"),
-            type=str if "choices" in rule else float,
-            choices=rule.get("choices"),
-            metavar=None if "choices" in rule else "X",
-            help=f"{rule['help']}{span} (default {'off' if default is None else default})",
-        )
+    group.add_argument("--params", type=Path, metavar="FILE.json",
+                       help="parameters; a live run reads it again when edited")  # fmt: skip
+    for name, parameter in opt.FIELDS.items():
+        rule, default, kind = parameter.metadata, parameter.default, dict(type=str)
+        span, default = "", "off" if default is None else default
+        if "choices" in rule:
+            kind["choices"] = rule["choices"]
+        else:
+            kind, span = dict(type=float, metavar="X"), f", {rule['low']:g} to {rule['high']:g}"
+        text = f"{rule['help']}{span} (default {default})"
+        group.add_argument("--" + name.replace("_", "-"), help=text, **kind)
 
 
 def build_arguments() -> argparse.ArgumentParser:
     """The command line of `python marketmaker.py`."""
-    parser = feed.Arguments(
-        prog="marketmaker.py",
-        description="Paper market maker on Bybit's live data, or on a recording. No order is sent.",
-    )
-    source = parser.add_mutually_exclusive_group()
+    what = "Paper market maker on Bybit's live data, or on a recording. No order is sent."
+    parser = feed.Arguments(prog="marketmaker.py", description=what)
+    source, add = parser.add_mutually_exclusive_group(), parser.add_argument
     source.add_argument("--live", action="store_true", help="insist on the live feed")
     source.add_argument("--replay", type=Path, metavar="FILE", help="replay a recording")
-    parser.add_argument("--speed", type=feed.positive, metavar="X|max", help="of a replay")
+    add("--speed", type=feed.positive, metavar="X|max", help="of a replay (default 1)")
+    add("--duration", type=feed.positive, default=INF, metavar="SECONDS",
+        help="end after so many seconds of receive time")  # fmt: skip
+    add("--record", type=Path, metavar="FILE", help="record the live session")
+    add("--log", type=Path, metavar="FILE", help="every decision as CSV")
+    add("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
     feed.add_market_flags(parser)
-    parser.add_argument("--duration", type=feed.positive, default=math.inf, metavar="SECONDS",
-                        help="end after so many seconds of receive time")  # fmt: skip
-    parser.add_argument("--record", type=Path, metavar="FILE", help="record the live session")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="every decision as CSV")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
-    parser.add_argument("--params", type=Path, metavar="FILE.json",
-                        help="parameters; a live run reads it again when edited")  # fmt: skip
     add_parameter_flags(parser)
     return parser
 
 
-def main(
-    arguments: list[str] | None = None, clock_ns: Callable[[], int] | None = None
-) -> int:
+def main(arguments: list[str] | None = None, clock_ns: Callable[[], int] | None = None) -> int:
     """python marketmaker.py; the exit status. clock_ns replaces the session's clock."""
     options = build_arguments().parse_args(arguments)
 
     def run() -> None:
         if options.replay:
-            if options.record:
-                raise UserError("--record records the live feed: leave it out with --replay")
             run_replay(options, options.replay, options.speed or 1.0, "REPLAY")
         else:
             run_live(options, clock_ns)

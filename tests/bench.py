@@ -1,45 +1,58 @@
-"""make bench: what the live path costs, and how fast a recording replays.
+"""make bench: what the live path, a replay, a day of history and a search cost.
 
-Figures are ratios within one run, since machines differ. The loopback exchange runs in a
-process of its own and sends prebuilt frames as fast as the socket takes them.
+    python tests/bench.py [live] [replay] [memory] [day] [days] [search]     all without a name
 
-  bare       websocket-client's recv and json.loads, nothing else
-  live       receive, stamp, check, parse, queue, apply, decide (two threads)
-  recording  the same, and every line goes to a gzip file
+Figures are ratios within one run where they can be, since machines differ. The loopback
+exchange runs in a process of its own and sends prebuilt frames as fast as the socket takes
+them. The day is simulated (data/simulate.py) at about Bybit's density: one hour, repeated 24
+times, with the prices going on from where the hour before ended. Whatever has its memory
+measured runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
 os.environ["no_proxy"] = "127.0.0.1"
 
+import numpy as np  # noqa: E402
+import simulate  # noqa: E402
 import websocket  # noqa: E402
 
+import backtest  # noqa: E402
 import feed  # noqa: E402
 import marketmaker  # noqa: E402
 import optimize  # noqa: E402
+from feed import NS  # noqa: E402
 from marketmaker import SAMPLE, MarketMaker  # noqa: E402
 from optimize import Parameters  # noqa: E402
 
-ROUNDS = 5  # of each variant, in turn; the median counts
+ROUNDS = 5  # of each variant of the live path, in turn; the median counts
 MESSAGES = 40_000  # of the sample, in each round
 LATENCY_S = 20  # of live messages for the latencies
+HOURS = 24
+UPDATES = 17.0  # levels changed at random in 100 ms: about 23 rows a message in all
+DAYS = (1, 2, 4, 8)
+GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 0.5, 1, 2, 4]}
+
+
+# ---- The live path -----------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -61,52 +74,49 @@ def sample_clock() -> Callable[[], int]:
     return lambda: first_ns + time.monotonic_ns()
 
 
-def parser_of_sample() -> feed.Parser:
-    return feed.parser_of_recording(SAMPLE, None, None, None)[0]
-
-
 def time_bare(url: str) -> float:
     """Seconds for MESSAGES with websocket-client and json alone."""
     ws = websocket.create_connection(url, timeout=30, skip_utf8_validation=True)
-    ws.send(json.dumps({"op": "subscribe", "args": list(parser_of_sample().handlers)}))
+    topics = list(feed.open_recording(SAMPLE).parser.topics)
+    ws.send(json.dumps({"op": "subscribe", "args": topics}))
     ws.recv()
     began = time.perf_counter()
     for _ in range(MESSAGES):
         json.loads(ws.recv())
     elapsed = time.perf_counter() - began
-    ws.abort()
     ws.shutdown()
     return elapsed
 
 
+def live_bursts(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[list[feed.Message]]:
+    """The program's own loop over a live feed, without display and files."""
+    source.start(source.connect())
+    options = SimpleNamespace(duration=600)
+    session = SimpleNamespace(maker=maker, options=options, look=lambda: None)
+    return marketmaker.live_messages(session, source)
+
+
 def time_live(url: str, record: Path | None = None) -> float:
     """Seconds for the same MESSAGES through feed thread, queue and market maker."""
-    source = feed.LiveFeed(url, parser_of_sample(), clock_ns=sample_clock())
-    source.recorder = feed.Recorder(record) if record else None
-    maker = MarketMaker(Parameters(), source.parser.instrument)
+    parser = feed.open_recording(SAMPLE).parser
+    recorder = feed.Recorder(record) if record else None
+    source = feed.LiveFeed(url, parser, recorder, clock_ns=sample_clock())
+    maker, began = MarketMaker(Parameters(), parser.instrument), 0.0
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
-    began = 0.0
-    for messages in live_messages(source, maker):
+    for messages in live_bursts(source, maker):
         maker.take(*messages)
         began = began or time.perf_counter()
         if maker.messages >= MESSAGES:
             break
     elapsed = time.perf_counter() - began
     source.stop()
-    if source.recorder:
-        source.recorder.close()
+    if recorder:
+        recorder.close()
     return elapsed
 
 
-def live_messages(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[list[feed.Message]]:
-    """The program's own loop over a live feed, without display and files."""
-    source.start(source.connect())
-    session = SimpleNamespace(maker=maker, look=lambda: None)
-    return marketmaker.live_messages(session, source, threading.Event(), 600)
-
-
-def compare_live_path() -> None:
-    """The live path against the bare loop, in turn."""
+def bench_live() -> None:
+    """The live path against the bare loop, in turn; and from a message to a decision."""
     times: dict[str, list[float]] = {"bare": [], "live": [], "recording": []}
     with tempfile.TemporaryDirectory() as folder:
         head = Path(folder) / "head.gz"
@@ -116,100 +126,204 @@ def compare_live_path() -> None:
         for number in range(ROUNDS):
             for name in times:
                 with served(head, "max") as url:
-                    if name == "bare":
-                        elapsed = time_bare(url)
-                    else:
-                        path = Path(folder) / f"{number}.gz" if name == "recording" else None
-                        elapsed = time_live(url, path)
-                times[name].append(elapsed)
+                    path = Path(folder) / f"{number}.gz" if name == "recording" else None
+                    times[name].append(time_bare(url) if name == "bare" else time_live(url, path))
     bare = statistics.median(times["bare"])
     print(f"the live path, {MESSAGES} messages of the sample, median of {ROUNDS} rounds:")
     for name, values in times.items():
-        median = statistics.median(values)
-        print(
-            f"  {name:<10}{MESSAGES / median:9,.0f} messages/s {median / MESSAGES * 1e6:7.1f} us "
-            f"each   {median / bare:5.2f} x bare"
-        )
+        middle = statistics.median(values)
+        print(f"  {name:<10}{MESSAGES / middle:9,.0f} messages/s {middle / MESSAGES * 1e6:7.1f} us "
+              f"each   {middle / bare:5.2f} x bare", flush=True)  # fmt: skip
+    print(f"from message received to quote decided, {LATENCY_S} s of live messages each:")
+    for is_fresh in (False, True):
+        measure_latency(is_fresh)
 
 
-def measure_latency(fresh: bool) -> None:
+def measure_latency(is_fresh: bool) -> None:
     """From the stamp of a message to the quote decided on it."""
-    maker = MarketMaker(Parameters(requote_move_bps=0.05), parser_of_sample().instrument)
-    waits: list[float] = []
+    parser, waits = feed.open_recording(SAMPLE).parser, []
+    maker = MarketMaker(Parameters(requote_move_bps=0.05), parser.instrument)
 
-    def decided(_: MarketMaker) -> None:
-        if maker.quote.source == "lp":
-            waits.append((source.clock_ns() - maker.state.time_ns) / 1e3)
-        if fresh:
+    def note(_: MarketMaker) -> None:
+        if maker.decision.source == "lp":
+            waits.append((source.clock_ns() - maker.decision.time_ns) / 1e3)
+        if is_fresh:
             optimize._remembered.cache_clear()
 
     with served(SAMPLE, "1") as url:
-        source = feed.LiveFeed(url, parser_of_sample())
-        maker.on_decision = decided
+        source = feed.LiveFeed(url, parser)
+        maker.on_decision = note
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
-        for messages in live_messages(source, maker):
+        for messages in live_bursts(source, maker):
             maker.take(*messages)
             if time.monotonic() > end:
                 break
         source.stop()
     low, high = (statistics.quantiles(waits, n=100)[k] for k in (49, 98))
-    kind = "fresh solve" if fresh else "remembered solve"
+    kind = "fresh solve" if is_fresh else "remembered solve"
     print(f"  {kind:<18}p50 {low:7.0f} us   p99 {high:7.0f} us   ({len(waits)} decisions)")
 
 
-def measure_replay() -> None:
+# ---- Replay and memory -------------------------------------------------------------
+
+
+def bench_replay() -> None:
     """python marketmaker.py --replay of the sample at --speed max, and its least: reading."""
-    speeds, readings = [], []
+    speeds, readings, lines = [], [], 0
     for _ in range(3):
         began = time.perf_counter()
         with gzip.open(SAMPLE) as file:
             lines = sum(json.loads(line.partition(b" ")[2]) is not None for line in file)
         readings.append(lines / (time.perf_counter() - began))
-        out = io.StringIO()
         began = time.perf_counter()
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(io.StringIO()):
             assert marketmaker.main(["--replay", str(SAMPLE), "--speed", "max"]) == 0
-        elapsed = time.perf_counter() - began
-        messages = next(int(w) for w in out.getvalue().split("UTC")[1].split() if w.isdigit())
-        speeds.append(messages / elapsed)
+        speeds.append(lines / (time.perf_counter() - began))
     speed, reading = max(speeds), max(readings)
     print(f"replay of the sample at --speed max: {speed:,.0f} messages/s, best of 3")
     ratio = reading / speed
     print(f"  gzip and json.loads alone: {reading:,.0f} messages/s, {ratio:.1f} x as fast")
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def bench_memory() -> None:
+    """Resident memory after a tenth of the sample, and at its end (Linux)."""
 
+    def resident_mb() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-def measure_memory() -> None:
-    """Resident memory after a tenth of the sample, and at its end."""
-    parser = parser_of_sample()
-    count = sum(1 for _ in feed.replay(SAMPLE, parser_of_sample()))
-    maker, early, messages = MarketMaker(Parameters(), parser.instrument), 0, []
-    for number, message in enumerate(feed.replay(SAMPLE, parser)):
+    recording, messages, early = feed.open_recording(SAMPLE), [], 0.0
+    maker = MarketMaker(Parameters(), recording.parser.instrument)
+    for message in recording.messages():
         messages.append(message)
         if len(messages) == marketmaker.BURST:
             maker.take(*messages)
             messages.clear()
-        if number == count // 10:
-            early = resident_bytes()
-    late = resident_bytes()
-    print(
-        f"memory: {early / 2**20:.1f} MiB after a tenth of the sample, {late / 2**20:.1f} MiB at "
-        f"its end, {late / early:.3f} times"
-    )
+        early = early or (resident_mb() if maker.messages > 12_000 else 0.0)
+    late = resident_mb()
+    print(f"memory: {early:.1f} MiB after a tenth of the sample, {late:.1f} MiB at its end, "
+          f"{late / early:.3f} times")  # fmt: skip
 
 
-def main() -> None:
-    measure_memory()
-    measure_replay()
-    compare_live_path()
-    print(f"from message received to quote decided, {LATENCY_S} s of live messages each:")
-    for fresh in (False, True):
-        measure_latency(fresh)
+# ---- A day of history --------------------------------------------------------------
+
+
+def make_day(folder: Path) -> None:
+    """The columns of a day, hour after hour, one .npy file each."""
+    lines, hours = folder / "hour.jsonl.gz", range(HOURS)
+    with gzip.open(lines, "wt", compresslevel=1) as file:
+        rng = np.random.default_rng(1)
+        for recv_ns, text in simulate.simulate(rng, 1.0, updates_per_delta=UPDATES):
+            file.write(f"{recv_ns} {text}\n")
+    began = time.perf_counter()
+    hour = feed.build_tape(feed.open_recording(lines).messages())
+    elapsed = time.perf_counter() - began
+    messages, rows = len(hour) / elapsed, len(hour.level) / elapsed
+    print(f"parsing: {messages:,.0f} messages/s, {rows:,.0f} rows/s")
+    mid = (hour.best_bid - hour.best_ask) // 2
+    drift = int(mid[-1] - mid[0])
+    for name in feed.COLUMNS:
+        column = getattr(hour, name)
+        np.save(folder / f"{name}.npy",
+                np.concatenate([moved(name, column, k, drift) for k in hours]))  # fmt: skip
+
+
+def moved(name: str, column: np.ndarray, k: int, drift: int) -> np.ndarray:
+    """An hour's column, k hours later."""
+    if name.endswith("_ns"):
+        return np.where(column > 0, column + k * 3600 * NS, 0)
+    if name.startswith("first_"):
+        return column[k > 0 :] + k * column[-1]
+    if name.startswith(("best_", "worst_")) or name.endswith("level"):
+        is_level = abs(column) < -feed.NO_LEVEL
+        return np.where(is_level, column + np.sign(column) * k * drift, column)
+    if name.endswith("_price"):
+        return column + k * drift * 0.1
+    return column
+
+
+def day_of(folder: Path) -> feed.Tape:
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in feed.COLUMNS}
+    return feed.Tape(**{name: np.asarray(c) for name, c in columns.items()}, notes={})
+
+
+def play(folder: Path, days: int, interval_s: float) -> dict:
+    """The whole loop: program, fills, history. interval_s 0: the strategy's own pace."""
+    if interval_s:
+        optimize.get_optimization_frequency = lambda parameters, sigma: interval_s
+    maker, elapsed, rows = MarketMaker(Parameters(), feed.Instrument()), 0.0, 0
+    for k in range(days):
+        tape, shift_ns = day_of(folder), k * HOURS * 3600 * NS
+        times = {name: np.where(column > 0, column + shift_ns, 0)
+                 for name in ("recv_ns", "exch_ns", "trade_ns")
+                 if (column := getattr(tape, name)) is not None}  # fmt: skip
+        tape = dataclasses.replace(tape, **times)
+        rows += len(tape.level) + len(tape.trade_level)
+        began = time.perf_counter()
+        maker.follow(tape)
+        elapsed += time.perf_counter() - began
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return dict(seconds=elapsed, rows=rows, decisions=sum(maker.sources.values()),
+                fills=len(maker.account.fills), peak_mb=peak_mb)  # fmt: skip
+
+
+def play_alone(folder: Path, days: int, interval_s: float) -> dict:
+    """The same in a fresh process."""
+    code = f"import json, bench as b; from pathlib import Path; print(json.dumps(b.play(Path({str(folder)!r}), {days}, {interval_s})))"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True,
+                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_day() -> None:
+    """A simulated day at its own pace and at one decision a second."""
+    with tempfile.TemporaryDirectory() as scratch:
+        make_day(Path(scratch))
+        print("a simulated day, the loop with queue fills and the program, best of 3:")
+        for name, interval_s in (("decisions every 1 s", 1.0), ("at its own pace", 0.0)):
+            runs = [play_alone(Path(scratch), 1, interval_s) for _ in range(3)]
+            best = min(runs, key=lambda run: run["seconds"])
+            print(f"  {name:<20}{best['rows'] / best['seconds'] / 1e6:5.2f} M rows/s   "
+                  f"{best['seconds']:.2f} s for {best['rows']:,} rows, {best['decisions']:,} "
+                  f"decisions, {best['fills']:,} fills   peak {best['peak_mb']:,.0f} MB",
+                  flush=True)  # fmt: skip
+
+
+def bench_days() -> None:
+    """Several days, one after the other."""
+    with tempfile.TemporaryDirectory() as scratch:
+        make_day(Path(scratch))
+        print("several days, one after the other, decisions every 1 s:")
+        for days in DAYS:
+            run = play_alone(Path(scratch), days, 1.0)
+            a_day = run["seconds"] / days
+            print(f"  {days} days  {run['seconds']:6.2f} s   {a_day:5.2f} s a day   "
+                  f"peak {run['peak_mb']:,.0f} MB", flush=True)  # fmt: skip
+
+
+# ---- A search ----------------------------------------------------------------------
+
+
+def bench_search() -> None:
+    """100 configurations over the sample, by one worker and by two."""
+    setting = backtest.make_setting(backtest.build_arguments().parse_args([]))
+    configurations = optimize.expand_grid(GRID)
+    print(f"{len(configurations)} configurations over the sample:")
+    for workers in (1, 2):
+        began = time.perf_counter()
+        with backtest.start_workers(workers) as pool:
+            work = backtest.partial(backtest.try_out, setting)
+            assert len(list(optimize.run_trials(work, configurations, pool))) == len(configurations)
+        print(f"  {workers} workers {time.perf_counter() - began:7.1f} s", flush=True)
+
+
+def main(names: list[str]) -> None:
+    parts = dict(memory=bench_memory, replay=bench_replay, live=bench_live, day=bench_day,
+                 days=bench_days, search=bench_search)  # fmt: skip
+    for name in names or parts:
+        print(f"---- {name}", flush=True)
+        parts[name]()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,153 +1,214 @@
-"""Markets told by hand or drawn by lot, as messages, recordings and cached columns.
+"""Markets told by hand or drawn by lot, in Bybit's words.
 
-Ticks count from MID and ms from START_MS, as in test_marketmaker.py.
+The coin has a tick of 0.5 USDT and a lot of 0.125. Most sizes are sums of powers of two,
+so that results which should be equal are equal to the last bit. Prices are told in ticks
+from MID, times in ms from START_MS.
 """
 
 import gzip
 import json
 import random
-import tempfile
-from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from test_marketmaker import MID, busy_market, delta, lost, ns, params, snapshot, ticker, trades
-
-import backtest
 import feed
-from feed import ASK, BID, MS, NO_LEVEL, Message
+from feed import ASK, BID, DELTA, MS, SIDES, SNAPSHOT
 
-BOOK = (feed.DELTA, feed.SNAPSHOT)
-
-
-def text_of(m: Message, u: int) -> str:
-    """A message in Bybit's words, or ours."""
-    if m.kind in (feed.LOST, feed.CONTROL):
-        return feed.control_line(**{"event": "lost"} | m.fields)
-    ms, kind = m.exch_ns // MS, "snapshot" if m.kind == feed.SNAPSHOT else "delta"
-    if m.kind == feed.TICKER:
-        topic, data = "tickers", {"markPrice": str(m.fields["mark_price"])}
-    elif m.kind == feed.TRADES:
-        topic, data = "publicTrade", [
-            dict(T=t // MS, S="Buy" if taker == BID else "Sell", v=str(size), p=str(x / 2), RPI=rpi)
-            for t, taker, x, size, rpi in m.trades]  # fmt: skip
-    else:
-        topic, (b, a) = "orderbook.200", (
-            [[str(s * level / 2), str(size)] for level, size in zip(*columns)]
-            for s, columns in ((BID, m.bids), (ASK, m.asks)))  # fmt: skip
-        data = dict(b=b, a=a, u=u)
-    return json.dumps(dict(topic=f"{topic}.COINUSDT", type=kind, ts=ms, cts=ms, data=data))
-
-
-def write(path: Path, stream: list[Message], **values) -> Path:
-    """The stream as a recording, with our parameters in its start line."""
-    start = dict(symbol="COINUSDT", tick_size="0.5", lot_size="0.125", parameters=values)
-    lines, u = [f"{stream[0].recv_ns} {feed.control_line('start', **start)}\n"], 99
-    for m in stream:
-        u += m.kind in BOOK
-        lines.append(f"{m.recv_ns} {text_of(m, u)}\n")
-    path.write_bytes(gzip.compress("".join(lines).encode(), 1))
-    return path
-
-
-def with_best(stream: list[Message], folder: Path) -> feed.Tape:
-    """The stream as the cache keeps it."""
-    folder = Path(tempfile.mkdtemp(dir=folder))
-    facts = json.loads(json.dumps(backtest.write_tape(iter(stream), folder)))
-    return backtest.read_tape(folder, facts)
-
-
+COIN = feed.Instrument("COINUSDT", "linear", "0.5", "0.125", 0.125)
+MID = 100_000  # ticks; one tick is 0.1 bps
+START_MS = 1_700_000_000_000  # a whole second
+BIDS, ASKS = {-1: 5, -2: 4, -3: 5}, {1: 5, 2: 4, 3: 5}
 WALL, FAR = {-1: 5, -4: 2, -9: 9}, {1: 5, 4: 2, 9: 9}  # our quotes stand at 4 ticks, behind 2
 
 
-def calm(end_ms: int, *events: Message) -> list[Message]:
+# ---- Told by hand ------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """What the exchange sends, or we note, and when it is received."""
+
+    recv_ns: int
+    message: dict
+
+
+def ns(ms: int) -> int:
+    return (START_MS + ms) * MS
+
+
+def price(x: int) -> str:
+    return str((MID + x) * COIN.tick_size)
+
+
+def line(ms, topic, data, heard=None, kind="delta") -> Line:
+    """A message of exchange time ms, received at `heard` (the same unless given)."""
+    times = dict(ts=START_MS + ms, cts=START_MS + ms)
+    message = dict(topic=f"{topic}.COINUSDT", type=kind, data=data, **times)
+    return Line(ns(ms if heard is None else heard), message)
+
+
+def delta(ms, bids=None, asks=None, heard=None, kind=DELTA) -> Line:
+    """A book message with rows {ticks from MID: size}."""
+    b, a = ([[price(x), str(size)] for x, size in (rows or {}).items()] for rows in (bids, asks))
+    name = "snapshot" if kind == SNAPSHOT else "delta"
+    return line(ms, "orderbook.200", dict(b=b, a=a), heard, name)
+
+
+def snapshot(ms, bids=BIDS, asks=ASKS, heard=None) -> Line:
+    return delta(ms, bids, asks, heard, SNAPSHOT)
+
+
+def trades(ms, *entries, heard=None) -> Line:
+    """Entries are (the taker's side, ticks from MID, size), and True for a retail trade."""
+    data = []
+    for side, x, size, *is_rpi in entries:
+        taker = "Buy" if side == BID else "Sell"
+        data.append(dict(T=START_MS + ms, S=taker, p=price(x), v=str(size), RPI=any(is_rpi)))
+    return line(ms, "publicTrade", data, heard)
+
+
+def ticker(ms, mark_price="") -> Line:
+    return line(ms, "tickers", dict(markPrice=str(mark_price)))
+
+
+def control(ms, event, **fields) -> Line:
+    return Line(ns(ms), dict(op="local", event=event, **fields))
+
+
+def lost(ms, reason="a gap") -> Line:
+    return control(ms, "lost", reason=reason)
+
+
+def params(ms, **changes) -> Line:
+    return control(ms, "params", parameters=changes)
+
+
+def calm(end_ms: int, *events: Line) -> list[Line]:
     """A flat market from 500 ms on, a book message a second, and what else happens.
 
     Decided is at 11,500 and every 5 s; what is sent then arrives 100 ms later.
     """
     beats = [delta(ms) for ms in range(1500, end_ms + 1, 1000)]
-    return sorted([snapshot(500, WALL, FAR), *beats, *events], key=lambda m: m.recv_ns)
+    return sorted([snapshot(500, WALL, FAR), *beats, *events], key=lambda line: line.recv_ns)
 
 
-def rough_session(seed: int) -> list[Message]:
+# ---- From lines to messages and recordings -----------------------------------------
+
+
+def texts(lines: Iterable[Line], u: int = 99) -> Iterator[tuple[int, str]]:
+    """(recv_ns, text) of every line; the messages of the book are counted from u + 1 on."""
+    for recv_ns, message in lines:
+        if message.get("topic", "").startswith("orderbook"):
+            u += 1
+            message["data"]["u"] = u
+        yield recv_ns, json.dumps(message)
+
+
+def messages(lines: Iterable[Line], parser: feed.Parser | None = None) -> list[feed.Message]:
+    """What the feed makes of the lines, after those that the parser has had before."""
+    parser = parser or feed.Parser(COIN)
+    parsed = [parser.parse(*text) for text in texts(lines, parser.last_u or 99)]
+    return [message for message in parsed if message]
+
+
+def write(path: Path, lines: list[Line], **parameters) -> Path:
+    """A recording of the lines, with our parameters in its start line."""
+    steps = dict(symbol=COIN.symbol, tick_size=COIN.tick_text, lot_size=COIN.lot_text)
+    start = control(0, "start", **steps, parameters=parameters)._replace(recv_ns=lines[0].recv_ns)
+    recording = "".join(f"{recv_ns} {text}\n" for recv_ns, text in texts([start, *lines]))
+    path.write_bytes(gzip.compress(recording.encode(), 1))
+    return path
+
+
+# ---- Drawn by lot ------------------------------------------------------------------
+
+SIZES = [0.125, 0.25, 0.5, 1.0, 2.0, 3.5]
+
+
+def busy_market(seed: int, seconds: float = 24, spells=(("lost", 18_000, 18_200),)) -> list[Line]:
+    """A book of six levels a side that wanders, and trades around its best.
+
+    Book and trades each have their own lag, so that they are heard out of order. A spell
+    is a trouble and its time: (kind, from ms, to ms).
+    """
+    rng, lines, ms, center = random.Random(seed), [], 400, 0
+    book = told = None  # {side: {ticks from MID: size}}: as it is; as the lines tell it
+    last_ms = {"book": 0, "trades": 0}  # on the exchange
+
+    def exchange_ms(name: str) -> int:
+        last_ms[name] = max(last_ms[name], ms - rng.choice([2, 10, 45, 90, 150]))
+        return last_ms[name]
+
+    def draw(side: int) -> dict:
+        """Some levels keep their size, some change it, some are empty."""
+        new, old = {}, book[side] if book else {}
+        for x in (center - side * k for k in range(1, 7)):
+            if rng.random() < 0.9:
+                new[x] = old[x] if x in old and rng.random() < 0.7 else rng.choice(SIZES)
+        return new or {center - side: 1.0}
+
+    for kind, begin, end in spells:
+        lines += {
+            "lost": [lost(begin, "a gap, they say")],
+            "mark": [ticker(begin, 50_400.5), ticker(end, 50_000)],
+            "params": [params(begin, alpha=2.0, order_qty=0.75), params(end, alpha=77)],
+            "stop": [params(begin, max_drawdown_usdt=1.0)],
+        }.get(kind, [])
+    while ms < seconds * 1000:
+        ms += rng.choice([0, 1, 5, 15, 30, 40])
+        now = {kind: end for kind, begin, end in spells if begin <= ms <= end}
+        if not book or rng.random() < 0.5:
+            # The book changes; the lines tell of what has changed, or after a loss of all.
+            center += rng.choice([-1, 0, 0, 1])
+            book = {side: draw(side) for side in SIDES}
+            if "crossed" in now:
+                book[BID][300] = 1.0
+            if "one-sided" in now:
+                book[ASK] = {}
+            if "lost" in now:
+                told = None
+            elif told is None:
+                lines.append(snapshot(exchange_ms("book"), book[BID], book[ASK], heard=ms))
+                told = book
+            elif "silent" not in now:
+                now_told = [dict.fromkeys(told[s], 0) | book[s] for s in SIDES]
+                changes = [dict(now.items() - told[s].items()) for s, now in zip(SIDES, now_told)]
+                lines.append(delta(exchange_ms("book"), *changes, heard=ms))
+                told = book
+        else:
+            entries = []
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                taker = rng.choice(SIDES)
+                x = center + taker * rng.choice([1, 1, 1, 2, 2, 3, 7])
+                entries.append((taker, x, rng.choice(SIZES), rng.random() < 0.1))
+            heard = now.get("late", ms)
+            lines.append(trades(exchange_ms("trades"), *entries, heard=heard))
+    return sorted(lines, key=lambda line: line.recv_ns)
+
+
+def rough_session(seed: int) -> list[Line]:
     """90 s of a busy market with every kind of trouble, ending in mid-second."""
-    rng, stream, spells, shown = random.Random(seed), [], [], {BID: {}, ASK: {}}
+    rng, spells = random.Random(seed), []
     for kind, begin_s, length_s in (
         ("crossed", 13, 2.2), ("one-sided", 15.6, 1.4), ("mark", 31, 2.5), ("crossed", 34.2, 2.1),
         ("one-sided", 38, 2.2), ("late", 41, 1.5), ("lost", 44, 1.3), ("params", 58, 1),
         ("silent", 60, 2.6), ("late", 76, 0.7), ("crossed", 78, 1.2), ("stop", 82, 1),
     ):  # fmt: skip
         begin = int(1000 * (begin_s + rng.uniform(0, 0.9)))
-        end = begin + int(1000 * length_s)
-        spells.append((kind, begin, end))
-        stream += {
-            "crossed": [delta(begin, {300: 1}), delta(end, {300: 0})],
-            "mark": [ticker(begin, mark_price=50_400.5), ticker(end, mark_price=50_000)],
-            "lost": [lost(begin, "a gap, they say")],
-            "params": [params(begin, alpha=2.0, order_qty=0.75), params(end, alpha=77)],
-            "stop": [params(begin, max_drawdown_usdt=1.0)],
-        }.get(kind, [])
-    for m in busy_market(seed, 90):
-        ms, is_kept = (m.recv_ns - ns(0)) // MS, True
-        for side, columns in ((BID, m.bids), (ASK, m.asks)):
-            shown[side] |= {side * level - MID: size for level, size in zip(*columns)}
-            shown[side] = {x: size for x, size in shown[side].items() if size}
-        for kind, begin, end in spells:
-            if m.kind in BOOK and kind in ("one-sided", "lost", "silent"):
-                if begin <= ms <= end:
-                    is_kept = False
-                    stream += [snapshot(ms, shown[BID], {})] * (kind == "one-sided")
-                elif 0 < ms - end < 99:
-                    m = snapshot(ms, shown[BID], shown[ASK])
-            elif kind == "late" and m.kind == feed.TRADES and begin <= ms <= end:
-                m = m._replace(recv_ns=ns(end))
-        stream += [m] * is_kept
-    stream, cts = sorted([*stream, delta(90_437)], key=lambda m: m.recv_ns), 0
-    for k, m in enumerate(stream):
-        if m.kind in BOOK:  # its exchange time never goes back
-            cts = max(cts, m.exch_ns)
-            stream[k] = m._replace(exch_ns=cts)
-    return stream
+        spells.append((kind, begin, begin + int(1000 * length_s)))
+    return busy_market(seed, 90.4, spells)
 
 
-def noise(seed: int, count: int = 400) -> list[Message]:
-    """Messages as a fiend would send them: levels twice, absent ones deleted, all gone."""
-    rng, stream = random.Random(seed), []
-
-    def side_rows(side: int) -> feed.Columns:
-        some = [rng.randrange(-9, 4) for _ in range(rng.choice([0, 1, 2, 9]))]
-        levels = range(-20, 20) if (is_all_gone := rng.random() < 0.04) else some
-        sizes = [0.0 if is_all_gone else rng.choice([0.0, 0.0, 1.0, 2.5]) for _ in levels]
-        return array(feed.LEVEL, (side * MID + x for x in levels)), array(feed.SIZE, sizes)
-
-    for ms in range(count):
-        stream.append(rng.choice([
-            *[Message(feed.DELTA, ns(ms), ns(ms), side_rows(BID), side_rows(ASK))] * 12,
-            Message(feed.SNAPSHOT, ns(ms), ns(ms), side_rows(BID), side_rows(ASK)),
-            trades(ms, (BID, 1, 1.5), (ASK, 0, 0.125)), lost(ms), ticker(ms, mark_price=3.5),
-        ]))  # fmt: skip
-    return stream
-
-
-def best_by_dicts(stream: list[Message]) -> dict[int, list[int]]:
-    books, best = {BID: {}, ASK: {}}, {BID: [], ASK: []}
-    for m in stream:
-        for side, columns in ((BID, m.bids), (ASK, m.asks)):
-            if m.kind == feed.SNAPSHOT:
-                books[side] = {}
-            books[side] |= dict(zip(*columns))
-            best[side].append(max((x for x, s in books[side].items() if s), default=NO_LEVEL))
-    return best
-
-
-def spoil(tail: list[Message], rng: random.Random) -> list[Message]:
+def spoil(tail: list[Line], rng: random.Random) -> list[Line]:
     """Another future: prices moved, messages taken out, trades put in."""
-    by, future = rng.choice([-40, -3, 5, 60]), []
-    for m in tail:
-        bids, asks = ((array(feed.LEVEL, (x + s * by for x in c[0])), c[1])
-                      for s, c in ((BID, m.bids), (ASK, m.asks)))  # fmt: skip
-        found = [(t, taker, x + by, 3 * size, rpi) for t, taker, x, size, rpi in m.trades]
-        trade = rng.choice([BID, ASK]), rng.randrange(-50, 50), 9
-        more = trades((m.recv_ns - ns(0)) // MS, trade)
-        kept = m._replace(bids=bids, asks=asks, trades=found)
-        future += rng.choice([[], [kept, more], *[[kept]] * 8])
+    future, by = [], rng.choice([-40, -3, 5, 60]) * COIN.tick_size
+    for recv_ns, message in tail:
+        data, topic = message.get("data"), message.get("topic", "")
+        if topic.startswith("orderbook"):
+            data = {s: [[str(float(p) + by), v] for p, v in data[s]] for s in "ba"}
+        elif topic.startswith("publicTrade"):
+            data = [t | dict(p=str(float(t["p"]) + by), v=str(3 * float(t["v"]))) for t in data]
+        kept = Line(recv_ns, message | {"data": data})
+        trade = trades(recv_ns // MS - START_MS, (rng.choice(SIDES), rng.randrange(-50, 50), 9))
+        future += rng.choice([[], [kept, trade], *[[kept]] * 8])
     return future

@@ -1,794 +1,330 @@
-"""Bybit's archives: daily files become the messages of a session, or a counted defect.
+"""Bybit's archives: two daily files become one recording, or one clear line.
 
-Files are written here in the documented formats by the standard library alone. What must
-come out is worked out by plain dicts, csv and Decimal. Downloads go to a loopback server.
+Archives are written here in the documented formats by the standard library. What must
+come out is the sample, or worked out by hand. Downloads go to a server on loopback.
 """
 
-import csv
+from __future__ import annotations
+
 import gzip
 import http.server
-import io
 import json
-import logging
 import random
-import re
+import subprocess
+import sys
 import threading
-import tracemalloc
 import zipfile
-from collections import Counter
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 
+import archive
 import pytest
 
 import feed
-from feed import (
-    CONTROL,
-    DELTA,
-    LOST,
-    SNAPSHOT,
-    TRADES,
-    ArchiveDay,
-    Instrument,
-    Parser,
-    UserError,
-    grid_of,
-    main,
-    pair_archives,
-    parser_of_archive,
-    read_trades,
-    replay_archive,
-)
 
-DAY, T0 = "2026-02-01", 1_769_904_000_000  # its midnight, ms
-LINEAR = (
-    "timestamp,symbol,side,size,price,tickDirection,trdMatchID,grossValue,homeNotional,"
-    "foreignNotional,RPI"
-)
-SPOT = "id,timestamp,price,volume,side,rpi"
-SNAP = dict(b=[("100.0", "1"), ("99.9", "2"), ("99.7", "2")], a=[("100.1", "3"), ("100.2", "4")])
+ROOT = Path(feed.__file__).parent
+DAY, T0, DAY_MS = "2026-01-01", 1_767_225_600_000, 86_400_000  # its midnight, ms
+HEADERS = {
+    "linear": "timestamp,symbol,side,size,price,tickDirection,trdMatchID,grossValue,"
+    "homeNotional,foreignNotional,RPI",
+    "spot": "id,timestamp,price,volume,side,rpi",
+}
+RNG = random.Random(3)
 
 
 # ---- Files in the documented formats -----------------------------------------------
 
 
-def book_line(u, ms, b=(), a=(), kind="delta", depth=200, cts=True, seq=None, **more) -> str:
-    seq = 7 * u if seq is None else seq
-    data = {"s": "BTCUSDT", "b": list(b), "a": list(a), "u": u, "seq": seq}
-    message = {"topic": f"orderbook.{depth}.BTCUSDT", "type": kind, "ts": T0 + ms + 4, "data": data}
-    return json.dumps(message | ({"cts": T0 + ms} if cts else {}) | more, separators=(",", ":"))
+def delta(u, ms, b=(), a=(), kind="delta", topic="orderbook.200.BTCUSDT", **more) -> str:
+    message = {"topic": topic, "type": kind, "ts": T0 + ms + 4, "cts": T0 + ms}
+    data = {"s": "BTCUSDT", "b": list(b), "a": list(a), "u": u, "seq": 7 * u}
+    return json.dumps(message | {"data": data} | more, separators=(",", ":"))
 
 
-def snapshot(u, ms, b=SNAP["b"], a=SNAP["a"], **more) -> str:
-    return book_line(u, ms, b, a, kind="snapshot", **more)
+def snapshot(u, ms, prices=("99.9", "100.0", "100.1"), **more) -> str:
+    bid, *asks = ((price, "1.5") for price in prices)
+    return delta(u, ms, [bid], asks, "snapshot", **more)
 
 
-def zip_book(folder, lines, category="linear", depth=200, day=DAY, end="\n") -> Path:
-    path = folder / f"{day}_BTCUSDT_ob{depth}.data.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr(path.name.removesuffix(".zip"), "\n".join(lines) + end)
-    return path
+def row(number, ms=5, side="Buy", size="0.03", price="100.10", rpi="0", stamp=None, spot=False):
+    """A trade. Linear times have four decimals, as Bybit writes them."""
+    stamp = f"{(T0 + Decimal(str(ms))) / 1000:.4f}" if stamp is None else stamp
+    fields = [stamp, "BTCUSDT", side, size, price, "PlusTick", str(number), "1e+8", size, "3"]
+    if spot:
+        fields = [str(number), str(T0 + int(ms)), price, size, side.lower()]
+    return ",".join(fields if rpi is None else [*fields, rpi])
 
 
-def linear_row(number, seconds, side="Buy", size="0.035", price="100.10", rpi="0") -> str:
-    value = f"{float(size) * float(price) * 1e8:.7e}"
-    row = [seconds, "BTCUSDT", side, size, price, "ZeroMinusTick", f"id-{number}", value, size]
-    return ",".join(row + ["3.5"] + ([] if rpi is None else [rpi]))
+ROWS = [row(i, 1000 * i) for i in range(1, 10)]
+BOOK = [snapshot(5, 1000), *(delta(5 + i, 1000 + 100 * i) for i in range(1, 10))]
 
 
-def at(ms: float) -> str:
-    """Seconds with four decimals, as Bybit writes them."""
-    return f"{Decimal(T0) / 1000 + Decimal(str(ms)) / 1000:.4f}"
+def lay(out, book=BOOK, rows=ROWS, category="linear", header=None, end="\n", members=1,
+        pack=gzip.compress):  # fmt: skip
+    """Write a day's two archives where downloads go. The header "" is none."""
+    (out / category).mkdir(exist_ok=True)
+    names = f"{DAY}_BTCUSDT_ob200.data.zip", f"BTCUSDT{'_' * (category == 'spot')}{DAY}.csv.gz"
+    paths = out / category / names[0], out / category / names[1]
+    with zipfile.ZipFile(paths[0], "w", zipfile.ZIP_DEFLATED) as file:
+        for number in range(members):
+            file.writestr(f"{number}.data", end.join([*book, ""]))
+    header = HEADERS[category] if header is None else header
+    paths[1].write_bytes(pack(end.join([header, *rows, ""]).encode()))
+    return paths
 
 
-def gzip_trades(folder, rows, header=LINEAR, category="linear", day=DAY) -> Path:
-    path = folder / f"BTCUSDT{'_' if category == 'spot' else ''}{day}.csv.gz"
-    path.write_bytes(gzip.compress("\n".join([*([header] if header else []), *rows, ""]).encode()))
-    return path
+def convert(out, *words) -> int:
+    return archive.main([*words, DAY, "--out", str(out)])
 
 
-def told(book, trades=None, category="linear", tick=None) -> tuple[list, Counter]:
-    """All messages of a day, and the defects counted."""
-    day = ArchiveDay(DAY, "BTCUSDT", category, book, trades)
-    parser = parser_of_archive(day, tick)
-    return list(replay_archive(day, parser)), parser.counts
+def recorded(out, category="linear") -> list[tuple[float, dict]]:
+    """(receive time in ms since midnight, message) between `start` and `end`, read plainly."""
+    text = gzip.decompress((out / f"BTCUSDT-{category}-{DAY}.jsonl.gz").read_bytes()).decode()
+    pairs = (line.split(" ", 1) for line in text.splitlines())
+    lines = [(int(stamp) / feed.MS - T0, json.loads(message)) for stamp, message in pairs]
+    assert [lines[i][1]["event"] for i in (0, -1)] == ["start", "end"]
+    return lines[1:-1]
 
 
-def trades_told(folder, rows, header=LINEAR, category="linear") -> tuple[list, Counter]:
-    """All trades of a file whose book stands on a grid of 0.1."""
-    path = gzip_trades(folder, rows, header, category)
-    messages, counts = told(zip_book(folder, [snapshot(5, 1000)]), path, category)
-    return [trade for m in messages if m.kind == TRADES for trade in m.trades], counts
+def made(out, *words, category="linear", **archives) -> list[tuple[float, dict]]:
+    """The recording of a day whose archives are there."""
+    lay(out, category=category, **archives)
+    assert convert(out, "--category", category, *words) == 0
+    return recorded(out, category)
 
 
-def plain(message) -> tuple:
-    kind, recv_ns, exch_ns, bids, asks, trades, fields = message
-    return kind, recv_ns, exch_ns, *map(list, (*bids, *asks)), trades, fields
+def books_of(lines) -> list[dict]:
+    return [message for _, message in lines if "cts" in message]
 
 
-def market(rng, number=400) -> tuple[list[dict], list[dict]]:
-    """A day's websocket messages: books, and trades (the websocket's form of them)."""
-    books, trades, ms, mid = [json.loads(snapshot(10, 1070))], [], 1070, 1000
-    for u in range(11, 11 + number):
-        ms, mid = ms + rng.randint(95, 110), mid + rng.randint(-1, 1)
-        rows = [
-            [(f"{(mid + s * rng.randint(1, 40)) / 10:.2f}", rng.choice(("0", "1.5", "2.25")))
-             for _ in range(rng.randint(0, 6))] for s in (-1, 1)
-        ]  # fmt: skip
-        text = snapshot(u, ms) if u % 97 == 0 else book_line(u, ms, *rows)
-        books.append(json.loads(text))
-        for stamp in sorted(rng.sample(range(ms - 90, ms + 1), rng.randint(0, 3))):
-            trades.append(
-                [{"T": T0 + stamp, "S": rng.choice(("Buy", "Sell")), "p": f"{mid / 10:.2f}",
-                  "v": f"{rng.randint(1, 500) / 1000}", "RPI": rng.random() < 0.1}
-                 for _ in range(rng.randint(1, 3))]
-            )  # fmt: skip
-    return books, trades
+def trades_of(lines) -> list[list]:
+    trades = [t for _, m in lines if m.get("topic") == "publicTrade.BTCUSDT" for t in m["data"]]
+    return [[t[name] for name in ("T", "S", "v", "p", "i", "RPI")] for t in trades]
 
 
-# ---- A day is a session ------------------------------------------------------------
+def told(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("category, old", [("linear", False), ("linear", True), ("spot", False)])
-def test_a_day_as_archive_is_the_day_as_websocket_messages(tmp_path, category, old):
-    rng = random.Random(7)
-    books, trades = market(rng)
-    rows, number = [], 0
-    for group in trades:
-        for k, t in enumerate(group):
-            number += 1
-            if category == "spot":
-                rows.append(
-                    f"{number},{t['T']},{t['p']},{t['v']},{t['S'].lower()},{int(t['RPI'])}"
-                )
-            else:
-                stamp = at(t["T"] - T0 + (k if old else 0) / 10)
-                rpi = str(int(t["RPI"]))
-                rows.append(linear_row(number, stamp, t["S"], t["v"], t["p"], rpi))
-    if old:
-        rows.reverse()
-    header = SPOT if category == "spot" else LINEAR
-    path = gzip_trades(tmp_path, rows, header, category)
-    messages, counts = told(zip_book(tmp_path, map(json.dumps, books)), path, category)
-
-    live = Parser(Instrument("BTCUSDT", category, "0.1", "0.001"), 200)
-    session = [(m["cts"], 1, m) for m in books]
-    topic = "publicTrade.BTCUSDT"
-    session += [(g[0]["T"], 0, {"topic": topic, "type": "snapshot", "data": g}) for g in trades]
-    session.sort(key=lambda one: one[:2])
-    wanted = [live.parse(ms * 10**6, json.dumps(message)) for ms, _, message in session]
-    assert [plain(m) for m in messages] == [plain(m) for m in wanted]
-    assert not any(counts[k] for k in counts if k not in ("book", "trades"))
-
-
-def test_the_book_of_an_archive_is_the_book_of_plain_dicts(tmp_path):
-    books, _ = market(random.Random(8))
-    sides = {"b": {}, "a": {}}
-    wanted = []
-    for message in books:
-        if message["type"] == "snapshot":
-            sides = {"b": {}, "a": {}}
-        for letter, side in sides.items():
-            side |= {Decimal(price): float(size) for price, size in message["data"][letter]}
-        wanted.append({k: {p: s for p, s in v.items() if s} for k, v in sides.items()})
-    messages, _ = told(zip_book(tmp_path, map(json.dumps, books)))
-    for message, shown in zip(messages, wanted, strict=True):
-        if message.kind == SNAPSHOT:
-            mine = {"b": {}, "a": {}}
-        for letter, sign, columns in (("b", 1, message.bids), ("a", -1, message.asks)):
-            mine[letter] |= {sign * Decimal(q) / 10: s for q, s in zip(*columns)}
-            assert {p: s for p, s in mine[letter].items() if s} == shown[letter]
-
-
-def test_trades_at_the_time_of_a_book_row_come_before_it(tmp_path):
-    rows = [linear_row(i, at(ms)) for i, ms in enumerate((500, 1000.0, 1000.9, 1001, 9000))]
-    book = zip_book(tmp_path, [snapshot(5, 1000), book_line(6, 1001)])
-    messages, _ = told(book, gzip_trades(tmp_path, rows))
-    kinds = [(m.kind, m.recv_ns // 10**6 - T0, len(m.trades)) for m in messages]
-    assert kinds == [
-        (TRADES, 500, 1), (TRADES, 1000, 2), (SNAPSHOT, 1000, 0), (TRADES, 1001, 1),
-        (DELTA, 1001, 0), (TRADES, 9000, 1),
-    ]  # fmt: skip
-
-
-def test_depth_of_the_book_is_that_of_its_topic_and_old_files_without_cts_use_ts(tmp_path):
-    lines = [snapshot(5, 1000, depth=500, cts=False), book_line(6, 1100, depth=500, cts=False)]
-    messages, _ = told(zip_book(tmp_path, lines, depth=500))
-    assert [m.exch_ns // 10**6 - T0 for m in messages] == [1004, 1104]
-
-
-# ---- Defects of the order book -----------------------------------------------------
-
-
-def test_snapshot_anywhere_resets_even_when_u_repeats_or_restarts(tmp_path):
-    lines = [snapshot(5, 1000), book_line(6, 1100), snapshot(6, 1200), book_line(7, 1300)]
-    lines += [snapshot(1, 1400, seq=50), book_line(2, 1500, seq=51)]
-    messages, counts = told(zip_book(tmp_path, lines))
-    assert [m.kind for m in messages] == [SNAPSHOT, DELTA] * 3
-    assert counts["gaps"] == counts["repeated"] == counts["seq went back"] == 0
-
-
-def test_gap_in_u_loses_the_book_until_the_next_snapshot(tmp_path):
-    lines = [snapshot(5, 1000), book_line(7, 1100), book_line(8, 1200), snapshot(9, 1300)]
-    messages, counts = told(zip_book(tmp_path, lines))
-    assert [m.kind for m in messages] == [SNAPSHOT, LOST, SNAPSHOT]
-    assert counts["gaps"] == 1 and "gap in u: 7 after 5" in messages[1].fields["reason"]
-    assert messages[1].recv_ns == messages[0].recv_ns
-
-
-def test_first_line_that_is_no_snapshot_is_a_lost_book(tmp_path):
-    messages, counts = told(zip_book(tmp_path, [book_line(4, 900), snapshot(5, 1000)]))
-    assert [m.kind for m in messages] == [LOST, SNAPSHOT] and counts["before snapshot"] == 1
-    assert messages[0].recv_ns == T0 * 10**6  # midnight: no stamp is known yet
-
-
-@pytest.mark.parametrize("bad", ["{", "nonsense", "[1]", '{"topic":"orderbook.200.BTCUSDT"}', "\0"])
-def test_line_that_is_no_message_is_counted_and_the_gap_behind_it_loses_the_book(tmp_path, bad):
-    lines = [snapshot(5, 1000), bad, book_line(7, 1200), snapshot(8, 1300)]
-    messages, counts = told(zip_book(tmp_path, lines))
-    assert [m.kind for m in messages] == [SNAPSHOT, LOST, SNAPSHOT] and counts["malformed"] == 1
-
-
-def test_line_of_another_kind_steers_nothing(tmp_path):
-    local = '{"op":"local","event":"lost","reason":"x"}'
-    messages, _ = told(zip_book(tmp_path, [snapshot(5, 1000), local, book_line(6, 1100)]))
-    assert [m.kind for m in messages] == [SNAPSHOT, DELTA]
-
-
-def test_time_that_goes_back_is_counted_and_the_stamp_does_not(tmp_path):
-    lines = [snapshot(5, 1000), book_line(6, 900), book_line(7, 1100, seq=1)]
-    messages, counts = told(zip_book(tmp_path, lines))
-    assert [m.recv_ns // 10**6 - T0 for m in messages] == [1000, 1000, 1100]
-    assert [m.exch_ns // 10**6 - T0 for m in messages] == [1000, 1000, 1100]
-    assert counts["time went back"] == 1 and counts["seq went back"] == 1
-
-
-def test_silence_of_more_than_two_seconds_is_counted(tmp_path):
-    lines = [snapshot(5, 1000), book_line(6, 3000), book_line(7, 5001), book_line(8, 5100)]
-    assert told(zip_book(tmp_path, lines))[1]["silences over 2 s"] == 1
-
-
-def test_time_of_another_day_is_nonsense(tmp_path):
-    lines = [snapshot(5, 1000), book_line(6, 3 * 86_400_000), snapshot(7, 1100)]
-    messages, counts = told(zip_book(tmp_path, lines))
-    assert [m.kind for m in messages] == [SNAPSHOT, LOST, SNAPSHOT] and counts["malformed"] == 1
-
-
-def test_snapshot_of_nothing_is_an_empty_book(tmp_path):
-    messages, _ = told(zip_book(tmp_path, [snapshot(4, 900, [], []), snapshot(5, 1000)]))
-    assert [(m.kind, len(m.bids[0])) for m in messages] == [(SNAPSHOT, 0), (SNAPSHOT, 3)]
-
-
-@pytest.mark.parametrize(
-    "line", [snapshot(5, 1000).replace("BTCUSDT", "XRPUSDT"), snapshot(5, 9 * 86_400_000)]
-)
-def test_book_of_another_symbol_or_day_than_its_name_says_is_refused(tmp_path, line):
-    with pytest.raises(UserError, match="unlike its name"):
-        told(zip_book(tmp_path, [line]))
-
-
-# ---- The price grid ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "prices, tick", [
-        ("30247.5 30248.0 30250.00", "0.5"), ("16542.75 16542.77", "0.01"), ("300 200", "100"),
-        ("0.00000012 0.00000015", "0.00000003"), ("78704.30 78704.40", "0.1"),
-    ]
-)  # fmt: skip
-def test_grid_is_the_greatest_common_divisor_of_the_prices(prices, tick):
-    assert grid_of(prices.split()) == tick
-
-
-HALVES = dict(b=[("100.0", "1"), ("99.5", "1")], a=[("100.5", "1"), ("101.0", "1")])
-
-
-def test_finer_grid_of_a_snapshot_is_told_before_it_and_holds_from_there(tmp_path):
-    lines = [snapshot(5, 1000, **HALVES), book_line(6, 1100, a=[("100.5", "2")])]
-    lines += [snapshot(1, 1200, seq=99), book_line(2, 1300, a=[("100.1", "9")], seq=100)]
-    rows = [linear_row(i, at(ms), price=p) for i, (ms, p) in enumerate(
-        [(1050, "100.50"), (1150, "100.20"), (1160, "100.00"), (1250, "100.20")]
-    )]  # fmt: skip
-    messages, counts = told(zip_book(tmp_path, lines), gzip_trades(tmp_path, rows))
-    assert [m.kind for m in messages] == [
-        SNAPSHOT, TRADES, DELTA, TRADES, CONTROL, SNAPSHOT, TRADES, DELTA
-    ]  # fmt: skip
-    assert messages[4].fields == {"event": "tick", "tick_size": "0.1"}
-    assert messages[4].recv_ns == messages[5].recv_ns
-    assert [m.trades[0][2] for m in messages if m.kind == TRADES] == [201, 200, 1002]
-    assert list(messages[2].asks[0]) == [-201] and list(messages[7].asks[0]) == [-1001]
-    assert counts["malformed trades"] == 1 and counts["book"] == 4  # 100.2 is between two halves
-
-
-def test_finer_price_of_a_delta_is_malformed(tmp_path):
-    lines = [snapshot(5, 1000, **HALVES), book_line(6, 1100, a=[("100.1", "2")])]
-    messages, counts = told(zip_book(tmp_path, lines))
-    assert [m.kind for m in messages] == [SNAPSHOT, LOST] and counts["malformed"] == 1
-
-
-def test_snapshot_that_stays_unsound_on_a_finer_grid_leaves_the_grid_alone(tmp_path):
-    bad = snapshot(7, 1100, b=[("100.1", "1"), ("100.0", "-1")])
-    lines = [snapshot(5, 1000, **HALVES), bad, snapshot(8, 1200, **HALVES)]
-    messages, _ = told(zip_book(tmp_path, lines))
-    assert [m.kind for m in messages] == [SNAPSHOT, LOST, SNAPSHOT]
-    assert list(messages[2].bids[0]) == [200, 199]
-
-
-def test_tick_given_by_the_user_wins_and_a_wrong_one_is_an_error(tmp_path):
-    book = zip_book(tmp_path, [snapshot(5, 1000)])
-    assert list(told(book, tick="0.05")[0][0].bids[0]) == [2000, 1998, 1994]
-    with pytest.raises(UserError, match="check --tick-size"):
-        told(book, tick="0.5")
-
-
-# ---- Trades ------------------------------------------------------------------------
-
-
-def by_hand(header, rows, scale) -> list[tuple]:
-    """Trades by csv and Decimal: prices in ticks of 0.1, time floored to ms."""
-    found = []
-    for row in csv.DictReader(io.StringIO("\n".join([header, *rows]))):
-        ms = int(Decimal(row["timestamp"]) * scale)
-        side = {"b": 1, "s": -1}[row["side"][0].lower()]
-        size = float(row.get("size") or row["volume"])
-        rpi = (row.get("RPI") or row.get("rpi") or "").lower() in ("1", "true")
-        found.append((ms * 10**6, side, int(Decimal(row["price"]) * 10), size, rpi))
-    return found
-
-
-@pytest.mark.parametrize("rpi", ["0", "1", "", "null", "true", "False", None])
-@pytest.mark.parametrize("with_header", [True, False])
-def test_linear_rows_of_10_or_11_columns_with_or_without_header(tmp_path, rpi, with_header):
-    stamps = (at(0.7), at(12.9999), at(1000.1), "1769904002", "1769904003.5", at(9e6))
-    rows = [linear_row(i, s, ("Buy", "Sell")[i % 2], rpi=rpi) for i, s in enumerate(stamps)]
-    header = LINEAR if rpi is not None else LINEAR.removesuffix(",RPI")
-    trades, counts = trades_told(tmp_path, rows, header if with_header else None)
-    assert trades == by_hand(header, rows, 1000) and counts["malformed trades"] == 0
-
-
-@pytest.mark.parametrize("second", [0, 1, 43_217, 86_399])
-def test_stamps_are_floored_to_the_ms_exactly(tmp_path, second):
-    stamps = [at(1000 * second + n / 10) for n in range(0, 10_000, 3)]
-    rows = [linear_row(i, stamp) for i, stamp in enumerate(stamps)]
-    assert trades_told(tmp_path, rows)[0] == by_hand(LINEAR, rows, 1000)
-
-
-@pytest.mark.parametrize("rpi", ["", ",0", ",1"])
-@pytest.mark.parametrize("with_header", [True, False])
-def test_spot_rows_of_5_or_6_columns_with_or_without_header(tmp_path, rpi, with_header):
-    rows = [f"{i + 1},{T0 + 5 * i},{100 + i / 10},0.017389,{s}{rpi}"
-            for i, s in enumerate(("buy", "sell", "buy"))]  # fmt: skip
-    header = SPOT if rpi else SPOT.removesuffix(",rpi")
-    trades, _ = trades_told(tmp_path, rows, header if with_header else None, "spot")
-    assert trades == by_hand(header, rows, 1)
-
-
-def test_columns_are_found_by_name(tmp_path):
-    header = "RPI,price,side,new,timestamp,symbol,size,trdMatchID"
-    trades, _ = trades_told(tmp_path, [f"1,100.10,Sell,?,{at(5)},BTCUSDT,0.5,x"], header)
-    assert trades == [((T0 + 5) * 10**6, -1, 1001, 0.5, True)]
-
-
-def test_descending_file_is_reversed_so_that_equal_stamps_keep_the_match_order(tmp_path):
-    stamps = [1, *[k // 3 % 2 + k // 60 * 2 for k in range(6, 999)]]  # an unstable sort shows
-    rows = [linear_row(i, at(ms), size=f"{i + 1}") for i, ms in enumerate(stamps)]
-    upwards, _ = trades_told(tmp_path, rows)
-    downwards, _ = trades_told(tmp_path, rows[::-1])
-    assert [t[3] for t in upwards] == [i + 1 for _, i in sorted(zip(stamps, range(994)))]
-    assert upwards == downwards
-
-
-def test_disordered_rows_are_sorted_by_the_finer_stamp(tmp_path):
-    stamps = (1, 2.3, 2.1, 3, 4, 3.5)
-    rows = [linear_row(i, at(ms), size=f"{i + 1}") for i, ms in enumerate(stamps)]
-    trades, _ = trades_told(tmp_path, rows)
-    assert [t[3] for t in trades] == [1, 3, 2, 4, 6, 5]
-
-
-def test_repeated_ids_are_dropped_and_counted(tmp_path):
-    rows = [linear_row(i, at(ms)) for i, ms in ((0, 1), (1, 2), (0, 1), (2, 2), (1, 2))]
-    trades, counts = trades_told(tmp_path, rows)
-    assert len(trades) == 3 and counts["repeated trades"] == 2
-
-
-BAD_ROWS = [
-    "", ",", "1,2,3", linear_row(1, "soon"), linear_row(1, "nan"),
-    linear_row(1, "1e308"), linear_row(1, "-inf"), linear_row(1, ""), linear_row(1, "1e9"),
-    linear_row(1, "9" * 30), linear_row(1, at(5), side="Hold"), linear_row(1, at(5), price="0"),
-    linear_row(1, at(5), price="1e99"), linear_row(1, at(5), price="nan"),
-    linear_row(1, at(5), price="-1"), linear_row(1, at(5), size="0"),
-    linear_row(1, at(5), size="inf"), linear_row(1, at(5), price="100.15"),
-    linear_row(1, at(5), rpi="2"), linear_row(1, at(5), rpi=None), linear_row(1, "0.5"),
-    linear_row(1, at(5)).replace("BTCUSDT", "DOTUSDT"), linear_row(1, at(3 * 86_400_000)), "\0",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("bad", BAD_ROWS)
-def test_malformed_rows_are_skipped_and_counted(tmp_path, bad):
-    rows = [linear_row(i + 10, at(i)) for i in range(9)]
-    trades, counts = trades_told(tmp_path, rows[:4] + [bad] + rows[4:])
-    assert trades == by_hand(LINEAR, rows, 1000)
-    assert counts["malformed trades"] == bool(bad)  # an empty line is nothing
-
-
-@pytest.mark.parametrize("header", ["timestamp,symbol,side,size", "a,b,c", None])
-def test_file_without_the_needed_columns_is_refused(tmp_path, header):
-    with pytest.raises(UserError, match="has no"):
-        trades_told(tmp_path, ["1,2,3,4"], header)
-
-
-def test_gzip_of_nothing_is_a_day_without_trades_and_counted(tmp_path):
-    trades, counts = trades_told(tmp_path, [], None)
-    assert trades == [] and counts["empty files"] == 1
-
-
-def test_trades_of_a_day_take_a_few_dozen_bytes_each(tmp_path):
-    rows = [linear_row(i, at(i / 7)) for i in range(30_000)]
-    day = ArchiveDay(DAY, "BTCUSDT", "linear", tmp_path, gzip_trades(tmp_path, rows))
-    tracemalloc.start()
-    found = read_trades(day, Counter())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(found) == 30_000 and peak < 5e6
-
-
-# ---- Damaged files -----------------------------------------------------------------
-
-
-def many_lines(number=20_000) -> list[str]:
-    rng = random.Random(3)
-    sizes = [f"{rng.random():.9f}" for _ in range(number)]
-    return [snapshot(5, 1000)] + [
-        book_line(6 + i, 1100 + i, b=[("99.9", size)]) for i, size in enumerate(sizes)
-    ]
-
-
-def test_book_with_a_bad_checksum_is_used_up_to_there_and_then_lost(tmp_path, caplog):
-    book = zip_book(tmp_path, many_lines())
-    data = bytearray(book.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    book.write_bytes(data)
-    with caplog.at_level(logging.WARNING):
-        messages, counts = told(book)
-    assert messages[0].kind == SNAPSHOT and messages[-1].kind == LOST and len(messages) > 100
-    assert counts["cut off"] == 1 and "damaged" in caplog.text
-
-
-def test_zip_that_understates_its_size_is_no_more_than_a_cut(tmp_path):
-    lines = many_lines()
-    book = zip_book(tmp_path, lines)
-    data, real = book.read_bytes(), len("\n".join(lines)) + 1
-    field = real.to_bytes(4, "little")
-    assert data.count(field) == 2  # in the member's header, and in the directory
-    book.write_bytes(data.replace(field, (real // 2).to_bytes(4, "little")))
-    messages, counts = told(book)
-    assert 5_000 < len(messages) < 15_000 and counts["cut off"] == 1
-    book.write_bytes(data.replace(field, (2**31).to_bytes(4, "little")))
-    messages, counts = told(book)
-    assert len(messages) == len(lines) and counts["cut off"] in (0, 1)
-
-
-@pytest.mark.parametrize("line", [b"\n", b" ", b"{}\n"])
-def test_zip_bomb_ends_early_in_little_memory(tmp_path, line, monkeypatch):
-    monkeypatch.setattr(feed, "SMALL", 1 << 20)
-    path = tmp_path / f"{DAY}_BTCUSDT_ob200.data.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("m", "w") as member:
-        member.write(snapshot(5, 1000).encode() + b"\n" * 70_000)
-        for _ in range(48):
-            member.write(line * ((1 << 20) // len(line)))
-    day = ArchiveDay(DAY, "BTCUSDT", "linear", path)
-    tracemalloc.start()
-    read = sum(map(len, feed.archive_lines(day.book, counts := Counter())))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert counts["cut off"] == 1 and read >= 1 and peak < 16e6
-
-
-def test_line_longer_than_any_message_ends_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(feed, "MAX_MESSAGE", 1 << 18)
-    lines = [*many_lines(900), "x" * (1 << 20), snapshot(2000, 5000)]
-    messages, counts = told(zip_book(tmp_path, lines))
-    assert messages[0].kind == SNAPSHOT and messages[-1].kind == LOST and counts["cut off"] == 1
-
-
-@pytest.mark.parametrize("keep", [0, 10, 1000, -30])
-def test_truncated_zip_is_refused_in_one_line(tmp_path, keep):
-    book = zip_book(tmp_path, many_lines(200))
-    book.write_bytes(book.read_bytes()[:keep])
-    with pytest.raises(UserError, match="cannot be read .*: download it again") as caught:
-        told(book)
-    assert "\n" not in str(caught.value)
-
-
-def test_zip_of_two_members_or_of_none_is_refused(tmp_path):
-    for names in ((), ("a", "b")):
-        with zipfile.ZipFile(path := tmp_path / f"{DAY}_BTCUSDT_ob200.data.zip", "w") as file:
-            for name in names:
-                file.writestr(name, snapshot(5, 1000))
-        with pytest.raises(UserError, match="cannot be read"):
-            told(path)
-
-
-def test_stored_member_and_a_missing_last_newline_are_read(tmp_path):
-    path = tmp_path / f"{DAY}_BTCUSDT_ob200.data.zip"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("x.data", snapshot(5, 1000) + "\n" + book_line(6, 1100))
-    assert len(told(path)[0]) == 2
-
-
-def test_truncated_trades_are_used_up_to_the_cut(tmp_path):
-    rng = random.Random(4)
-    rows = [linear_row(rng.random(), at(i)) for i in range(20_000)]
-    trades = gzip_trades(tmp_path, rows)
-    trades.write_bytes(trades.read_bytes()[:-50_000])
-    messages, counts = told(zip_book(tmp_path, [snapshot(5, 1000)]), trades)
-    found = [t for m in messages for t in m.trades]
-    assert found == by_hand(LINEAR, rows, 1000)[: len(found)] and len(found) > 5_000
-    assert counts["cut off"] == 1 and LOST not in [m.kind for m in messages]
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x1f\x8b\x08"])
-def test_trades_that_are_no_gzip_are_refused(tmp_path, content):
-    path = tmp_path / f"BTCUSDT{DAY}.csv.gz"
-    path.write_bytes(content)
-    if content:
-        with pytest.raises(UserError, match="cannot be read"):
-            told(zip_book(tmp_path, [snapshot(5, 1000)]), path)
-
-
-def test_missing_file_and_file_without_book_are_refused(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        told(tmp_path / f"{DAY}_BTCUSDT_ob200.data.zip")
-    with pytest.raises(UserError, match="no order book"):
-        told(zip_book(tmp_path, ["{}", "x"]))
-
-
-# ---- Pairs -------------------------------------------------------------------------
-
-
-def touch(folder, *names) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        (folder / name).touch()
-
-
-def test_files_and_folders_become_days_by_date(tmp_path):
-    touch(tmp_path, "2026-02-02_BTCUSDT_ob200.data.zip", "BTCUSDT2026-02-02.csv.gz", "notes.txt")
-    touch(tmp_path, "x/2025-02-01_BTCUSDT_ob500.data.zip", "x/BTCUSDT2025-02-01.csv.gz")
-    touch(tmp_path, "x/BTCUSDT2025-02-01.csv.gz.part")
-    days = pair_archives([tmp_path, tmp_path / "BTCUSDT2026-02-02.csv.gz"])
-    assert [(d.day, d.symbol, d.category) for d in days] == [
-        ("2025-02-01", "BTCUSDT", "linear"), ("2026-02-02", "BTCUSDT", "linear"),
-    ]  # fmt: skip
-    assert days[0].book.name == "2025-02-01_BTCUSDT_ob500.data.zip"
-    assert days[0].trades == tmp_path / "x/BTCUSDT2025-02-01.csv.gz"
-    assert days[0].noon_ns == 1738411200 * 10**9
-
-
-def test_underscore_in_the_trades_name_means_spot(tmp_path):
-    touch(tmp_path, f"{DAY}_1000PEPEUSDT_ob200.data.zip", f"1000PEPEUSDT_{DAY}.csv.gz")
-    (day,) = pair_archives([tmp_path])
-    assert (day.symbol, day.category) == ("1000PEPEUSDT", "spot")
-
-
-BOOK, LINEAR_TRADES, SPOT_TRADES = (
-    f"{DAY}_BTCUSDT_ob200.data.zip", f"BTCUSDT{DAY}.csv.gz", f"BTCUSDT_{DAY}.csv.gz"
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "names, rule", [
-        ([BOOK], f"{LINEAR_TRADES} is missing .*download {DAY} --symbol BTCUSDT --category linear"),
-        ([f"spot/{BOOK}"], f"{SPOT_TRADES} is missing .*--category spot"),
-        ([LINEAR_TRADES], f"{BOOK} is missing"),
-        (["BTCUSDT2025-08-20.csv.gz"], "2025-08-20_BTCUSDT_ob500.data.zip is missing"),
-        (["BTCUSDT2025-08-21.csv.gz"], "2025-08-21_BTCUSDT_ob200.data.zip is missing"),
-        (["BTCUSDT_2025-08-20.csv.gz"], "2025-08-20_BTCUSDT_ob200.data.zip is missing"),
-        ([BOOK, LINEAR_TRADES, SPOT_TRADES], "of one day"),
-        ([BOOK, f"x/{BOOK}", LINEAR_TRADES], "of one day"),
-        ([BOOK, LINEAR_TRADES, f"ETHUSDT{DAY}.csv.gz"], "two symbols"),
-        (["BTCUSDT-2026-02.csv.gz"], "no archive in"),
-        ([f"2026-02-30{BOOK[10:]}"], "is no day"),
-    ]
-)  # fmt: skip
-def test_what_cannot_be_paired_is_refused_in_one_line(tmp_path, names, rule):
-    touch(tmp_path, *names)
-    with pytest.raises(UserError, match=rule) as caught:
-        pair_archives([tmp_path])
-    assert "\n" not in str(caught.value)
-
-
-# ---- Download from a loopback server -----------------------------------------------
-
-
-class Archive(http.server.BaseHTTPRequestHandler):
-    """Serves `files` by path, after what `plan` holds for the next requests."""
-
-    protocol_version = "HTTP/1.1"
+class Host(http.server.BaseHTTPRequestHandler):
+    """Serves the files of a folder, with what the plan holds for the next requests."""
 
     def do_GET(self):
-        server, asked = self.server, self.headers.get("Range")
-        server.seen.append((self.path, asked, self.headers.get("User-Agent")))
-        act = server.plan.pop(0) if server.plan else "serve"
-        body = server.files.get(self.path)
-        if isinstance(act, int) or body is None:
-            return self.answer(404 if body is None else act, b"", {})
-        if act == "change":
-            body = server.files[self.path] = body[:2] + body[:1:-1]
-        tag = {} if server.untagged else {"ETag": f'"{hash(body)}"'}
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if not asked or act == "ignore range":
-            return self.answer(200, body, tag, act)
-        if start >= len(body):
-            return self.answer(416, b"", {})
-        extent = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self.answer(206, body[start:], tag | {"Content-Range": extent}, act)
-
-    def answer(self, status, body, headers, act=""):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
+        self.server.agents.append(self.headers["User-Agent"])
+        path = self.server.folder / self.path.rpartition("/")[2]
+        body = path.read_bytes() if path.exists() else b""
+        act = self.server.plan.pop(0) if self.server.plan else 200 if body else 404
+        self.send_response(200 if act == "cut" else act)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        cut = act in ("truncate", "stall")
-        self.wfile.write(body[: len(body) // 2] if cut else body)
-        self.wfile.flush()
-        if act == "stall":
-            self.server.over.wait(5)
-        self.close_connection = self.close_connection or cut
+        self.wfile.write(body[: len(body) // 2] if act == "cut" else body)
 
     def log_message(self, *_):
         pass
 
 
-@pytest.fixture
-def host(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Archive)
-    server.seen, server.plan, server.files, server.untagged = [], [], {}, False
-    server.over = threading.Event()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(feed, "BOOK_HOST", f"{url}/orderbook")
-    monkeypatch.setattr(feed, "TRADES_HOST", url)
-    for name, value in (("PAUSE_S", 0.0), ("RETRY_S", 0.001), ("CONNECT_S", 0.3)):
-        monkeypatch.setattr(feed, name, value)
-    monkeypatch.setenv("no_proxy", "*")
-    for path in (f"/orderbook/linear/BTCUSDT/{BOOK}", f"/orderbook/spot/BTCUSDT/{BOOK}"):
-        server.files[path] = b"PK" + random.Random(path).randbytes(200_000)
-    for path in (f"/trading/BTCUSDT/{LINEAR_TRADES}", f"/spot/BTCUSDT/{SPOT_TRADES}"):
-        server.files[path] = b"\x1f\x8b" + random.Random(path).randbytes(50_000)
-    yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
+@pytest.fixture(autouse=True)
+def host(monkeypatch, tmp_path):
+    """Nobody else is asked in any test."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Host) as server:
+        server.agents, server.plan, server.folder = [], [], tmp_path
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(archive, "BOOK_HOST", f"{server.url}/orderbook")
+        monkeypatch.setattr(archive, "TRADES_HOST", server.url)
+        monkeypatch.setattr(archive, "WAITS_S", (0, 0.001, 0.001))
+        monkeypatch.setenv("no_proxy", "*")
+        threading.Thread(target=server.serve_forever, args=(0.002,)).start()
+        yield server
+        server.shutdown()
 
 
-def download(folder, *words) -> int:
-    return main(["download", "--out", str(folder), *(words or (DAY,))])
+# ---- The recording of a day --------------------------------------------------------
 
 
-def files_under(folder) -> dict:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+@pytest.mark.parametrize("category, old", [("linear", False), ("linear", True), ("spot", False)])
+def test_day_as_archives_is_the_day_as_websocket_messages(tmp_path, category, old):
+    with gzip.open(ROOT / "data" / "sample.jsonl.gz", "rt") as file:
+        sample = [json.loads(line.split(" ", 1)[1]) for line in islice(file, 2000)]
+    session, rows, is_spot = [], [], category == "spot"
+    for message in sample:
+        if message.get("topic") == "orderbook.200.BTCUSDT":
+            session.append((message["cts"], 1, message))
+        elif message.get("topic") == "publicTrade.BTCUSDT":
+            for t in message["data"]:
+                fields = t["i"], t["T"] - T0, t["S"], t["v"], t["p"], str(int(t["RPI"]))
+                rows.append(row(*fields, spot=is_spot))
+                del t["L"], t["seq"]
+            session.append((t["T"], 0, message | {"ts": t["T"]}))
+    session.sort(key=lambda line: line[:2])
+    book = [json.dumps(message) for _, is_book, message in session if is_book]
+    lines = made(tmp_path, category=category, book=book, rows=rows[::-1] if old else rows)
+    assert lines == [(ms - T0 + 100, message) for ms, _, message in session]
+
+    # Played, it is the same market as the sample.
+    recording = feed.open_recording(tmp_path / f"BTCUSDT-{category}-{DAY}.jsonl.gz")
+    instrument = recording.parser.instrument
+    assert instrument == feed.BUILT_IN["BTCUSDT", category] and recording.start["depth"] == 200
+    tape, parser = feed.build_tape(recording.messages()), feed.Parser(instrument)
+    wanted = [parser.parse(ms * feed.MS, json.dumps(message)) for ms, _, message in session]
+    assert [tape.view(m)[:4] for m in range(1, len(tape) - 1)] == [m.view[:4] for m in wanted]
+    trades = [trade for message in wanted for trade in message.trades]
+    assert list(zip(tape.trade_ns, tape.trade_level, tape.trade_size, tape.trade_is_rpi)) == trades
 
 
-def linear_files(host) -> dict:
-    book, _, trades, _ = host.files.values()
-    return {f"linear/{BOOK}": book, f"linear/{LINEAR_TRADES}": trades}
+BAD_LINES = [
+    "{", "nonsense", "[1]", "1", "\0", "[" * 9999, delta(6, 1050, topic="orderbook.50.BTCUSDT"),
+    delta(6, 1050, topic="orderbook.200.XRPUSDT"), delta(6, 1050, cts="1050"),
+    '{"op":"local","event":"lost","reason":"x"}',
+]  # fmt: skip
+BAD_ROWS = [
+    ",", "1,2,3", "\0", row(1, side="Hold"), row(1, rpi=None), row("x" * 40), row("é"),
+    row(1).replace("BTCUSDT", "DOTUSDT"), row(1, size="0"), row(1, size="inf"),
+    *(row(1, stamp=text) for text in ("soon", "nan", "1e308", "-inf", "", "1e9", "9" * 30)),
+    *(row(1, price=text) for text in ("0", "1e99", "nan", "-1", "100.15", "100.1" + "0" * 20)),
+]  # fmt: skip
 
 
+def test_only_sound_lines_of_the_day_go_in_by_exchange_time_and_trades_first(tmp_path, capsys):
+    old = delta(4, 2000).replace(f'"cts":{T0 + 2000},', "")  # only `ts`, 4 ms later
+    book = [snapshot(1, -1), *BAD_LINES, snapshot(2, 1070), *BAD_LINES, delta(3, 1000), old]
+    book += [delta(5, DAY_MS - 1), delta(6, DAY_MS), snapshot(6, DAY_MS + 70)]
+    rows = [row(1, 0), row(1, 0, "Sell"), row(1, 0, size="1"), row(1, 0, price="9"), row(1, 0.1)]
+    times = (-0.1, 0, 1070.9, 1070, 2005, 2004, 1070, 3000, 4000, DAY_MS - 0.1, DAY_MS)
+    rows += [text for i, ms in enumerate(times) for text in (row(i, ms), *BAD_ROWS, row(1, 0))]
+    lines = made(tmp_path, "--feed-latency-ms", "2.5", book=book, rows=rows)
+    short = [(ms, m["data"]["u"] if "u" in m["data"] else "".join(t["i"] for t in m["data"]))
+             for ms, m in lines]  # fmt: skip
+    assert short == [
+        (2.5, "11111"), (1072.5, "362"), (1072.5, 2), (1072.5, 3), (2006.5, "5"), (2006.5, 4),
+        (2007.5, "4"), (3002.5, "7"), (4002.5, "8"), (DAY_MS + 1.5, "9"), (DAY_MS + 1.5, 5),
+    ]  # fmt: skip
+    out = told(capsys)
+    assert f"no book of the day {2 * len(BAD_LINES) + 3} repeated trades 12" in out
+    assert f"no trade of the day {11 * len(BAD_ROWS) + 2} trades 13" in out
+    assert "no book in the first 1.07 s" in out
+
+
+@pytest.mark.parametrize("rpi", ["0", "1", "", "null", "true", "False", None])
 @pytest.mark.parametrize("category", ["linear", "spot"])
-def test_download_brings_the_two_files_of_a_day_and_keeps_those_that_are_there(
-    tmp_path, host, capsys, category
+@pytest.mark.parametrize("has_header", [True, False])
+def test_columns_are_found_and_times_floored_and_equal_times_keep_their_order(
+    tmp_path, category, rpi, has_header
 ):
-    assert download(tmp_path, DAY, DAY, "--category", category) == 0
-    paths = list(host.files)[category == "spot" :: 2]
-    assert files_under(tmp_path) == {f"{category}/{Path(p).name}": host.files[p] for p in paths}
-    assert [path for path, *_ in host.seen] == paths
-    assert all(agent == feed.USER_AGENT["User-Agent"] for *_, agent in host.seen)
-    assert capsys.readouterr().out.count("\n") == 2
-    assert download(tmp_path, DAY, "--category", category) == 0 and len(host.seen) == 2
-    assert capsys.readouterr().out.count("already there") == 2
-    (day,) = pair_archives([tmp_path])
-    assert day.category == category
+    rows, trades = [], []
+    for i in range(300):
+        ms = (i - i % 4) * DAY_MS / 300 + 0.1 * (i % 2)  # two and two are equal, or all four
+        side, size = "Sell" if i % 3 else "Buy", f"{i + 1}"
+        rows.append(row(i, ms, side, size, "100.1", rpi, spot=category == "spot"))
+        trade = [T0 + int(ms), side, size, "100.1", str(i), rpi in ("1", "true")]
+        trades.append((int(ms) if category == "spot" else ms, trade))
+    header = HEADERS[category] if rpi is not None else HEADERS[category].rpartition(",")[0]
+    if has_header:  # then columns may stand anywhere; and lines may end as on other systems
+        table = [text.split(",") for text in (header, *rows)]
+        places = RNG.sample(range(len(table[0])), len(table[0]))
+        header, *rows = [",".join(fields[i] for i in places) for fields in table]
+        archives = dict(book=["\ufeff" + BOOK[0], *BOOK[1:]], header="\ufeff" + header, end="\r\n")
+    else:  # and here the newest trade comes first, as in old files
+        archives, rows = dict(header=""), rows[::-1]
+    lines = made(tmp_path, category=category, rows=rows, **archives)
+    assert trades_of(lines) == [trade for _, trade in sorted(trades, key=lambda pair: pair[0])]
+    assert books_of(lines) == list(map(json.loads, BOOK))
 
 
-@pytest.mark.parametrize("day, depth", [("2025-08-20", 500), ("2025-08-21", 200)])
-def test_linear_books_had_500_levels_until_the_20th_of_august_2025(tmp_path, host, day, depth):
-    assert download(tmp_path, day) == 2
-    assert host.seen[0][0] == f"/orderbook/linear/BTCUSDT/{day}_BTCUSDT_ob{depth}.data.zip"
+@pytest.mark.parametrize("words, tick", [((), "1.5"), (("--tick-size", "0.5"), "0.5")])
+def test_tick_is_the_greatest_step_of_the_first_snapshot_or_given(tmp_path, words, tick):
+    book = [delta(4, 900, kind="snapshot"), snapshot(5, 1000, ["4.5", "6.00", "9"])]
+    made(tmp_path, *words, book=book, rows=[row(1, price="7.5")])
+    recording = feed.open_recording(tmp_path / f"BTCUSDT-linear-{DAY}.jsonl.gz")
+    assert recording.parser.instrument.tick_text == tick
 
 
-@pytest.mark.parametrize("trouble", [[503], [500, 502], ["truncate"], ["stall"], ["truncate", 503]])
-def test_passing_trouble_is_overcome_and_what_came_is_not_asked_again(tmp_path, host, trouble):
-    host.plan = list(trouble)
-    assert download(tmp_path) == 0 and files_under(tmp_path) == linear_files(host)
-    ranges = [asked for _, asked, _ in host.seen]
-    assert (f"bytes={200_002 // 2}-" in ranges) == bool({"truncate", "stall"} & set(trouble))
+# ---- Damaged and wrong files, download -----------------------------------------------
 
 
-def test_server_that_ignores_the_range_restarts_the_file(tmp_path, host):
-    host.plan = ["truncate", "ignore range"]
-    assert download(tmp_path) == 0 and files_under(tmp_path) == linear_files(host)
-
-
-def test_file_that_changed_between_two_requests_starts_anew(tmp_path, host):
-    host.plan = ["truncate", "change"]
-    assert download(tmp_path) == 0 and files_under(tmp_path) == linear_files(host)
-    assert [asked is None for _, asked, _ in host.seen] == [True, False, True, True]
-
-
-def test_file_that_shrank_below_the_part_starts_anew(tmp_path, host):
-    host.plan = ["truncate", 416]
-    assert download(tmp_path) == 0 and files_under(tmp_path) == linear_files(host)
-
-
-def test_part_of_unknown_version_is_not_continued(tmp_path, host):
-    host.untagged, host.plan = True, ["truncate"]
-    assert download(tmp_path) == 0 and files_under(tmp_path) == linear_files(host)
-    assert {asked for _, asked, _ in host.seen} == {None}
-
-
-def test_next_run_continues_where_the_last_one_ended(tmp_path, host, monkeypatch, capsys):
-    monkeypatch.setattr(feed, "TRIES", 1)
-    host.plan = ["truncate"]
-    assert download(tmp_path) == 2
-    assert "run it again later" in capsys.readouterr().err
-    assert set(files_under(tmp_path)) == {f"linear/{BOOK}.part", f"linear/{BOOK}.tag"}
-    assert download(tmp_path) == 0 and files_under(tmp_path) == linear_files(host)
-    assert host.seen[1][1] == f"bytes={200_002 // 2}-"
+@pytest.mark.parametrize("damage", ["", "x" * (1 << 19), "\n" * (1 << 22)], ids=len)
+def test_what_is_damaged_overlong_or_a_bomb_is_used_up_to_there_and_the_book_then_lost(
+    tmp_path, capsys, monkeypatch, damage
+):
+    monkeypatch.setattr(archive, "INFLATION", 0)
+    monkeypatch.setattr(archive, "SMALL", 1 << 20)
+    monkeypatch.setattr(feed, "MAX_MESSAGE", 1 << 18)
+    numbers = [f"{RNG.random()}" for _ in range(4000)]
+    book = BOOK[:1] + [delta(6 + i, 1100 + i, [("99.9", n)]) for i, n in enumerate(numbers)]
+    rows = [row(number, i) for i, number in enumerate(numbers)]
+    paths = lay(tmp_path, [*book, damage, *BOOK], rows, pack=lambda t: gzip.compress(t)[:-20_000])
+    if not damage:
+        content = bytearray(paths[0].read_bytes())
+        content[50_000:50_099] = b"\xff" * 99
+        paths[0].write_bytes(content)
+    assert convert(tmp_path) == 0
+    lines, out = recorded(tmp_path), told(capsys)
+    books, trades, messages = books_of(lines), trades_of(lines), [m for _, m in lines]
+    assert 500 < len(books) <= len(book) and books[:500] == list(map(json.loads, book[:500]))
+    assert 500 < len(trades) < len(rows) and [t[4] for t in trades] == numbers[: len(trades)]
+    assert messages[messages.index(books[-1]) + 1].get("event") == "lost"
+    assert all(f"{path.name} cut off 1" in out for path in paths)
 
 
 @pytest.mark.parametrize(
-    "plan, words", [
-        ([403], "wait 10 min"), ([404], "the next day: check DAY"), ([418], "status 418"),
-        ([503] * 9, r"status 503"), (["truncate", 503, 503, 503, 503], "status 503"),
+    "wrong, words, rule", [
+        (dict(book=[snapshot(5, 1000, topic="orderbook.200.XRPUSDT")]), (), "unlike its name"),
+        (dict(book=[snapshot(5, 9 * DAY_MS)]), (), "no order book of BTCUSDT on 2026-01-01"),
+        (dict(members=2), (), "cannot be read (it holds 2 files, not one): delete it, run again"),
+        (dict(pack=bytes), (), "cannot be read (Not a gzipped file"),
+        (dict(rows=BAD_ROWS), (), "no trade of BTCUSDT on 2026-01-01"),
+        (dict(header="timestamp,symbol,side,size"), (), "has no column id, price"),
+        ({}, ("--tick-size", "0.5"), "check --tick-size"),
+        ({}, ("2026-1-1",), "'2026-1-1' is no day: write it as 2026-09-01"),
+        ({}, ("--symbol", "../x"), "must be capital letters"),
+        ({}, ("--symbol", "XRPUSDT"), "give --tick-size and --lot-size"),
+        ({}, ("--feed-latency-ms", "-1"), "must be from 0 to 60000"),
     ]
 )  # fmt: skip
-def test_refusal_is_one_clear_line(tmp_path, host, capsys, plan, words):
-    host.plan = plan
-    assert download(tmp_path) == 2
+def test_mistake_is_one_clear_line(tmp_path, host, capsys, wrong, words, rule):
+    lay(tmp_path, **wrong)
+    assert convert(tmp_path, *words) == 2
     error = capsys.readouterr().err
-    assert re.search(words, error) and DAY in error and error.count("\n") == 1
-    assert len(host.seen) == (5 if "503" in words else 1) and not list(tmp_path.rglob("*.zip"))
+    assert rule in error and error.count("\n") == 1
+    assert not (host.agents or list(tmp_path.glob("*.gz")))
 
 
-def test_page_instead_of_an_archive_is_not_kept(tmp_path, host, capsys):
-    host.files[f"/orderbook/linear/BTCUSDT/{BOOK}"] = b"<html>please log in</html>"
-    assert download(tmp_path) == 2 and "somebody's page" in capsys.readouterr().err
-
-
-def test_unreachable_host_and_full_disk_are_one_line(tmp_path, host, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    assert download(tmp_path / "file") == 2
-    assert "cannot be written" in capsys.readouterr().err and not host.seen
-    monkeypatch.setattr(feed, "BOOK_HOST", "http://127.0.0.1:9")
-    assert download(tmp_path) == 2
-    assert "refused" in capsys.readouterr().err
+def test_addresses_of_a_day_are_bybits(host):
+    for day, category, book, trades in (
+        ("2025-08-20", "linear", "2025-08-20_X_ob500.data.zip", "trading/X/X2025-08-20.csv.gz"),
+        ("2025-08-21", "linear", "2025-08-21_X_ob200.data.zip", "trading/X/X2025-08-21.csv.gz"),
+        ("2025-08-20", "spot", "2025-08-20_X_ob200.data.zip", "spot/X/X_2025-08-20.csv.gz"),
+    ):
+        urls = archive.parse_day(day, "X", category).urls
+        assert urls == (f"{host.url}/orderbook/{category}/X/{book}", f"{host.url}/{trades}")
 
 
 @pytest.mark.parametrize(
-    "words, rule", [
-        (["2026-2-1"], "write it as 2025-09-01"), (["yesterday"], "is no day"),
-        ([DAY, "2026-02-30"], "is no day"), (["20260201"], "is no day"),
-        (["２０２６-02-01"], "is no day"),
-        ([DAY, "--symbol", "../x"], "capital letters"), ([DAY, "--symbol", ""], "capital letters"),
+    "plan, requests, problem", [
+        ([], 2, ""), ([503], 3, ""), ([500, "cut", 200, 502], 5, ""), ([503] * 9, 3, "status 503"),
+        (["cut"] * 9, 3, "too early"), ([403], 1, "wait 10 min"), ([418], 1, "status 418"),
+        ([404], 1, "appears the next day"),
     ]
 )  # fmt: skip
-def test_wrong_words_are_one_line_and_ask_nobody(tmp_path, host, capsys, words, rule):
-    assert download(tmp_path, *words) == 2
+def test_download_has_patience_or_ends_in_one_clear_line(
+    tmp_path, host, capsys, plan, requests, problem
+):
+    host.folder, host.plan, out = lay(tmp_path)[0].parent, list(plan), tmp_path / "out"
+    assert convert(out) == (2 if problem else 0)
     error = capsys.readouterr().err
-    assert rule in error and error.count("\n") == 1 and not host.seen
+    assert problem in error and error.count("\n") == bool(problem)
+    assert host.agents == [feed.USER_AGENT["User-Agent"]] * requests
+    if not problem:
+        assert recorded(out) == made(tmp_path) and not list(out.rglob("*.part"))
 
 
-def test_progress_of_a_terminal_is_one_line(tmp_path, host, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(feed, "FLUSH_S", 0.0)
-    assert download(tmp_path) == 0
-    out = capsys.readouterr().out
-    assert out.count("\n") == 2 and out.count("\r") > 4 and "MB" in out
-
-
-def test_hosts_are_bybits_and_are_asked_politely():
-    assert feed.BOOK_HOST == "https://quote-saver.bycsi.com/orderbook"
-    assert feed.TRADES_HOST == "https://public.bybit.com"
-    assert feed.TRIES * feed.RETRY_S > 5 and feed.PAUSE_S >= 0.1
+def test_script_runs_from_anywhere_and_leaves_a_recording_alone_that_is_there(tmp_path, capsys):
+    paths = lay(tmp_path)
+    command = [sys.executable, ROOT / "data" / "archive.py", DAY, "--out", tmp_path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = recorded(tmp_path)
+    for path in paths:
+        path.unlink()
+    assert convert(tmp_path) == 0 and recorded(tmp_path) == lines
+    assert f"BTCUSDT-linear-{DAY}.jsonl.gz is there already" in told(capsys)
