@@ -207,7 +207,92 @@ class Account:
         self.fills.append(fill)
 
 
+# ---- What is decided ---------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """What was known and what was wanted: a row of the log, the plots, quotes.csv and the
+    screen. nan = none, or not known.
+    """
+
+    time_ns: int = 0  # receive time
+    mid_price: float = NAN  # USDT; nan while the book cannot be trusted, like the next two
+    best_bid: float = NAN
+    best_ask: float = NAN
+    bid_price: float = NAN  # our quote, USDT
+    bid_qty: float = 0.0  # base coin
+    ask_price: float = NAN
+    ask_qty: float = 0.0
+    base_spread_bps: float = NAN
+    volatility: float = NAN  # bps/sqrt(s)
+    ema_volatility: float = NAN
+    bid_depth: float = NAN  # base coin
+    ask_depth: float = NAN
+    liquidity: float = NAN  # million USDT per bp
+    inventory: float = 0.0  # base coin
+    cash: float = 0.0  # USDT
+    equity: float = 0.0
+    fees_paid: float = 0.0
+    volatility_bps: float = NAN  # the base spread's terms
+    liquidity_bps: float = NAN
+    depth_bps: float = NAN
+    source: str = "none"  # lp, last_good, default, none, or a baseline
+    reason: str = "no message yet"  # why not lp, or why a side is missing
+    is_sent: bool = False  # whether it sent or cancelled an order
+    distances: Distances | None = None
+
+
+LOGGED = Decision._fields[: Decision._fields.index("fees_paid")] + ("source", "reason")
+NUMBERS = Decision._fields[1 : Decision._fields.index("source")]
+
+
+def log_row(decision: Decision, digits: int) -> str:
+    """A line of the log; empty where nothing is known. digits: decimals of a price."""
+    price = f".{digits}f"
+    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), price)
+    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f", "time_ns": ""}
+    cells = []
+    for name in LOGGED[:-2]:
+        value = getattr(decision, name)
+        is_missing = value != value or (name.endswith("_qty") and not value)
+        cells.append("" if is_missing else format(value, forms.get(name, ".9g")))
+    reason = decision.reason.replace(",", ";").replace("\n", " ")
+    return ",".join([*cells, decision.source, reason]) + "\n"
+
+
+class History:
+    """The numbers of all decisions, for metrics and pictures."""
+
+    def __init__(self) -> None:
+        self.times, self.rows = array("q"), array("d")
+
+    def add(self, decision: Decision) -> None:
+        self.times.append(decision.time_ns)
+        self.rows.extend(decision[1 : 1 + len(NUMBERS)])
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Each number by its name, and time_ns: (decisions,)."""
+        table = np.array(self.rows).reshape(-1, len(NUMBERS))
+        return {"time_ns": np.array(self.times), **dict(zip(NUMBERS, table.T))}
+
+
 # ---- Paper exchange ----------------------------------------------------------------
+
+
+def first_place(holds: np.ndarray, start: int, stop: int) -> int:
+    """start + the first place where it holds; stop where it never does."""
+    at = int(holds.argmax()) if len(holds) else 0
+    return start + at if len(holds) and holds[at] else stop
+
+
+@lru_cache
+def floor_to_lot(qty: float, lot_size: float) -> float:
+    """The largest multiple of the lot that is not above qty.
+
+    >>> floor_to_lot(0.0129, 0.001)
+    0.012
+    """
+    return round(math.floor(qty / lot_size + 1e-9) * lot_size, 9)
 
 
 @dataclass(slots=True, eq=False)
@@ -306,6 +391,11 @@ class PaperExchange:
         if self.sent.get(order.side) is order:
             self.sent[order.side] = None
 
+    def shift_bps(self, time_ns: int) -> float:
+        """How far our own fills have moved the prices that we see, bps; it decays."""
+        since_ns, shift = self.shifts[-1]
+        return shift and shift * 2 ** (-max(time_ns - since_ns, 0) / (IMPACT_HALF_LIFE_S * NS))
+
     # -- slices of messages
 
     def begin(self, tape: Tape) -> None:
@@ -353,6 +443,34 @@ class PaperExchange:
             order.next_message = 0
         if len(tape.trade_ns):
             self.trade_ns = tape.trade_ns.item(-1)
+
+    def _catch_up(self, order: Order, tape: Tape, stop: int) -> None:
+        """Rows at the order's price in the messages before stop that it has not looked at."""
+        if not order.has_arrived:
+            return
+        first, last = tape.first_row.item(order.next_message), tape.first_row.item(stop)
+        order.next_message = stop
+        worst = tape.worst_bid if order.side == BID else tape.worst_ask
+        for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
+            m = int(tape.first_row.searchsorted(first + row, "right")) - 1
+            shown = tape.size.item(first + row)
+            if not shown and order.level < worst.item(m) and not self.peer_rules:
+                shown = INF  # it was not deleted, it has left the window
+            order.shorten_queue(shown, tape.exch_ns.item(m))
+
+    def _shown(self, order: Order) -> float:
+        """The size displayed at our price; inf where nothing can be seen."""
+        if self.peer_rules:
+            return self.book.sizes.item(order.level)
+        return self.book.shown(order.side, order.level)
+
+    def _is_reached(self, order: Order) -> bool:
+        """Whether the opposite side's best is at or beyond our price."""
+        return -self.book.view.best(-order.side) <= order.level
+
+    def _refuse(self, order: Order, why: str) -> None:
+        self.counts[f"refused: {why}"] += 1
+        self.drop(order)
 
     # -- one message and our orders
 
@@ -430,34 +548,6 @@ class PaperExchange:
                 order.queue_ahead = max(-rest, 0.0)
             return  # one order stands at a time, and a volume fills us once
 
-    def _catch_up(self, order: Order, tape: Tape, stop: int) -> None:
-        """Rows at the order's price in the messages before stop that it has not looked at."""
-        if not order.has_arrived:
-            return
-        first, last = tape.first_row.item(order.next_message), tape.first_row.item(stop)
-        order.next_message = stop
-        worst = tape.worst_bid if order.side == BID else tape.worst_ask
-        for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
-            m = int(tape.first_row.searchsorted(first + row, "right")) - 1
-            shown = tape.size.item(first + row)
-            if not shown and order.level < worst.item(m) and not self.peer_rules:
-                shown = INF  # it was not deleted, it has left the window
-            order.shorten_queue(shown, tape.exch_ns.item(m))
-
-    def _shown(self, order: Order) -> float:
-        """The size displayed at our price; inf where nothing can be seen."""
-        if self.peer_rules:
-            return self.book.sizes.item(order.level)
-        return self.book.shown(order.side, order.level)
-
-    def _is_reached(self, order: Order) -> bool:
-        """Whether the opposite side's best is at or beyond our price."""
-        return -self.book.view.best(-order.side) <= order.level
-
-    def _refuse(self, order: Order, why: str) -> None:
-        self.counts[f"refused: {why}"] += 1
-        self.drop(order)
-
     def _walk_the_book(self, order: Order) -> None:
         """The taker order closes the inventory, level by level, as far as the book goes."""
         order.side = ASK if self.account.inventory > 0 else BID
@@ -494,95 +584,8 @@ class PaperExchange:
             moved_bps = side * self.impact_bps * qty / self.market.depths[side]
             self.shifts.append((since_ns, self.shift_bps(since_ns) - moved_bps))
 
-    def shift_bps(self, time_ns: int) -> float:
-        """How far our own fills have moved the prices that we see, bps; it decays."""
-        since_ns, shift = self.shifts[-1]
-        return shift and shift * 2 ** (-max(time_ns - since_ns, 0) / (IMPACT_HALF_LIFE_S * NS))
 
-
-def first_place(holds: np.ndarray, start: int, stop: int) -> int:
-    """start + the first place where it holds; stop where it never does."""
-    at = int(holds.argmax()) if len(holds) else 0
-    return start + at if len(holds) and holds[at] else stop
-
-
-@lru_cache
-def floor_to_lot(qty: float, lot_size: float) -> float:
-    """The largest multiple of the lot that is not above qty.
-
-    >>> floor_to_lot(0.0129, 0.001)
-    0.012
-    """
-    return round(math.floor(qty / lot_size + 1e-9) * lot_size, 9)
-
-
-# ---- Decisions ---------------------------------------------------------------------
-
-
-class Decision(NamedTuple):
-    """What was known and what was wanted: a row of the log, the plots, quotes.csv and the
-    screen. nan = none, or not known.
-    """
-
-    time_ns: int = 0  # receive time
-    mid_price: float = NAN  # USDT; nan while the book cannot be trusted, like the next two
-    best_bid: float = NAN
-    best_ask: float = NAN
-    bid_price: float = NAN  # our quote, USDT
-    bid_qty: float = 0.0  # base coin
-    ask_price: float = NAN
-    ask_qty: float = 0.0
-    base_spread_bps: float = NAN
-    volatility: float = NAN  # bps/sqrt(s)
-    ema_volatility: float = NAN
-    bid_depth: float = NAN  # base coin
-    ask_depth: float = NAN
-    liquidity: float = NAN  # million USDT per bp
-    inventory: float = 0.0  # base coin
-    cash: float = 0.0  # USDT
-    equity: float = 0.0
-    fees_paid: float = 0.0
-    volatility_bps: float = NAN  # the base spread's terms
-    liquidity_bps: float = NAN
-    depth_bps: float = NAN
-    source: str = "none"  # lp, last_good, default, none, or a baseline
-    reason: str = "no message yet"  # why not lp, or why a side is missing
-    is_sent: bool = False  # whether it sent or cancelled an order
-    distances: Distances | None = None
-
-
-LOGGED = Decision._fields[: Decision._fields.index("fees_paid")] + ("source", "reason")
-NUMBERS = Decision._fields[1 : Decision._fields.index("source")]
-
-
-def log_row(decision: Decision, digits: int) -> str:
-    """A line of the log; empty where nothing is known. digits: decimals of a price."""
-    price = f".{digits}f"
-    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), price)
-    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f", "time_ns": ""}
-    cells = []
-    for name in LOGGED[:-2]:
-        value = getattr(decision, name)
-        is_missing = value != value or (name.endswith("_qty") and not value)
-        cells.append("" if is_missing else format(value, forms.get(name, ".9g")))
-    reason = decision.reason.replace(",", ";").replace("\n", " ")
-    return ",".join([*cells, decision.source, reason]) + "\n"
-
-
-class History:
-    """The numbers of all decisions, for metrics and pictures."""
-
-    def __init__(self) -> None:
-        self.times, self.rows = array("q"), array("d")
-
-    def add(self, decision: Decision) -> None:
-        self.times.append(decision.time_ns)
-        self.rows.extend(decision[1 : 1 + len(NUMBERS)])
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """Each number by its name, and time_ns: (decisions,)."""
-        table = np.array(self.rows).reshape(-1, len(NUMBERS))
-        return {"time_ns": np.array(self.times), **dict(zip(NUMBERS, table.T))}
+# ---- The market maker ---------------------------------------------------------------
 
 
 class MarketMaker:

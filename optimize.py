@@ -445,7 +445,7 @@ def run_trials(
             for future in finished:
                 yield waiting.pop(future), future.result()
     except BrokenExecutor:
-        waiting.clear()  # subtle: a dying executor fails them itself, and trips if cancelled
+        waiting.clear()  # subtle: a dying executor fails them itself, and trips over cancelled ones
         raise
     finally:
         for future in waiting:
@@ -584,11 +584,9 @@ def best_sharpe_by_luck(variance: float, trials: float) -> float:
     """SR0 = sqrt(V) ((1 - E) Phi^-1(1 - 1/N) + E Phi^-1(1 - 1/(N e))): the Sharpe ratio to
     expect of the best of N trials without skill. V variance of their ratios, E = 0.5772.
     """
-    if trials <= 1:
-        return 0.0
     E = np.euler_gamma
     first, second = ndtri(1 - 1 / trials), ndtri(1 - 1 / (trials * math.e))
-    return math.sqrt(variance) * max(0.0, float((1 - E) * first + E * second))
+    return math.sqrt(variance) * max(0.0, float((1 - E) * first + E * second))  # of one trial: 0
 
 
 def deflated_sharpe(

@@ -85,7 +85,7 @@ class Day(NamedTuple):
 
 
 def parse_day(text: str, symbol: str, category: str) -> Day:
-    """A day as the command line names it; UserError if it is none."""
+    """The day that a text such as 2026-09-01 names; UserError if it names none."""
     try:
         day = date.fromisoformat(text)
     except ValueError:
@@ -98,7 +98,7 @@ def parse_day(text: str, symbol: str, category: str) -> Day:
 
 
 def download(url: str, path: Path) -> None:
-    """Download a file. UserError where Bybit refuses it, or when all tries have failed."""
+    """Download a file, TLS verified. UserError where Bybit refuses it or all tries fail."""
     draft, reason = Path(f"{path}.part"), ""
     request = urllib.request.Request(url, headers=feed.USER_AGENT)  # without it: status 403
     for wait_s in WAITS_S:
@@ -203,7 +203,7 @@ LINEAR = "timestamp,symbol,side,size,price,tick,id,gross,home,foreign"
 SPOT = "id,timestamp,price,size,side"
 UNTITLED = {10: LINEAR, 11: f"{LINEAR},rpi", 5: SPOT, 6: f"{SPOT},rpi"}
 
-# A day has two million trades: each takes 81 bytes here, and 600 as Python objects.
+# A day has two million trades. Here each takes 81 bytes, a quarter of a tuple of texts.
 TRADE = np.dtype("i8, S4, S16, S16, S36, ?")  # time_us, taker's side, price, size, id, is_rpi
 
 
@@ -284,7 +284,7 @@ def convert(day: Day, book: Path, trades: Path, recording: Path, flags: argparse
     steps = dict(tick_size=tick, lot_size=instrument.lot_text, depth=day.depth)
     start = feed.control_line("start", symbol=day.symbol, category=day.category, **steps)
     both = trade_messages(rows, day, counts), read_book(book, day, counts)
-    by_time = heapq.merge(*both, key=lambda line: line[0])  # the first of both first, if equal
+    by_time = heapq.merge(*both, key=lambda line: line[0])  # at equal times trades first
 
     # Stamp and write; a recording has its name only when it is whole.
     draft, latency_ns = Path(f"{recording}.part"), round(flags.feed_latency_ms * MS)
@@ -333,7 +333,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """python data/archive.py DAY ...; the exit status."""
-    parser = feed.Arguments(prog="archive.py", description="Make Bybit's archives recordings.")
+    parser = feed.Arguments(prog="archive.py", description="Bybit's archives as recordings.")
     parser.add_argument("days", nargs="+", metavar="DAY", help="as 2026-09-01")
     parser.add_argument("--symbol", default="BTCUSDT", help="upper case, as Bybit writes it")
     parser.add_argument("--category", default="linear", choices=("linear", "spot"))

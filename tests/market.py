@@ -83,13 +83,97 @@ def params(ms, **changes) -> Line:
     return control(ms, "params", parameters=changes)
 
 
+def beats(first_ms: int, last_ms: int) -> list[Line]:
+    """A book message that changes nothing, every second."""
+    return [delta(ms) for ms in range(first_ms, last_ms + 1, 1000)]
+
+
+def in_order(lines: Iterable[Line]) -> list[Line]:
+    return sorted(lines, key=lambda line: line.recv_ns)
+
+
 def calm(end_ms: int, *events: Line) -> list[Line]:
     """A flat market from 500 ms on, a book message a second, and what else happens.
 
     Decided is at 11,500 and every 5 s; what is sent then arrives 100 ms later.
     """
-    beats = [delta(ms) for ms in range(1500, end_ms + 1, 1000)]
-    return sorted([snapshot(500, WALL, FAR), *beats, *events], key=lambda line: line.recv_ns)
+    return in_order([snapshot(500, WALL, FAR), *beats(1500, end_ms), *events])
+
+
+# ---- Drawn by lot ------------------------------------------------------------------
+
+LOSS = [("lost", 18_000, 18_200)]  # spells: a trouble, from ms, to ms
+TROUBLES = [
+    ("crossed", 13_300, 15_500), ("one-sided", 15_900, 17_300), ("mark", 31_400, 33_900),
+    ("crossed", 34_600, 36_700), ("one-sided", 38_500, 40_700), ("late", 41_100, 42_600),
+    ("lost", 44_200, 45_500), ("params", 58_300, 59_300), ("silent", 60_100, 62_700),
+    ("late", 76_200, 76_900), ("crossed", 78_700, 79_900), ("stop", 82_400, 83_400),
+]  # fmt: skip
+
+
+def busy_market(seed: int, seconds: float = 24, spells=LOSS) -> list[Line]:
+    """A book of six levels a side that wanders, and trades around its best. Book and trades
+    each have their own lag, so that they are heard out of order.
+    """
+    rng, lines, ms, center = random.Random(seed), [], 400, 0
+    book = told = None  # {side: {ticks from MID: size}}: as it is; as the lines tell it
+    last_ms = {"book": 0, "trades": 0}  # on the exchange
+
+    def exchange_ms(name: str) -> int:
+        last_ms[name] = max(last_ms[name], ms - rng.choice([2, 10, 45, 90, 150]))
+        return last_ms[name]
+
+    def draw(side: int) -> dict:
+        """Some levels keep their size, some change it, some are empty."""
+        new, old = {}, book[side] if book else {}
+        for x in (center - side * k for k in range(1, 7)):
+            if rng.random() < 0.9:
+                keeps = x in old and rng.random() < 0.7
+                new[x] = old[x] if keeps else rng.choice([0.125, 0.25, 0.5, 1.0, 2.0, 3.5])
+        return new or {center - side: 1.0}
+
+    for kind, begin, end in spells:
+        lines += {
+            "lost": [lost(begin, "a gap, they say")],
+            "mark": [ticker(begin, 50_400.5), ticker(end, 50_000)],
+            "params": [params(begin, alpha=2.0, order_qty=0.75), params(end, alpha=77)],
+            "stop": [params(begin, max_drawdown_usdt=1.0)],
+        }.get(kind, [])
+    while ms < seconds * 1000:
+        ms += rng.choice([0, 1, 5, 15, 30, 40])
+        now = {kind: end for kind, begin, end in spells if begin <= ms <= end}
+        if book and rng.random() < 0.5:
+            entries = []
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                taker, size = rng.choice(SIDES), rng.choice([0.125, 0.25, 0.5, 1.0, 2.0, 3.5])
+                x = center + taker * rng.choice([1, 1, 1, 2, 2, 3, 7])
+                entries.append((taker, x, size, rng.random() < 0.1))
+            lines.append(trades(exchange_ms("trades"), *entries, heard=now.get("late", ms)))
+            continue
+
+        # The book changes. It is told by what has changed, after a loss as a whole.
+        center += rng.choice([-1, 0, 0, 1])
+        book = {side: draw(side) for side in SIDES}
+        if "crossed" in now:
+            book[BID][300] = 1.0
+        if "one-sided" in now:
+            book[ASK] = {}
+        if "lost" in now:
+            told = None
+        elif told is None:
+            lines.append(snapshot(exchange_ms("book"), book[BID], book[ASK], heard=ms))
+            told = book
+        elif "silent" not in now:
+            rows = [dict.fromkeys(told[side], 0) | book[side] for side in SIDES]
+            changes = [dict(new.items() - told[side].items()) for side, new in zip(SIDES, rows)]
+            lines.append(delta(exchange_ms("book"), *changes, heard=ms))
+            told = book
+    return in_order(lines)
+
+
+def rough_session(seed: int) -> list[Line]:
+    """90 s of a busy market with every kind of trouble, ending in mid-second."""
+    return busy_market(seed, 90.4, TROUBLES)
 
 
 # ---- From lines to messages and recordings -----------------------------------------
@@ -118,97 +202,3 @@ def write(path: Path, lines: list[Line], **parameters) -> Path:
     recording = "".join(f"{recv_ns} {text}\n" for recv_ns, text in texts([start, *lines]))
     path.write_bytes(gzip.compress(recording.encode(), 1))
     return path
-
-
-# ---- Drawn by lot ------------------------------------------------------------------
-
-SIZES = [0.125, 0.25, 0.5, 1.0, 2.0, 3.5]
-
-
-def busy_market(seed: int, seconds: float = 24, spells=(("lost", 18_000, 18_200),)) -> list[Line]:
-    """A book of six levels a side that wanders, and trades around its best.
-
-    Book and trades each have their own lag, so that they are heard out of order. A spell
-    is a trouble and its time: (kind, from ms, to ms).
-    """
-    rng, lines, ms, center = random.Random(seed), [], 400, 0
-    book = told = None  # {side: {ticks from MID: size}}: as it is; as the lines tell it
-    last_ms = {"book": 0, "trades": 0}  # on the exchange
-
-    def exchange_ms(name: str) -> int:
-        last_ms[name] = max(last_ms[name], ms - rng.choice([2, 10, 45, 90, 150]))
-        return last_ms[name]
-
-    def draw(side: int) -> dict:
-        """Some levels keep their size, some change it, some are empty."""
-        new, old = {}, book[side] if book else {}
-        for x in (center - side * k for k in range(1, 7)):
-            if rng.random() < 0.9:
-                new[x] = old[x] if x in old and rng.random() < 0.7 else rng.choice(SIZES)
-        return new or {center - side: 1.0}
-
-    for kind, begin, end in spells:
-        lines += {
-            "lost": [lost(begin, "a gap, they say")],
-            "mark": [ticker(begin, 50_400.5), ticker(end, 50_000)],
-            "params": [params(begin, alpha=2.0, order_qty=0.75), params(end, alpha=77)],
-            "stop": [params(begin, max_drawdown_usdt=1.0)],
-        }.get(kind, [])
-    while ms < seconds * 1000:
-        ms += rng.choice([0, 1, 5, 15, 30, 40])
-        now = {kind: end for kind, begin, end in spells if begin <= ms <= end}
-        if not book or rng.random() < 0.5:
-            # The book changes; the lines tell of what has changed, or after a loss of all.
-            center += rng.choice([-1, 0, 0, 1])
-            book = {side: draw(side) for side in SIDES}
-            if "crossed" in now:
-                book[BID][300] = 1.0
-            if "one-sided" in now:
-                book[ASK] = {}
-            if "lost" in now:
-                told = None
-            elif told is None:
-                lines.append(snapshot(exchange_ms("book"), book[BID], book[ASK], heard=ms))
-                told = book
-            elif "silent" not in now:
-                now_told = [dict.fromkeys(told[s], 0) | book[s] for s in SIDES]
-                changes = [dict(now.items() - told[s].items()) for s, now in zip(SIDES, now_told)]
-                lines.append(delta(exchange_ms("book"), *changes, heard=ms))
-                told = book
-        else:
-            entries = []
-            for _ in range(rng.choice([1, 1, 2, 3])):
-                taker = rng.choice(SIDES)
-                x = center + taker * rng.choice([1, 1, 1, 2, 2, 3, 7])
-                entries.append((taker, x, rng.choice(SIZES), rng.random() < 0.1))
-            heard = now.get("late", ms)
-            lines.append(trades(exchange_ms("trades"), *entries, heard=heard))
-    return sorted(lines, key=lambda line: line.recv_ns)
-
-
-def rough_session(seed: int) -> list[Line]:
-    """90 s of a busy market with every kind of trouble, ending in mid-second."""
-    rng, spells = random.Random(seed), []
-    for kind, begin_s, length_s in (
-        ("crossed", 13, 2.2), ("one-sided", 15.6, 1.4), ("mark", 31, 2.5), ("crossed", 34.2, 2.1),
-        ("one-sided", 38, 2.2), ("late", 41, 1.5), ("lost", 44, 1.3), ("params", 58, 1),
-        ("silent", 60, 2.6), ("late", 76, 0.7), ("crossed", 78, 1.2), ("stop", 82, 1),
-    ):  # fmt: skip
-        begin = int(1000 * (begin_s + rng.uniform(0, 0.9)))
-        spells.append((kind, begin, begin + int(1000 * length_s)))
-    return busy_market(seed, 90.4, spells)
-
-
-def spoil(tail: list[Line], rng: random.Random) -> list[Line]:
-    """Another future: prices moved, messages taken out, trades put in."""
-    future, by = [], rng.choice([-40, -3, 5, 60]) * COIN.tick_size
-    for recv_ns, message in tail:
-        data, topic = message.get("data"), message.get("topic", "")
-        if topic.startswith("orderbook"):
-            data = {s: [[str(float(p) + by), v] for p, v in data[s]] for s in "ba"}
-        elif topic.startswith("publicTrade"):
-            data = [t | dict(p=str(float(t["p"]) + by), v=str(3 * float(t["v"]))) for t in data]
-        kept = Line(recv_ns, message | {"data": data})
-        trade = trades(recv_ns // MS - START_MS, (rng.choice(SIDES), rng.randrange(-50, 50), 9))
-        future += rng.choice([[], [kept, trade], *[[kept]] * 8])
-    return future

@@ -174,7 +174,7 @@ def test_day_as_archives_is_the_day_as_websocket_messages(tmp_path, category, ol
 
 BAD_LINES = [
     "{", "nonsense", "[1]", "1", "\0", "[" * 9999, delta(6, 1050, topic="orderbook.50.BTCUSDT"),
-    delta(6, 1050, topic="orderbook.200.XRPUSDT"), delta(6, 1050, cts="1050"),
+    delta(6, 1050, topic="orderbook.200.XRPUSDT"), delta(6, 1050, cts=f"{T0}"),
     '{"op":"local","event":"lost","reason":"x"}',
 ]  # fmt: skip
 BAD_ROWS = [
@@ -213,7 +213,7 @@ def test_columns_are_found_and_times_floored_and_equal_times_keep_their_order(
 ):
     rows, trades = [], []
     for i in range(300):
-        ms = (i - i % 4) * DAY_MS / 300 + 0.1 * (i % 2)  # two and two are equal, or all four
+        ms = (i - i % 4) * 287_987 + 0.1 * (i % 2)  # two and two are equal, or all four
         side, size = "Sell" if i % 3 else "Buy", f"{i + 1}"
         rows.append(row(i, ms, side, size, "100.1", rpi, spot=category == "spot"))
         trade = [T0 + int(ms), side, size, "100.1", str(i), rpi in ("1", "true")]
@@ -239,7 +239,7 @@ def test_tick_is_the_greatest_step_of_the_first_snapshot_or_given(tmp_path, word
     assert recording.parser.instrument.tick_text == tick
 
 
-# ---- Damaged and wrong files, download -----------------------------------------------
+# ---- Damaged and wrong files, download ---------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["", "x" * (1 << 19), "\n" * (1 << 22)], ids=len)
@@ -247,7 +247,7 @@ def test_what_is_damaged_overlong_or_a_bomb_is_used_up_to_there_and_the_book_the
     tmp_path, capsys, monkeypatch, damage
 ):
     monkeypatch.setattr(archive, "INFLATION", 0)
-    monkeypatch.setattr(archive, "SMALL", 1 << 20)
+    monkeypatch.setattr(archive, "SMALL", 1 << 21)
     monkeypatch.setattr(feed, "MAX_MESSAGE", 1 << 18)
     numbers = [f"{RNG.random()}" for _ in range(4000)]
     book = BOOK[:1] + [delta(6 + i, 1100 + i, [("99.9", n)]) for i, n in enumerate(numbers)]

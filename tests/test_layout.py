@@ -16,6 +16,12 @@ ALLOWED = {  # what each module may import of the project, and of the packages
     "marketmaker": {"feed", "optimize", "numpy", "scipy", "websocket", "matplotlib"},
     "backtest": {"feed", "optimize", "marketmaker", "numpy", "scipy", "matplotlib"},
 }
+BUDGETS = {  # lines, documentation included
+    "feed.py": 900, "optimize.py": 650, "marketmaker.py": 1050, "backtest.py": 1400,
+    "data/archive.py": 350,
+}  # fmt: skip
+TOTALS = {"*.py": 4000, "tests/*.py": 5500, "data/*.py": 1500}
+LONGEST = 60  # lines of a function
 EVERY = pytest.mark.parametrize("name", MODULES)
 
 
@@ -25,6 +31,10 @@ def functions(tree: ast.AST) -> list[ast.FunctionDef]:
 
 def length(node: ast.FunctionDef) -> int:
     return node.end_lineno - node.lineno + 1
+
+
+def count_lines(*paths: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in paths)
 
 
 @EVERY
@@ -59,11 +69,21 @@ def test_public_functions_state_the_types_of_what_they_take_and_give(name):
 @EVERY
 def test_functions_stay_short(name, capsys):
     worst = sorted(functions(MODULES[name]), key=length)[-3:]
-    lines = len((ROOT / f"{name}.py").read_text().splitlines())
     with capsys.disabled():
         longest = ", ".join(f"{node.name} {length(node)}" for node in reversed(worst))
+        lines = count_lines(ROOT / f"{name}.py")
         print(f"\n{name}.py: {lines} lines, longest functions {longest}", end="")
-    assert length(worst[-1]) <= 60
+    assert length(worst[-1]) <= LONGEST
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_file_keeps_within_its_budget_of_lines(name):
+    assert count_lines(ROOT / name) <= BUDGETS[name]
+
+
+@pytest.mark.parametrize("pattern", TOTALS)
+def test_files_together_keep_within_their_budget_of_lines(pattern):
+    assert count_lines(*ROOT.glob(pattern)) <= TOTALS[pattern]
 
 
 @pytest.mark.parametrize("name", ["optimize", "backtest"])
