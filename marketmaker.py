@@ -62,7 +62,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import websocket
@@ -105,10 +105,8 @@ class Market:
     returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # of 1 s
     turnovers: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
 
-    def measure_second(
-        self, second_ns: int, mid_price: float, turnover_musd: float, tick_size: float,
-        half_life_s: float,
-    ) -> None:  # fmt: skip
+    def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
+                       tick_size: float, half_life_s: float) -> None:  # fmt: skip
         """One whole second of receive time has passed.
 
         volatility = root mean square of the 1 s log returns of the mid in the window;
@@ -385,8 +383,10 @@ class PaperExchange:
             arrival_ns = time_ns + self.latency_ns
             self.orders.append(Order(0, 0, 0.0, 0.0, arrival_ns, is_taker=True))
 
-    def drop(self, order: Order) -> None:
-        """The order is over."""
+    def drop(self, order: Order, refusal: str = "") -> None:
+        """The order is over: filled, or refused."""
+        if refusal:
+            self.counts[f"refused: {refusal}"] += 1
         self.orders.remove(order)
         if self.sent.get(order.side) is order:
             self.sent[order.side] = None
@@ -468,10 +468,6 @@ class PaperExchange:
         """Whether the opposite side's best is at or beyond our price."""
         return -self.book.view.best(-order.side) <= order.level
 
-    def _refuse(self, order: Order, why: str) -> None:
-        self.counts[f"refused: {why}"] += 1
-        self.drop(order)
-
     # -- one message and our orders
 
     def _meet(self, tape: Tape, m: int) -> None:
@@ -495,9 +491,9 @@ class PaperExchange:
             if order.is_taker:
                 self._walk_the_book(order)
             elif self._is_reached(order):
-                self._refuse(order, "would take")
+                self.drop(order, "would take")
             elif order.side * self.account.inventory + order.qty > limit:
-                self._refuse(order, "inventory limit")
+                self.drop(order, "inventory limit")
             else:
                 order.queue_ahead = order.queue_at_arrival = self._shown(order)
 
@@ -519,7 +515,7 @@ class PaperExchange:
             if kind == feed.SNAPSHOT:  # it tells of every level
                 order.shorten_queue(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
-                self._refuse(order, "would take")
+                self.drop(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
                 self._fill(order, order.left, exch_ns)
 
@@ -591,18 +587,15 @@ class PaperExchange:
 class MarketMaker:
     """Messages in, decisions out. Holds market, account, exchange and log."""
 
-    def __init__(
-        self, parameters: Parameters, instrument: feed.Instrument, log: TextIO | None = None,
-        overrides: Mapping[str, Any] | None = None, solver: Callable = linprog,
-        strategy: Callable[..., Distances] = opt.choose_distances, **exchange: Any,
-    ) -> None:  # fmt: skip
-        self.parameters, self.instrument, self.strategy = parameters, instrument, strategy
+    def __init__(self, parameters: Parameters, instrument: feed.Instrument, log: Any = None,
+                 overrides: Mapping[str, Any] | None = None, solver: Callable = linprog,
+                 strategy: Callable = opt.choose_distances, **frictions: Any) -> None:  # fmt: skip
+        self.parameters, self.instrument, self.log = parameters, instrument, log
         self.overrides = dict(overrides or {})  # parameters that a recording cannot change
-        self.solver, self.log = solver, log
+        self.solver, self.strategy = solver, strategy
         self.market, self.account = Market(), Account()
-        self.exchange = PaperExchange(
-            parameters, instrument, self.market, self.account, **exchange
-        )
+        exchange = parameters, instrument, self.market, self.account
+        self.exchange = PaperExchange(*exchange, **frictions)
         self.decision, self.history = Decision(), History()
         self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
         self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # and its time
@@ -865,10 +858,8 @@ class MarketMaker:
             self.last_good = (time_ns, distances)
         return distances
 
-    def _place(
-        self, distances: Distances, mid: float
-    ) -> tuple[dict[int, tuple[int | None, float]], str]:
-        """(level, quantity) of each side around a mid in ticks, and the reasons given."""
+    def _place(self, distances: Distances, mid: float) -> tuple[dict[int, tuple], str]:
+        """(level or None, quantity) by side around a mid in ticks, and the reasons given."""
         p, lot = self.parameters, self.instrument.lot_size
         wanted, reasons = {}, [distances.reason] if distances.reason else []
         for side, name, bps in ((BID, "bid", distances.bid_bps), (ASK, "ask", distances.ask_bps)):
@@ -893,9 +884,8 @@ class MarketMaker:
         self._mark(self.market.book.view, self.last_ns)
         a = self.account
         account = dict(inventory=a.inventory, cash=a.cash, equity=a.equity, fees_paid=a.fees_paid)
-        self.decision = self.decision._replace(
-            time_ns=self.last_ns, mid_price=a.mid_price, **account
-        )
+        account |= dict(time_ns=self.last_ns, mid_price=a.mid_price)
+        self.decision = self.decision._replace(**account)
         self.history.add(self.decision)
         return self.decision
 
@@ -1052,12 +1042,10 @@ def plot_result(ax: Any, c: Mapping[str, np.ndarray]) -> None:
 
 
 def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
-    """Prices, inventory and result of a run over its minutes; c, the columns of its history,
-    gets an x.
-    """
-    fills, minute_ns = maker.account.fills, 60 * NS
-    c["x"] = (c["time_ns"] - maker.first_ns) / minute_ns
-    at = np.array([fill.recv_ns - maker.first_ns for fill in fills]) / minute_ns
+    """Prices, inventory and result of a run over its minutes, `x` of the history's columns."""
+    fills, first_ns, minute_ns = maker.account.fills, maker.first_ns, 60 * NS
+    c["x"] = (c["time_ns"] - first_ns) / minute_ns
+    at = np.array([fill.recv_ns - first_ns for fill in fills]) / minute_ns
     limit, coin = maker.parameters.max_inventory, maker.instrument.base_coin
     return [
         (4.4, [partial(plot_prices, c=c, fills=fills, at=at)]),
@@ -1119,9 +1107,8 @@ def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
     return {**read_parameters(options.params), **given}
 
 
-def choose_parameters(
-    given: Mapping[str, Any], start: Mapping[str, Any], instrument: feed.Instrument
-) -> Parameters:
+def choose_parameters(given: Mapping[str, Any], start: Mapping[str, Any],
+                      instrument: feed.Instrument) -> Parameters:  # fmt: skip
     """The user's parameters before those of a recording's start line before the defaults."""
     try:
         values = {**start.get("parameters", {}), **given}
@@ -1133,15 +1120,13 @@ def choose_parameters(
 class Session:
     """One run as its user sees it: the screen, the files, the edits of --params.
 
-    source is the live feed, None in a replay; stream is where the screen is.
+    source is the live feed, None in a replay.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, maker: MarketMaker, title: str, parser: feed.Parser,
-        source: feed.LiveFeed | None = None, stream: TextIO | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, options: argparse.Namespace, maker: MarketMaker, title: str,
+                 parser: feed.Parser, source: feed.LiveFeed | None = None) -> None:  # fmt: skip
         self.options, self.maker, self.title = options, maker, title
-        self.parser, self.source, self.stream = parser, source, stream or sys.stdout
+        self.parser, self.source, self.stream = parser, source, sys.stdout
         self.files = [file for file in (maker.log, source and source.recorder) if file]
         self.accepted = read_parameters(options.params)  # of --params
         self.edited_ns = options.params.stat().st_mtime_ns if options.params else 0
@@ -1265,9 +1250,8 @@ def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed
         raise UserError(source.fatal)
 
 
-def replayed_messages(
-    session: Session, recording: feed.Recording, speed: float
-) -> Iterator[list[feed.Message]]:
+def replayed_messages(session: Session, recording: feed.Recording,
+                      speed: float) -> Iterator[list[feed.Message]]:  # fmt: skip
     """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
     stop, began_s, first_ns, burst = feed.StopSignal(), time.monotonic(), 0, []
     for message in recording.messages():
@@ -1295,10 +1279,9 @@ def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = N
     given, where = given_parameters(options), options.url or "Bybit"
     parameters = choose_parameters(given, {}, instrument)
     start, depth = dataclasses.asdict(parameters), options.depth or feed.DEPTHS[0]
+    where_to = options.url, options.record, clock_ns
     try:
-        source = feed.open_feed(
-            instrument, depth, options.url, options.record, clock_ns, parameters=start
-        )
+        source = feed.open_feed(instrument, depth, *where_to, parameters=start)
     except (OSError, websocket.WebSocketException) as error:
         reason = f"{where} cannot be reached ({error})"
         if options.live or options.url or options.record or market != ("BTCUSDT", "linear"):

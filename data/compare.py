@@ -70,8 +70,9 @@ def load(path: Path) -> Recording:
             else:
                 record.changed.append(len(data["b"]) + len(data["a"]))
             apply_rows(book, data)
-            record.lags.append(recv_ns / 1e6 - message["cts"])
-            record.books.append((message["cts"], *measure(book)))
+            cts = message.get("cts", message["ts"])     # without cts before December 2023
+            record.lags.append(recv_ns / 1e6 - cts)
+            record.books.append((cts, *measure(book)))
         elif topic.startswith("publicTrade."):
             record.trades += [(t["T"], 1 if t["S"] == "Buy" else -1, float(t["p"]),
                                float(t["v"])) for t in message["data"]]

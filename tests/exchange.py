@@ -44,11 +44,9 @@ HANDSHAKE_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.
 SEND_TIMEOUT_S = 5  # a client that takes nothing for so long is dropped
 POLL_S = 0.001  # the clock may run faster than the wall: look at it this often
 NOTICE_S = 0.02  # how soon close() is noticed where nobody connects
-MAX_SPOT_ARGS = 10
 NS_PER_MS = 1_000_000
 STAMP = re.compile(r'("(?:ts|cts|T)"\s*:\s*)(\d+)')
 UPDATE_ID = re.compile(r'("u"\s*:\s*)(\d+)')
-Line = tuple[int, str, dict]  # a recorded message: recv_ns, text, parsed
 
 
 def build_frame(payload: str | bytes, opcode: int = ABNF.OPCODE_TEXT) -> bytes:
@@ -110,7 +108,6 @@ class Client:
         self.silent_until_ns = 0
 
     def read(self, n: int) -> bytes:
-        """1 to n bytes."""
         if received := self.sock.recv(n):
             return received
         raise ConnectionError("the connection has ended")
@@ -261,9 +258,9 @@ class LoopbackExchange(contextlib.AbstractContextManager):
             time.sleep(0)  # others want the lock
         self.finished.set()
 
-    def _timeline(self) -> Iterator[Line]:
+    def _timeline(self) -> Iterator[tuple[int, str, dict]]:
         """The lines in order of sending: late trades slip behind later messages."""
-        late: deque[Line] = deque()
+        late = deque()
         for recv_ns, text, message in self._lines:
             while late and late[0][0] <= recv_ns:
                 yield late.popleft()
@@ -402,8 +399,8 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def _find_problem(self, client: Client, topics: list[str]) -> str:
         """Why Bybit would refuse these topics, in its words; "" if it would not."""
-        if self._spot and len(topics) > MAX_SPOT_ARGS:
-            return f"args size >{MAX_SPOT_ARGS}"
+        if self._spot and len(topics) > 10:
+            return "args size >10"
         for topic in topics:
             if topic not in self._topics:
                 return f"error:handler not found,topic:{topic}"

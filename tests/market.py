@@ -102,12 +102,12 @@ def calm(end_ms: int, *events: Line) -> list[Line]:
 
 # ---- Drawn by lot ------------------------------------------------------------------
 
-LOSS = [("lost", 18_000, 18_200)]  # spells: a trouble, from ms, to ms
+SIZES = [0, 0.125, 0.25, 0.5, 1.0, 2.0, 3.5]
+LOSS = [("lost", 18_000, 18_200)]  # a spell of trouble, from ms, to ms
 TROUBLES = [
-    ("crossed", 13_300, 15_500), ("one-sided", 15_900, 17_300), ("mark", 31_400, 33_900),
-    ("crossed", 34_600, 36_700), ("one-sided", 38_500, 40_700), ("late", 41_100, 42_600),
-    ("lost", 44_200, 45_500), ("params", 58_300, 59_300), ("silent", 60_100, 62_700),
-    ("late", 76_200, 76_900), ("crossed", 78_700, 79_900), ("stop", 82_400, 83_400),
+    ("crossed", 13_300, 15_500), ("one-sided", 15_900, 17_300), ("crossed", 34_600, 36_700),
+    ("one-sided", 38_500, 40_700), ("late", 41_100, 42_600), ("lost", 44_200, 45_500),
+    ("silent", 60_100, 62_700), ("late", 76_200, 76_900), ("crossed", 78_700, 79_900),
 ]  # fmt: skip
 
 
@@ -115,45 +115,30 @@ def busy_market(seed: int, seconds: float = 24, spells=LOSS) -> list[Line]:
     """A book of six levels a side that wanders, and trades around its best. Book and trades
     each have their own lag, so that they are heard out of order.
     """
-    rng, lines, ms, center = random.Random(seed), [], 400, 0
-    book = told = None  # {side: {ticks from MID: size}}: as it is; as the lines tell it
-    last_ms = {"book": 0, "trades": 0}  # on the exchange
-
-    def exchange_ms(name: str) -> int:
-        last_ms[name] = max(last_ms[name], ms - rng.choice([2, 10, 45, 90, 150]))
-        return last_ms[name]
-
-    def draw(side: int) -> dict:
-        """Some levels keep their size, some change it, some are empty."""
-        new, old = {}, book[side] if book else {}
-        for x in (center - side * k for k in range(1, 7)):
-            if rng.random() < 0.9:
-                keeps = x in old and rng.random() < 0.7
-                new[x] = old[x] if keeps else rng.choice([0.125, 0.25, 0.5, 1.0, 2.0, 3.5])
-        return new or {center - side: 1.0}
-
-    for kind, begin, end in spells:
-        lines += {
-            "lost": [lost(begin, "a gap, they say")],
-            "mark": [ticker(begin, 50_400.5), ticker(end, 50_000)],
-            "params": [params(begin, alpha=2.0, order_qty=0.75), params(end, alpha=77)],
-            "stop": [params(begin, max_drawdown_usdt=1.0)],
-        }.get(kind, [])
+    rng, ms, center = random.Random(seed), 400, 0
+    lines = [lost(begin, "a gap, they say") for kind, begin, _ in spells if kind == "lost"]
+    exch_ms = {"book": 0, "trades": 0}  # of the last message
+    book, told = {BID: {}, ASK: {}}, None  # {ticks from MID: size}: as it is; as was told
     while ms < seconds * 1000:
         ms += rng.choice([0, 1, 5, 15, 30, 40])
         now = {kind: end for kind, begin, end in spells if begin <= ms <= end}
-        if book and rng.random() < 0.5:
+        topic = "trades" if told and rng.random() < 0.5 else "book"
+        exch_ms[topic] = at = max(exch_ms[topic], ms - rng.choice([2, 10, 45, 90, 150]))
+        if topic == "trades":
             entries = []
             for _ in range(rng.choice([1, 1, 2, 3])):
-                taker, size = rng.choice(SIDES), rng.choice([0.125, 0.25, 0.5, 1.0, 2.0, 3.5])
-                x = center + taker * rng.choice([1, 1, 1, 2, 2, 3, 7])
-                entries.append((taker, x, size, rng.random() < 0.1))
-            lines.append(trades(exchange_ms("trades"), *entries, heard=now.get("late", ms)))
+                taker, distance = rng.choice(SIDES), rng.choice([1, 1, 1, 2, 2, 3, 7])
+                is_rpi = rng.random() < 0.1
+                entries.append((taker, center + taker * distance, rng.choice(SIZES[1:]), is_rpi))
+            lines.append(trades(at, *entries, heard=now.get("late", ms)))
             continue
 
         # The book changes. It is told by what has changed, after a loss as a whole.
         center += rng.choice([-1, 0, 0, 1])
-        book = {side: draw(side) for side in SIDES}
+        for side in SIDES:
+            old, levels = book[side], [center - side * k for k in range(1, 7)]
+            kept = {x for x in levels if x in old and rng.random() < 0.7}
+            book[side] = {x: old[x] if x in kept else rng.choice(SIZES) for x in levels}
         if "crossed" in now:
             book[BID][300] = 1.0
         if "one-sided" in now:
@@ -161,19 +146,22 @@ def busy_market(seed: int, seconds: float = 24, spells=LOSS) -> list[Line]:
         if "lost" in now:
             told = None
         elif told is None:
-            lines.append(snapshot(exchange_ms("book"), book[BID], book[ASK], heard=ms))
-            told = book
+            lines.append(snapshot(at, *book.values(), heard=ms))
+            told = dict(book)
         elif "silent" not in now:
-            rows = [dict.fromkeys(told[side], 0) | book[side] for side in SIDES]
-            changes = [dict(new.items() - told[side].items()) for side, new in zip(SIDES, rows)]
-            lines.append(delta(exchange_ms("book"), *changes, heard=ms))
-            told = book
+            rows = {side: dict.fromkeys(told[side], 0) | book[side] for side in SIDES}
+            changes = [dict(rows[side].items() - told[side].items()) for side in SIDES]
+            lines.append(delta(at, *changes, heard=ms))
+            told = dict(book)
     return in_order(lines)
 
 
 def rough_session(seed: int) -> list[Line]:
     """90 s of a busy market with every kind of trouble, ending in mid-second."""
-    return busy_market(seed, 90.4, TROUBLES)
+    changes = params(58_300, alpha=2.0, order_qty=0.75), params(59_300, alpha=77)
+    stop = params(82_400, max_drawdown_usdt=1.0)
+    notes = [ticker(31_400, 50_400.5), ticker(33_900, 50_000), *changes, stop]
+    return in_order([*notes, *busy_market(seed, 90.4, TROUBLES)])
 
 
 # ---- From lines to messages and recordings -----------------------------------------

@@ -81,10 +81,10 @@ def test_snapshot_and_deltas_make_the_true_book_at_the_times_of_the_clock(exchan
 def test_a_request_is_refused_whole_in_bybits_words(connect, topics, words):
     with LoopbackExchange(session_lines(), spot=True) as exchange:
         ws = connect(exchange.url, BOOK)
-        ws.send(compact({"req_id": "r", "op": "subscribe", "args": topics}))
-        reply = next(m for m in map(json.loads, iter(ws.recv, None)) if m.get("req_id"))
-        assert (reply["success"], reply["ret_msg"]) == (False, words)
-        connect(exchange.url, TRADE)  # nothing of it was granted
+        for args, answer in ((topics, (False, words)), ([TRADE], (True, "subscribe"))):
+            ws.send(compact({"req_id": "r", "op": "subscribe", "args": args}))
+            reply = next(m for m in map(json.loads, iter(ws.recv, None)) if "req_id" in m)
+            assert (reply["success"], reply["ret_msg"]) == answer
 
 
 @pytest.mark.parametrize(
@@ -109,28 +109,20 @@ def test_a_stall_is_silence_after_which_what_fell_due_is_lost_or_kept(exchange, 
     assert not any("pong" in text for _, text in exchange.sent)
 
 
-@pytest.mark.parametrize("fault", ["reset_clients", "vanish"])
-def test_a_cut_connection_looks_as_on_the_wire(exchange, connect, fault):
-    receive(ws := connect(exchange.url, BOOK), 3)
-    getattr(exchange, fault)()
-    with pytest.raises((ConnectionResetError, websocket.WebSocketConnectionClosedException)) as cut:
-        receive(ws, 100)
-    assert (cut.type is ConnectionResetError) == (fault == "reset_clients")
-
-
 def test_late_trades_come_after_later_book_messages(exchange, connect):
     exchange.late_trades(35)
     ws = connect(exchange.url, BOOK, TRADE)
-    (trade,), (book,) = receive(ws, topic=TRADE), receive(ws)
-    assert trade["data"][0]["T"] < book["cts"] - 30
+    trades = receive(ws, topic=TRADE)[0]["data"]
+    assert trades[0]["T"] < receive(ws)[0]["cts"] - 30
 
 
 def test_the_command_line_sends_every_line_as_recorded_until_its_input_ends(tmp_path, connect):
     path, lines = tmp_path / "r.gz", session_lines()
-    path.write_bytes(gzip.compress("".join(f"{stamp} {text}\n" for stamp, text in lines).encode()))
+    with gzip.open(path, "wt") as file:
+        file.writelines(f"{stamp} {text}\n" for stamp, text in lines)
     command = [sys.executable, exchange_module.__file__, str(path), "--speed", "max"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         topics = {json.loads(text)["topic"] for _, text in lines}
         ws = connect(process.stdout.readline().strip(), *topics)
         assert [ws.recv() for _ in lines] == [text for _, text in lines]

@@ -9,12 +9,12 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import signal
 import socket
 import struct
 import threading
 import time
-from decimal import Decimal
 from itertools import chain, pairwise, repeat
 
 import pytest
@@ -23,7 +23,7 @@ from exchange import LoopbackExchange, compact, wait_until
 from test_feed import BOOK, NOW_NS, book_text, levels_of, session_lines, ticker_text
 
 import feed
-from feed import ASK, BID, DELTA, LOST, SNAPSHOT, Book, Instrument, Parser, UserError
+from feed import ASK, BID, DELTA, LOST, SNAPSHOT, Book, Instrument, Parser
 
 PATIENCE_S = 30  # how long a loaded machine may take
 SPOT = Instrument("BTCUSDT", "spot", "0.1", "0.000001", 0.000011)
@@ -32,7 +32,7 @@ SPOT = Instrument("BTCUSDT", "spot", "0.1", "0.000001", 0.000011)
 class Session:
     """An exchange, a feed, its consumer as the main thread is one, and every test's questions."""
 
-    def __init__(self, exchange: LoopbackExchange, source: feed.LiveFeed, hurry) -> None:
+    def __init__(self, exchange: LoopbackExchange, source: feed.LiveFeed, hurry=None) -> None:
         self.exchange, self.source, self.hurry = exchange, source, hurry
         self.messages, self.book, self.is_trusted = [], Book(), False
 
@@ -56,15 +56,16 @@ class Session:
         """Drain until a condition holds."""
         return wait_until(lambda: self.drain() or condition(), PATIENCE_S)
 
-    def play(self, count: int = 40) -> None:
+    def play(self, count: int = 40) -> "Session":
         """Until so many more messages have come."""
         goal = len(self.messages) + count
         assert self.reaches(lambda: len(self.messages) >= goal)
+        return self
 
     def has_true_book(self) -> bool:
         true, levels = self.exchange.book(), {}
         for side, rows in ((BID, true["b"]), (ASK, true["a"])):
-            levels[side] = {side * int(Decimal(p) * 10): float(s) for p, s in rows.items()}
+            levels[side] = {side * round(float(p) * 10): float(s) for p, s in rows.items()}
         return self.is_trusted and levels_of(self.book) == levels
 
     def recover(self) -> None:
@@ -93,7 +94,8 @@ class Session:
     def check_recording(self) -> None:
         """It has a prefix of what each connection was sent, and gives what was seen."""
         path, parts = self.source.recorder.path, [[]]
-        lines = [line.partition(" ") for line in gzip.open(path, "rt").read().split("\n")[:-1]]
+        text = gzip.decompress(path.read_bytes()).decode()
+        lines = [line.partition(" ") for line in text.split("\n")[:-1]]
         assert [int(stamp) for stamp, *_ in lines] == sorted(int(stamp) for stamp, *_ in lines)
         for *_, text in lines:
             ours = json.loads(text) if text.startswith('{"op":"local"') else {"event": "raw"}
@@ -109,30 +111,33 @@ class Session:
         assert repr([*replayed]) == repr(self.messages)  # by repr, since nan is not nan
 
 
-def fast_clock():
-    """A clock that starts now and runs twenty times as fast as the wall's."""
-    wall, began = time.time_ns(), time.monotonic_ns()
-    return lambda: wall + (time.monotonic_ns() - began) * 20
+def fast_clock() -> int:
+    """A clock that runs twenty times as fast as the wall's."""
+    return NOW_NS + time.monotonic_ns() * 20
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """No proxy, and shorter waits than in earnest."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name, value in (("BACKOFF_S", (0.02, 0.1)), ("RECV_S", 0.05), ("FLUSH_S", 0.05)):
+        monkeypatch.setattr(feed, name, value)
 
 
 @pytest.fixture
-def begin(monkeypatch, tmp_path):
+def begin(tmp_path):
     """Start exchange and feed; end both, whatever happens."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(feed, "BACKOFF_S", (0.02, 0.1))
-    monkeypatch.setattr(feed, "RECV_S", 0.05)
     with contextlib.ExitStack() as stack:
 
         def start(lines=None, instrument=Instrument(), clock_ns=time.time_ns, depth=200, **options):
             jump_ns = [0]  # of the exchange's clock: what is left of the market comes at once
-            hurry = lambda: jump_ns.append(3_600 * feed.NS)  # noqa: E731
             options["clock_ns"] = lambda: clock_ns() + jump_ns[-1]
             exchange = stack.enter_context(LoopbackExchange(lines or session_lines(), **options))
             path = tmp_path / "r.gz"
             source = feed.open_feed(instrument, depth, exchange.url, path, clock_ns, more=1)
             stack.callback(source.recorder.close)
             stack.callback(source.stop)
-            return Session(exchange, source, hurry)
+            return Session(exchange, source, lambda: jump_ns.append(3_600 * feed.NS))
 
         yield start
 
@@ -142,18 +147,16 @@ def begin(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("instrument", [Instrument(), SPOT])
 def test_an_undisturbed_session_is_received_recorded_and_replayed(begin, instrument):
-    session = begin(instrument=instrument, spot=instrument is SPOT)
-    session.play()
+    session = begin(instrument=instrument, spot=instrument is SPOT).play()
     for i in range(50):  # lines of the main thread's stand among the exchange's
         session.source.emit(feed.control_line("params", i=i))
     session.check()
-    counts = {"acks": 1, "book": 300, "trades": 75, "tickers": 60}
-    assert session.source.parser.counts == counts
+    assert session.source.parser.counts == {"acks": 1, "book": 300, "trades": 75, "tickers": 60}
     assert session.losses == [] and session.source.reconnects == 0
     assert [m.note["i"] for m in session.messages if "i" in m.note] == [*range(50)]
     start = feed.open_recording(session.source.recorder.path).start
-    expected = dict(symbol="BTCUSDT", category=instrument.category, depth=200, more=1)
-    assert start.items() >= (expected | {"tick_size": "0.1"}).items()
+    steps = dict(depth=200, tick_size="0.1", lot_size=instrument.lot_text, more=1)
+    assert start.items() >= dict(symbol="BTCUSDT", category=instrument.category, **steps).items()
 
 
 # ---- Faults that end a connection, and faults that cost nothing --------------------
@@ -163,8 +166,8 @@ ENDLESS = b"\x01\x7e\xff\xff" + b"x" * 65_535 + (b"\x00\x7e\xff\xff" + b"x" * 65
 REFUSAL = compact({"success": False, "ret_msg": "handler not found\n\x1b[2J\ud800"})
 ENDING = {
     "a close frame": (lambda e: e.close_clients(1001), "1001"),
-    "a TCP reset": (lambda e: e.reset_clients(), ""),
-    "an end of file": (lambda e: e.vanish(), ""),
+    "a TCP reset": (lambda e: e.reset_clients(), "Connection reset by peer"),
+    "an end of file": (lambda e: e.vanish(), "Connection to remote host was lost"),
     "two skipped updates": (lambda e: e.skip(2), "gap in u"),
     "a malformed book message": (lambda e: e.send(book_text("x")), "malformed"),
     "a giant frame": (lambda e: e.send(HUGE_FRAME, None), "1099511627776"),
@@ -179,8 +182,7 @@ ENDING = {
 @pytest.mark.parametrize("name", ENDING)
 def test_after_a_fault_the_loss_is_told_and_the_feed_recovers_alone(begin, name):
     fault, reason = ENDING[name]
-    session = begin()
-    session.play()
+    session = begin().play()
     fault(session.exchange)
     assert session.reaches(lambda: session.losses)
     session.check()
@@ -188,20 +190,20 @@ def test_after_a_fault_the_loss_is_told_and_the_feed_recovers_alone(begin, name)
     assert session.source.reconnects >= 1 and session.exchange.connections >= 2
 
 
-def test_fault_upon_fault_is_survived(begin):
-    session = begin(session_lines(count=3_000))
-    for name in ("two skipped updates", "a TCP reset", "a giant frame", "a close frame"):
+def test_fault_upon_fault_is_survived_and_a_request_of_the_main_thread(begin):
+    session = begin(session_lines(count=800))
+    faults = [ENDING[name][0] for name in ("two skipped updates", "a TCP reset", "a giant frame")]
+    for fault in (*faults, lambda _: session.source.cut("book crossed for 1 s")):
         before = len(session.losses)
-        ENDING[name][0](session.exchange)
-        assert session.reaches(lambda n=before: len(session.losses) > n)
         assert session.reaches(lambda: session.is_trusted)
+        fault(session.exchange)
+        assert session.reaches(lambda n=before: len(session.losses) > n)
     session.check()
-    assert session.source.reconnects >= 4
+    assert session.source.reconnects >= 4 and session.losses[-1] == "book crossed for 1 s"
 
 
 def test_an_exchange_that_is_away_for_a_while_is_found_again(begin):
-    session = begin()
-    session.play()
+    session = begin().play()
     session.exchange.close()
     assert session.reaches(lambda: session.losses and not session.source.ws)
     port = int(session.exchange.url.rpartition(":")[2])
@@ -213,34 +215,22 @@ def test_an_exchange_that_is_away_for_a_while_is_found_again(begin):
 ALREADY = '{"success":false,"ret_msg":"error:already subscribed,topic:x"}'
 HARMLESS = {
     "a repeated update": (lambda e: e.repeat(), "repeated"),
-    "text that is no JSON": (lambda e: e.send('{"topic":"orderbook.200.BTCU'), "malformed"),
     "invalid UTF-8": (lambda e: e.send(b'{"x":"\xff\xfe"}'), "malformed"),
     "a message of two lines": (lambda e: e.send('{"topic":"kline.1.X",\n"data":[]}'), "ignored"),
-    "our own name": (lambda e: e.send('{"op":"local","event":"lost","reason":"x"}'), "malformed"),
-    "an empty message": (lambda e: e.send(""), "malformed"),
     "a protocol ping": (lambda e: e.send(b"hello", websocket.ABNF.OPCODE_PING), "acks"),
     "already subscribed": (lambda e: e.send(ALREADY), "refusals"),
+    "a restart, with a new book": (lambda e: e.restart(), "acks"),
 }
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_does_not_touch_the_book_is_counted_and_costs_nothing(begin, name):
+def test_what_does_not_spoil_the_book_is_counted_and_costs_nothing(begin, name):
     fault, count = HARMLESS[name]
-    session = begin()
-    session.play()
+    session = begin().play()
     fault(session.exchange)
     session.play(9)
-    session.check()
+    session.check(restarts="restart" in name)
     assert session.source.parser.counts[count] == 1
-    assert session.losses == [] and session.source.reconnects == 0
-
-
-def test_a_restart_of_the_exchange_replaces_the_book_without_a_loss(begin):
-    session = begin()
-    session.play()
-    session.exchange.restart()
-    session.play(9)
-    session.check(restarts=1)
     assert session.losses == [] and session.source.reconnects == 0
 
 
@@ -249,8 +239,7 @@ def test_a_restart_of_the_exchange_replaces_the_book_without_a_loss(begin):
 
 @pytest.mark.parametrize("everyone", [False, True])
 def test_a_socket_that_falls_silent_is_given_up_again_and_again(begin, everyone):
-    session = begin(session_lines(step_ms=100), clock_ns=fast_clock())
-    session.play()
+    session = begin(session_lines(step_ms=100), clock_ns=fast_clock).play()
     session.exchange.stall(3 * feed.WATCHDOG_S, everyone=everyone)
     assert session.reaches(lambda: len(session.losses) > everyone)
     session.check()
@@ -258,16 +247,17 @@ def test_a_socket_that_falls_silent_is_given_up_again_and_again(begin, everyone)
 
 
 def test_a_book_that_falls_silent_while_others_talk_is_given_up(begin, monkeypatch):
-    monkeypatch.setattr(feed, "BOOK_WATCHDOG_S", 15.0)
-    lines = session_lines(count=400, step_ms=100, quiet=range(60, 390))
-    session = begin(lines, clock_ns=fast_clock())
+    monkeypatch.setattr(feed, "BOOK_WATCHDOG_S", 5.0)
+    lines = session_lines(step_ms=100, quiet=range(100, 290))
+    session = begin(lines, clock_ns=fast_clock)
     assert session.reaches(lambda: session.losses)
+    assert sum(m.kind in (DELTA, SNAPSHOT) for m in session.messages) >= 100
     session.check()
-    assert session.losses[0] == "no book message for 15 s"
+    assert session.losses[0] == "no book message for 5 s"
 
 
 def test_a_message_that_drips_does_not_keep_the_feed_waiting(begin):
-    session = begin(session_lines(count=10), clock_ns=fast_clock())
+    session = begin(session_lines(count=10), clock_ns=fast_clock)
     session.hurry()
     assert session.reaches(session.exchange.finished.is_set)
     drops = chain([b"\x01\x01x"], repeat(b"\x00\x01x"))  # a frame, and more of the same message
@@ -277,7 +267,7 @@ def test_a_message_that_drips_does_not_keep_the_feed_waiting(begin):
 
 
 def test_the_feed_pings_in_time_even_while_nothing_comes(begin):
-    session = begin(session_lines(count=2), clock_ns=fast_clock())
+    session = begin(session_lines(count=2), clock_ns=fast_clock)
     assert session.reaches(lambda: session.source.parser.counts["pongs"] >= 2)
     session.check()
     assert session.exchange.pings >= 2 and session.losses == []
@@ -296,29 +286,25 @@ def test_a_mistake_of_the_user_is_fatal_and_says_what_to_check(begin, instrument
     session = begin(instrument=instrument, depth=depth)
     session.source.thread.join(PATIENCE_S)
     assert not session.source.thread.is_alive(), "it must not try again"
-    with pytest.raises(UserError, match=words):
-        raise UserError(session.source.fatal)
-    assert session.source.fatal.isprintable() and session.exchange.connections == 1
+    assert re.search(words, session.source.fatal) and session.source.fatal.isprintable()
+    assert session.exchange.connections == 1
 
 
-def test_any_number_of_topics_is_subscribed_ten_at_a_time_and_again_after_a_loss(begin):
+def test_any_number_of_topics_is_subscribed_ten_at_a_time_and_again_after_a_loss():
     topics = [f"tickers.S{number}" for number in range(23)]
     more = [(NOW_NS, ticker_text({}, topic=topic)) for topic in topics]
-    session = begin(session_lines() + more, spot=True)
-    session.source.stop()  # another feed takes its place
     parser = Parser(Instrument())
     parser.topics |= dict.fromkeys(topics, parser.topics["tickers.BTCUSDT"])
-    other = Session(session.exchange, feed.LiveFeed(session.exchange.url, parser), session.hurry)
-    other.source.start(other.source.connect())
-    other.play()
-    other.exchange.vanish()
-    assert other.reaches(lambda: other.losses)
-    other.recover()
-    other.source.stop()
-    asked = other.exchange.subscriptions[1:]
+    with LoopbackExchange(session_lines() + more, spot=True) as exchange:
+        session = Session(exchange, feed.LiveFeed(exchange.url, parser))
+        session.source.start(session.source.connect())
+        session.play()
+        exchange.vanish()
+        assert session.reaches(lambda: parser.counts["acks"] == 6)
+        session.source.stop()
+    asked = exchange.subscriptions
     assert [len(args) for args in asked] == [10, 10, 6] * 2
     assert sorted(sum(asked[:3], [])) == sorted(sum(asked[3:], [])) == sorted(parser.topics)
-    assert parser.counts["refusals"] == 0 and parser.counts["acks"] == 6
 
 
 # ---- The ends of a session ---------------------------------------------------------
@@ -333,19 +319,16 @@ def stops(source: feed.LiveFeed) -> bool:
 
 
 def test_stop_in_the_middle_of_a_busy_market_loses_nothing_received(begin):
-    session = begin(session_lines(count=5_000, step_ms=2))
-    session.play(100)
+    session = begin(session_lines(count=5_000, step_ms=2)).play(100)
     assert stops(session.source) and not session.exchange.finished.is_set()
     session.finish()
-    assert not session.losses
     session.check_recording()
 
 
 @pytest.mark.parametrize("state", [lambda e: e.stall(1_000), lambda e: e.send(b"\x01\x01x", None)])
 def test_stop_ends_while_nothing_comes_or_half_a_message(begin, monkeypatch, state):
     monkeypatch.setattr(feed, "RECV_S", 600.0)
-    session = begin(session_lines(count=1))
-    session.play(3)
+    session = begin(session_lines(count=1)).play(3)
     state(session.exchange)
     assert stops(session.source) and not session.source.thread.is_alive()
     session.drain()
@@ -356,8 +339,7 @@ def test_stop_ends_while_nothing_comes_or_half_a_message(begin, monkeypatch, sta
 def test_stop_ends_while_the_exchange_is_away_or_never_answers(begin, monkeypatch, is_mute):
     monkeypatch.setattr(feed, "CONNECT_S", 600.0)
     monkeypatch.setattr(feed, "STOP_S", 0.2)
-    session = begin()
-    session.play()
+    session = begin().play()
     session.exchange.close()
     assert session.reaches(lambda: session.losses and not session.source.ws)
     with contextlib.ExitStack() as stack:
@@ -371,39 +353,23 @@ def test_stop_ends_while_the_exchange_is_away_or_never_answers(begin, monkeypatc
 def test_a_full_queue_is_a_loss_with_a_reason_and_nothing_in_it_is_dropped(begin, monkeypatch):
     monkeypatch.setattr(feed, "MAX_QUEUED", 60)
     session = begin()
-    source, exchange = session.source, session.exchange
+    source = session.source
     assert wait_until(lambda: source.queue.qsize() > 60 and not source.ws, PATIENCE_S)
     time.sleep(0.3)
-    assert exchange.connections == 1, "it must not go on before the consumer has caught up"
+    assert source.reconnects == 0, "it must not go on before the consumer has caught up"
     session.check()
-    assert "60 messages wait" in session.losses[0] and exchange.connections >= 2
+    assert "60 messages wait" in session.losses[0] and source.reconnects >= 1
 
 
-def test_the_main_thread_can_ask_for_a_new_book(begin):
-    session = begin()
-    session.play()
-    session.source.cut("book crossed for 1 s")
-    assert session.reaches(lambda: session.losses)
-    session.check()
-    assert session.losses[0] == "book crossed for 1 s"
-
-
-class FullDisk:
-    def write(self, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    flush = close = lambda self: None
-
-
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_failing_disk_does_not_disturb_the_session(begin):
-    session = begin()
-    session.play()
+    session = begin().play()
     recorder = session.source.recorder
-    real, recorder.file = recorder.file, FullDisk()
+    recorder.file.close()
+    recorder.file = open("/dev/full", "wb", buffering=0)
     session.recover()
     session.source.stop()
     recorder.close()
-    real.close()
     assert recorder.failure.endswith("r.gz stopped: No space left on device")
     assert session.losses == [] and session.source.reconnects == 0
 
@@ -416,10 +382,7 @@ def test_a_failing_disk_does_not_disturb_the_session(begin):
     [b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1:1/\r\n\r\n", b"SSH-2.0-x\r\n\r\n", b"",
      b"HTTP/1.1 403 Forbidden\r\nContent-Length: x\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n<html>"],
 )  # fmt: skip
-def test_whatever_answers_in_place_of_the_exchange_is_an_error_that_callers_know(
-    monkeypatch, tmp_path, answer
-):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def test_whatever_answers_in_place_of_the_exchange_is_an_error_that_callers_know(tmp_path, answer):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -435,42 +398,36 @@ def test_whatever_answers_in_place_of_the_exchange_is_an_error_that_callers_know
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """Run feed.py record until a signal: status, what was told, the recording's lines."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(feed, "FLUSH_S", 0.05)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def run(tmp_path, capsys):
+    """Run feed.py record, until a signal: status, what was told, the recording's lines."""
+    path, numbers = tmp_path / "new.gz", (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
 
-    def run(*flags: str, number: int | None = None) -> tuple:
-        def kill() -> None:
-            if wait_until(lambda: len(exchange.sent) > 60):
-                os.kill(os.getpid(), number)
-
-        with LoopbackExchange(session_lines()) as exchange:
-            path = str(tmp_path / "new.gz")
-            killer = threading.Thread(target=kill if number else int)
-            killer.start()
-            status = feed.main(["record", path, "--url", exchange.url, *flags])
-            killer.join()
-        told = capsys.readouterr()
-        return status, told.out + told.err, [text for _, text in feed.read_lines(path)]
+    def run(*flags: str, number: int = 0) -> tuple:
+        with LoopbackExchange(session_lines(count=2_000)) as exchange:
+            if number:
+                is_on = lambda: len(exchange.sent) > 60  # noqa: E731
+                kill = lambda: wait_until(is_on) and os.kill(os.getpid(), number)  # noqa: E731
+                threading.Thread(target=kill).start()
+            status = feed.main(["record", str(path), "--url", exchange.url, *flags])
+        told = "".join(capsys.readouterr())
+        return status, told, [text for _, text in feed.read_lines(path)]
 
     yield run
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGTERM])
 def test_the_command_records_until_its_end_or_a_signal_and_says_what(run, number):
-    status, told, lines = run(*(() if number else ("--minutes", "0.005")), number=number)
-    assert status == 0 and "new.gz: {'acks': 1, 'book':" in told
+    status, told, lines = run("--minutes", "0.5" if number else "0.005", number=number)
+    assert status == 0 and "new.gz: {'acks': 1, " in told
     assert json.loads(lines[0])["event"] == "start" and json.loads(lines[-1])["event"] == "end"
-    assert sum(BOOK in text for text in lines) > 20
+    assert 20 < sum(BOOK in text for text in lines) < 2_000
 
 
 def test_the_command_ends_with_one_line_where_the_exchange_refuses_and_overwrites_nothing(run):
-    steps = "--tick-size", "0.1", "--lot-size", "1"
-    status, told, lines = run("--symbol", "btcusdt", *steps)
+    status, told, lines = run("--symbol", "btcusdt", "--tick-size", "0.1", "--lot-size", "1")
     assert status == 2 and told.count("error: ") == 1 and "handler not found" in told
-    status, told, again = run()
+    status, told, again = run("--minutes", "0.005")
     assert status == 2 and "new.gz exists" in told and told.count("\n") == 1 and again == lines

@@ -1,379 +1,226 @@
 """What a run is said to have earned: accounts, averages and intervals worked by hand."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections import Counter
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from market import busy_market, calm, trades, write
+from test_backtest import CALM, FOUR, ROUGH, folder, near, play, play_fixed  # noqa: F401
 
-from backtest import (
-    DECISION,
-    FEW,
-    HORIZONS_S,
-    NS,
-    Fill,
-    Result,
-    changes_by_minute,
-    draw_figure,
-    estimate_mean,
-    format_table,
-    measure,
-    measure_drawdown,
-    measure_markouts,
-    measure_sharpe,
-    result_rows,
-    thin,
-    time_mean,
-)
-from marketmaker import State
-from optimize import Parameters
+import backtest
+from backtest import estimate_mean, measure_drawdown, measure_markouts, measure_sharpe, time_mean
+from feed import ASK, MS, NS
 
-START_NS = 1_767_225_600 * NS  # 2026-01-01 00:00:00 UTC, a whole minute
-DAY_S = 86_400
+NAN = math.nan
 
 
-def fill(second, side, price, mid_price, fee=0.1, **changes):
-    """One unit, filled some seconds after the start, of an order that arrived 2 s before."""
-    time_ns = START_NS + round(second * NS)
-    made = Fill(
-        time_ns, time_ns, side, price, 1.0, fee, mid_price, 0.0, 5.0, False, time_ns - 2 * NS
-    )
-    return made._replace(**changes)
+# ---- Four fills by pencil and paper ------------------------------------------------
 
 
-def decision(t_s, **given):
-    """A row of DECISION, a sound market without a position unless given otherwise."""
-    usual = dict.fromkeys(DECISION, 0.0) | dict(mid=100.0, bid=99.0, ask=101.0)
-    terms = dict(volatility_bps=3.0, liquidity_bps=2.0, depth_bps=1.0, base_bps=6.0)
-    row = usual | terms | {"t_s": t_s} | given
-    return [row[name] for name in DECISION]
-
-
-def result_of(decisions, fills=(), state=None, span_s=None, markouts=None, **changes):
-    decisions = np.array(decisions, float).reshape(-1, len(DECISION))
-    span_s = span_s or (decisions[-1, 0] if len(decisions) else 0)
-    if markouts is None:
-        markouts = np.full((len(fills), len(HORIZONS_S)), np.nan)
-    given = dict(
-        decisions=decisions, fills=list(fills), markouts=markouts, state=state or State(),
-        counts=Counter({"lp": 3, "none": 1, "": 3, "warming up": 1}),
-        order_counts=Counter({"sent": 8, "refused: would take": 2}), parameters=Parameters(),
-        coin="BTC", title="BTCUSDT by hand", is_synthetic=False, first_ns=START_NS,
-        last_ns=START_NS + round(span_s * NS), events=1234, outages=[],
-        options={"impact_bps": 0.5, "participation": 1.0, "peer_rules": False},
-    )  # fmt: skip
-    return Result(**{**given, **changes})
-
-
-def four_fills(fee=0.1):
-    """Buy 1 at 99 (mid 100), buy 1 at 101 (mid 102), sell 1 at 105 (104), sell 1 at 97 (98).
-
-    cash      -99 - 101 + 105 + 97 = 2, less 4 fees
-    captured  (100 - 99) + (102 - 101) + (105 - 104) + (97 - 98) = 2
-    held      1 from 100 to 102: 2;  2 from 102 to 104: 4;  1 from 104 to 98: -6;  sum 0
+@pytest.fixture
+def four() -> dict:
+    """Bought 0.5 at 49,998, sold 1 at 50,002, bought 0.25 and 0.75 at 49,998.5; the mid was
+    50,000, 50,001 (twice), 49,999, and is 50,000 at the end.
     """
-    fills = [
-        fill(1, 1, 99.0, 100.0, fee),
-        fill(2, 1, 101.0, 102.0, fee),
-        fill(70, -1, 105.0, 104.0, fee),
-        fill(80, -1, 97.0, 98.0, fee),
-    ]
-    state = State(mid_price=100.0)
-    for made in fills:
-        state.revalue(made.mid_price)
-        state.settle(made)
-    return fills, state
+    return play_fixed(FOUR).metrics
 
 
-# ---- Account -----------------------------------------------------------------------
+def test_the_account_adds_up_as_on_paper(four):
+    money = dict(
+        spread_captured=1 + 1 + 0.625 + 0.375,  # 0.5 x 2, 1 x 1, 0.25 x 2.5, 0.75 x 0.5
+        revaluation=0.5 + 0.5 + 0.5,  # 0.5 x 1, -0.25 x -2, 0.5 x 1
+        gross=4.5,
+        fees=24.9999,  # 4.9998 + 10.0004 + 2.499925 + 7.499775
+        net=-20.4999,  # = cash -25,020.4999 + 0.5 x 50,000 at the end
+    )
+    for name, usdt in money.items():
+        assert (four[f"{name}_usdt"], four[f"{name}_bps"]) == near((usdt, usdt / 12.49995)), name
+    assert four["turnover_usdt"] == 24_999 + 50_002 + 12_499.625 + 37_498.875
+    assert abs(four["residual_usdt"]) < 1e-9
 
 
-def test_four_fills_add_up_as_on_paper():
-    fills, state = four_fills()
-    m = measure(result_of([decision(0), decision(100)], fills, state))
-    assert m["gross_usdt"] == pytest.approx(2.0)
-    assert m["fees_usdt"] == pytest.approx(0.4)
-    assert m["net_usdt"] == pytest.approx(1.6)
-    assert m["spread_captured_usdt"] == pytest.approx(2.0)
-    assert m["revaluation_usdt"] == pytest.approx(0.0)
-    assert m["residual_usdt"] == pytest.approx(0.0, abs=1e-9)
-    assert m["turnover_usdt"] == pytest.approx(402.0)
-    assert m["gross_bps"] == pytest.approx(2 / 402 * 1e4)
-    assert m["fills"] == 4 and m["time_to_fill_s"] == 2.0 and m["queue_at_arrival"] == 5.0
+def test_markouts_by_side_and_horizon_are_those_on_paper(four):
+    effective = [2 / 49_998, 2.5 / 49_998.5, 0.5 / 49_998.5]  # bought, and no mid 1 s later moved
+    later = [1 / 49_998, 1.5 / 49_998.5]  # 10 s; the last one's is after the end
+    for horizon, bought, sold, excluded in (
+        ("0 s", effective, [1 / 50_002], 0), ("0.1 s", effective, [1 / 50_002], 0),
+        ("1 s", effective, [1 / 50_002], 0), ("10 s", later, [3 / 50_002], 1), ("60 s", [], [], 4),
+    ):  # fmt: skip
+        for side, values in (("bought", bought), ("sold", sold), ("both", bought + sold)):
+            cell = four["markouts"][side][horizon]
+            mean = near(1e4 * sum(values) / len(values)) if values else None
+            assert (cell["mean"], cell["half_width"], cell["n"]) == (mean, None, len(values))
+        assert cell["excluded"] == excluded
 
 
-def test_a_rebate_raises_net_and_is_called_a_rebate():
-    fills, state = four_fills(fee=-0.1)
-    result = result_of([decision(0), decision(100)], fills, state)
-    m = measure(result)
-    assert m["net_usdt"] == pytest.approx(2.4) and m["net_usdt"] > m["gross_usdt"]
-    assert m["fees_usdt"] == pytest.approx(-0.4)
-    (line,) = [row for row in format_table(m, result).splitlines() if "rebates" in row]
-    assert line.split()[:3] == ["rebates", "received", "+0.40"]
+def test_orders_quotes_and_risk_are_those_on_paper(four):
+    # Quoted at 11.5, 16.5, 21.5 and 26.5 s of 0.5 to 29.9; held -0.5, then 0.5 twice
+    spreads = 5 * 4 / 5 + 5 * 5 / 5.0001 + 5 * 4 / 4.9999 + 3.4 * 4 / 5
+    mean = (-0.5 * 5 + 0.5 * 8.4) / 29.4
+    for name, value in dict(
+        fills=4, taker_fills=0, orders_sent=8, orders_filled=3, fill_ratio=3 / 8,
+        orders_refused=0, time_to_fill_s=2.4,  # 0.4, 1.4, 3.4, 3.4
+        queue_at_arrival=1, queue_at_fill=1, queue_at_fill_excluded=0,  # 2, 2, 0, 0
+        span_s=29.4, events=len(FOUR) + 1, bid_uptime=18.4 / 29.4, ask_uptime=18.4 / 29.4,
+        quoted_spread_bps=spreads / 18.4, inventory_mean=mean,
+        inventory_std=(0.25 * 13.4 / 29.4 - mean**2) ** 0.5, inventory_min=-0.5,
+        inventory_max=0.5, at_limit=0,
+        max_drawdown_usdt=20.9999, max_drawdown_s=18.4,  # from 11.5 to the end
+    ).items():  # fmt: skip
+        assert four[name] == near(value), name
+    assert four["decisions"] == dict.fromkeys(backtest.SOURCES, 0) | dict(fixed=4, none=3)
+    assert (four["reasons"], four["refused"], four["outages"]) == ({"warming up": 3}, {}, [])
+    assert four["sharpe_per_minute"] is four["sharpe_per_year"] is None
+    assert four["max_drawdown_recovered"] is four["is_synthetic"] is False
 
 
-def test_two_fills_of_one_order_count_once_in_the_fill_ratio():
-    part = fill(1, 1, 99.0, 100.0)
-    later = part._replace(time_ns=part.time_ns + NS)  # of the same order
-    m = measure(result_of([decision(0), decision(9)], [part, later, fill(5, -1, 101.0, 100.0)]))
-    assert (m["fills"], m["orders_filled"], m["fill_ratio"]) == (3, 2, 2 / 8)
-    assert m["refused"] == {"would take": 2}
+def test_a_rebate_raises_net():
+    metrics = play_fixed(FOUR, maker_fee_bps=-1.0).metrics
+    assert metrics["fees_usdt"] == near(-24.9999 / 2)
+    assert metrics["net_usdt"] == near(4.5 + 24.9999 / 2)
 
 
-def test_taker_fills_and_unseen_queues_stay_out_of_the_medians():
-    fills = [
-        fill(1, 1, 99.0, 100.0, queue_at_arrival=math.inf, queue_ahead=0.5),
-        fill(2, 1, 99.0, 100.0, queue_at_arrival=7.0, queue_ahead=1.5),
-        fill(3, -1, 90.0, 100.0, is_taker=True, queue_at_arrival=0.0),
-    ]
-    m = measure(result_of([decision(0), decision(9)], fills))
-    assert (m["queue_at_arrival"], m["queue_at_arrival_excluded"]) == (7.0, 1)
-    assert (m["queue_at_fill"], m["queue_at_fill_excluded"]) == (1.0, 0)
-    assert m["taker_fills"] == 1 and m["markouts"]["both"]["0 s"]["fills"] == 2
-    assert m["markouts"]["sold"]["0 s"]["mean_bps"] is None
+def test_no_room_for_one_more_order_is_the_limit():
+    """Bought 1 of 2 at 12 s, and the other at 22 s: from the decision of 26.5 s on."""
+    hits = trades(12_000, (ASK, -9, 1)), trades(22_000, (ASK, -9, 1))
+    for limit, share in ((2, 3 / 29), (2.875, 3 / 29), (3, 0)):
+        metrics = play_fixed(calm(30_000, *hits), max_inventory=limit).metrics
+        assert metrics["inventory_max"] == 2 and metrics["at_limit"] == near(share)
 
 
-# ---- Markouts ----------------------------------------------------------------------
+# ---- Markouts and intervals --------------------------------------------------------
 
 
 def test_markouts_take_the_mid_after_the_last_book_message_and_end_with_the_data():
-    book_ns = np.array([0, 500, 1050, 2000, 12_000]) * 1_000_000
+    book_ns = np.array([0, 500, 1050, 2000, 12_000]) * MS
     mids = np.array([100.0, 101.0, 99.0, 102.0, 103.0])
-    times_ns = np.array([1000, 1950, 2000]) * 1_000_000
-    markouts = measure_markouts(
-        times_ns, np.array([1, -1, 1]), np.array([100.0, 100.0, 100.0]), book_ns, mids
-    )
+    times_ns, sides = np.array([1000, 1950, 2000]) * MS, np.array([1, -1, 1])
+    markouts = measure_markouts(times_ns, sides, np.full(3, 100.0), book_ns, mids)
     # 0.1 s later: 99 from 1050 ms on; 1 s: 102 at exactly 2000 ms; 10 s: still 102; 60 s: none
     assert markouts[0, :3] == pytest.approx([-100, 200, 200])
     assert markouts[1, :3] == pytest.approx([-200, -200, -200])  # sold, and it rose
-    assert markouts[2, 2] == pytest.approx(300)  # 12000 ms is the last message: still known
+    assert markouts[2, 2] == pytest.approx(300)  # 12,000 ms is the last message: still known
     assert np.isnan(markouts[:, 3]).all()
 
 
 def test_markouts_before_the_first_book_message_and_without_a_book_are_unknown():
-    at = np.array([0]), np.array([1]), np.array([100.0])
-    late = measure_markouts(*at, np.array([5 * NS, 90 * NS]), np.array([100.0, 101.0]))
+    fill, none = (np.array([0]), np.array([1]), np.array([100.0])), np.array([], int)
+    late = measure_markouts(*fill, np.array([5 * NS, 90 * NS]), np.array([100.0, 101.0]))
     assert np.isnan(late[0, :2]).all() and late[0, 2:] == pytest.approx([0, 0])
-    empty = np.array([], int)
-    assert np.isnan(measure_markouts(*at, empty, empty)).all()
-    assert measure_markouts(empty, empty, empty, empty, empty).shape == (0, len(HORIZONS_S))
+    assert np.isnan(measure_markouts(*fill, none, none)).all()
+    assert measure_markouts(none, none, none, none, none).shape == (0, 4)
 
 
-def test_interval_treats_the_fills_of_a_minute_as_one_event():
+def test_the_interval_treats_the_values_of_a_cluster_as_one_event():
     # deviations from the mean 2 are -2, 0, 1, 1; sums by cluster -2 and 2; G = 2, n = 4:
     # SE = sqrt(2 (4 + 4)) / 4 = 1; t of 1 degree of freedom at 97.5 % is 12.706
-    cell = estimate_mean(np.array([0.0, 2.0, 3.0, 3.0, np.nan]), np.array([7, 7, 9, 9, 9]))
-    assert (cell["mean_bps"], cell["fills"], cell["clusters"], cell["excluded"]) == (2, 4, 2, 1)
-    assert cell["high_bps"] - 2 == pytest.approx(12.706, abs=1e-3)
-    assert 2 - cell["low_bps"] == pytest.approx(12.706, abs=1e-3)
+    e = estimate_mean(np.array([0.0, 2.0, 3.0, 3.0, NAN]), np.array([7, 7, 9, 9, 9]))
+    assert (e.mean, e.n, e.excluded) == (2, 4, 1)
+    assert e.half_width == pytest.approx(12.706, abs=1e-3)
+    alone = estimate_mean(np.array([1.0, 3.0]), np.array([7, 7]))
+    assert alone.mean == 2 and math.isnan(alone.half_width)
 
 
-def test_interval_of_single_fills_is_the_textbook_one():
+def test_the_interval_of_single_values_is_the_textbook_one():
     values = np.random.default_rng(1).normal(size=500)
-    cell = estimate_mean(values, np.arange(500))
     error = values.std(ddof=1) / math.sqrt(500)
-    assert (cell["high_bps"] - cell["mean_bps"]) / error == pytest.approx(1.9647, abs=1e-4)
-
-
-def test_one_minute_of_fills_gives_a_mean_and_no_interval():
-    m = measure(result_of([decision(0), decision(9)], [fill(1, 1, 99.0, 100.0)]))
-    cell = m["markouts"]["bought"]["0 s"]
-    assert cell["mean_bps"] == pytest.approx(1 / 99 * 1e4)  # the effective half spread
-    assert cell["high_bps"] is None
-    assert m["markouts"]["both"]["60 s"]["excluded"] == 1
-
-
-def test_markouts_of_bought_and_sold_are_told_apart():
-    fills, state = four_fills()
-    markouts = np.array([[1.0] * 4, [3.0] * 4, [-5.0] * 4, [-7.0, -7.0, -7.0, np.nan]])
-    result = result_of([decision(0), decision(100)], fills, state, markouts=markouts)
-    m = measure(result)["markouts"]
-    assert [m[side]["1 s"]["mean_bps"] for side in ("bought", "sold", "both")] == [2, -6, -2]
-    assert m["sold"]["60 s"]["fills"] == m["sold"]["60 s"]["excluded"] == 1
+    e = estimate_mean(values, np.arange(500))
+    assert e.half_width / error == pytest.approx(1.9647, abs=1e-4)
 
 
 # ---- Risk --------------------------------------------------------------------------
 
 
-def test_changes_by_minute_take_the_last_decision_up_to_each_whole_minute():
-    # data begin at 00:00:20, so the whole minutes are at 40, 100 and 160 s
-    t_s, net = np.array([10, 40, 41, 99, 101, 160]), np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0])
-    assert changes_by_minute(START_NS + 20 * NS, t_s, net).tolist() == [2, 3]
-
-
-def test_minutes_before_the_first_decision_count_from_zero():
-    assert changes_by_minute(START_NS, np.array([30.0, 60.0]), np.array([1.0, 4.0])) == [4]
-
-
-def test_sharpe_and_its_error_follow_the_formula():
+def test_sharpe_and_its_interval_follow_the_formula():
     # mean 1, deviations -1 -1 -1 3: sr = 1 / sqrt(12 / 3); with the variance 12 / 4 = 3,
     # skew (-3 + 27) / 4 / 3^1.5 = 2 / sqrt(3), raw kurtosis (3 + 81) / 4 / 9 = 7 / 3
-    m = measure_sharpe(np.array([0.0, 0.0, 0.0, 4.0]), span_s=240)
+    m = measure_sharpe(np.array([0.0, 0.0, 0.0, 4.0]), 240)
     error = math.sqrt((1 - 2 / math.sqrt(3) * 0.5 + (7 / 3 - 1) / 4 * 0.5**2) / 3)
-    assert (m["sharpe_per_minute"], m["sharpe_minutes"]) == (pytest.approx(0.5), 4)
-    assert m["sharpe_per_minute_high"] == pytest.approx(0.5 + 1.96 * error)
-    assert m["sharpe_per_minute_low"] == pytest.approx(0.5 - 1.96 * error)
-
-
-def test_sharpe_does_not_see_a_constant_added_to_equity():
-    rng = np.random.default_rng(2)
-    t_s, net = np.arange(0.0, 3601.0), rng.normal(size=3601).cumsum()
-    plain, raised = (
-        measure_sharpe(changes_by_minute(START_NS, t_s, net + constant), 3600)
-        for constant in (0.0, 1000.0)
-    )
-    assert raised == pytest.approx(plain, nan_ok=True)
+    bounds = [m[f"sharpe_per_minute{bound}"] for bound in ("", "_low", "_high")]
+    assert bounds == pytest.approx([0.5, 0.5 - 1.96 * error, 0.5 + 1.96 * error])
+    assert m["sharpe_minutes"] == 4
 
 
 def test_sharpe_is_annualised_from_three_days_on():
-    changes = np.array([1.0, -1.0, 2.0])
-    short, long = (measure_sharpe(changes, days * DAY_S) for days in (2.99, 3))
+    short, long = (measure_sharpe(np.array([1.0, -1, 2]), days * 86_400) for days in (2.99, 3))
     assert math.isnan(short["sharpe_per_year"])
     assert long["sharpe_per_year"] == pytest.approx(long["sharpe_per_minute"] * 525_600**0.5)
-    rows = [decision(float(t), gross=float(t % 7)) for t in range(0, 600, 30)]
-    for days, is_shown in ((1, False), (4, True)):
-        result = result_of(rows, span_s=days * DAY_S)
-        assert ("per year" in format_table(measure(result), result)) == is_shown
 
 
-def test_drawdown_begins_at_its_peak_and_ends_when_the_peak_is_back():
-    t_s, net = np.arange(8.0), np.array([0.0, 5, 4, 5, 1, 2, 5, 6])
-    assert measure_drawdown(t_s, net) == {
-        "max_drawdown_usdt": 4, "max_drawdown_s": 3, "max_drawdown_recovered": True,
+@pytest.mark.parametrize("net", [[], [1.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
+def test_too_few_minutes_or_none_that_differ_have_no_sharpe_ratio(net):
+    assert math.isnan(measure_sharpe(np.array(net), 240)["sharpe_per_minute"])
+
+
+@pytest.mark.parametrize("net, depth, lasted_s, is_back", [
+    ([0, 5, 4, 5, 1, 2, 5, 6], 4, 30, True),  # from the last moment at the peak to the first back
+    ([0, 3, -1, 1], 4, 20, False),  # to the end of the data
+    ([-2, -1, 0, 1], 2, 20, True),  # a loss from the start is one from 0
+    ([0, 1, 1, 2], 0, 0, None),
+])  # fmt: skip
+def test_the_deepest_drawdown_and_how_long_it_lasted(net, depth, lasted_s, is_back):
+    assert measure_drawdown(np.arange(len(net)) * 10.0, np.array(net, float)) == {
+        "max_drawdown_usdt": depth, "max_drawdown_s": lasted_s, "max_drawdown_recovered": is_back,
     }  # fmt: skip
-
-
-def test_drawdown_that_never_recovers_lasts_to_the_end():
-    found = measure_drawdown(np.arange(4.0) * 10, np.array([0.0, 3.0, -1.0, 1.0]))
-    assert found == {
-        "max_drawdown_usdt": 4, "max_drawdown_s": 20, "max_drawdown_recovered": False,
-    }  # fmt: skip
-
-
-def test_a_loss_from_the_start_is_a_drawdown_from_zero():
-    assert measure_drawdown(np.arange(2.0), np.array([-2.0, -1.0]))["max_drawdown_usdt"] == 2
 
 
 # ---- Averages over time ------------------------------------------------------------
 
 
-def test_averages_weigh_each_decision_by_the_time_it_holds():
-    nan = math.nan
-    rows = [  # held for 10 s, 30 s, 60 s, and the end
-        decision(0, bid=nan, base_bps=nan, inventory=0.0),
-        decision(10, bid=99.0, ask=101.0, base_bps=4.0, inventory=0.1),
-        decision(40, bid=98.0, ask=102.0, base_bps=8.0, inventory=-0.05),
-        decision(100, bid=nan, ask=nan, base_bps=nan, inventory=0.3),
-    ]
-    m = measure(result_of(rows))
-    assert (m["bid_uptime"], m["ask_uptime"]) == pytest.approx((0.9, 1.0))
-    assert m["quoted_spread_bps"] == pytest.approx((30 * 200 + 60 * 400) / 90)
-    assert m["base_spread_bps"] == pytest.approx((30 * 4 + 60 * 8) / 90)
-    assert m["volatility_spread_bps"] == pytest.approx(3)
-    assert m["inventory_mean"] == pytest.approx((30 * 0.1 - 60 * 0.05) / 100, abs=1e-12)
-    assert m["inventory_std"] == pytest.approx(math.sqrt((30 * 0.01 + 60 * 0.0025) / 100))
-    assert (m["inventory_min"], m["inventory_max"]) == (-0.05, 0.3)
-    assert m["at_limit"] == pytest.approx(0.3)  # order 0.01, limit 0.1: only at 0.1
+def test_an_average_weighs_each_value_by_the_time_it_holds_where_it_is_known():
+    t_s = np.array([0.0, 10, 40, 100])
+    assert time_mean(np.array([NAN, 4.0, 8.0, 99.0]), t_s) == pytest.approx((30 * 4 + 60 * 8) / 90)
+    assert time_mean(np.array([2.0, 4.0, NAN, 99.0]), t_s) == pytest.approx((10 * 2 + 30 * 4) / 40)
+    assert math.isnan(time_mean(np.array([3.0]), np.array([0.0])))  # over no time
+    assert math.isnan(time_mean(np.array([NAN, 1.0]), np.array([0.0, 5.0])))
 
 
-def test_room_for_exactly_one_more_order_is_not_at_the_limit():
-    m = measure(result_of([decision(0, inventory=0.09), decision(10)]))
-    assert m["at_limit"] == 0
+def test_a_value_holds_from_its_time_on_until_the_next_and_is_0_before():
+    at_ns, time_ns = np.array([4, 5, 9, 10, 99]), np.array([5, 10])
+    assert backtest.values_at(at_ns, time_ns, np.array([2.0, 3.0])).tolist() == [0, 2, 2, 3, 3]
 
 
-def test_mean_over_no_time_is_unknown():
-    assert math.isnan(time_mean(np.array([3.0]), np.array([0.0])))
-    assert math.isnan(time_mean(np.array([np.nan, 1.0]), np.array([0.0, 5.0])))
+# ---- Table -------------------------------------------------------------------------
 
 
-# ---- Nothing to tell ---------------------------------------------------------------
-
-EMPTY = {
-    "no decision": [],
-    "one decision": [decision(0)],
-    "no quote": [decision(t, **dict.fromkeys(DECISION[2:4] + DECISION[7:], math.nan))
-                 for t in (0, 90, 400)],
-    "all unknown": [decision(t, **dict.fromkeys(DECISION[1:], math.nan)) for t in (0, 90, 400)],
-    "nothing changes": [decision(float(t)) for t in range(0, 600, 20)],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", EMPTY)
-def test_where_nothing_can_be_said_the_table_shows_a_dash(case):
-    result = result_of(EMPTY[case], counts=Counter(), order_counts=Counter())
-    m = measure(result)
-    assert m["sharpe_per_minute"] is None and m["max_drawdown_usdt"] == 0
-    assert m["fill_ratio"] is None and m["time_to_fill_s"] is None
-    assert m["net_bps"] is None
-    table = format_table(m, result)
-    assert "nan" not in table and "None" not in table
-    assert "- (0)" in table
+def numbers_in(table: str) -> list[tuple[float, float]]:
+    """Numbers of a text, and half a unit of their last digit; percents as shares."""
+    numbers = []
+    for text, percent in re.findall(r"([-+]?[\d,]*\.?\d+(?:e-?\d+)?)(%?)", table):
+        mantissa, _, exponent = text.replace(",", "").partition("e")
+        half = 0.5 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+        numbers.append(tuple(x / (100 if percent else 1)
+                             for x in (float(text.replace(",", "")), half * 1.001)))  # fmt: skip
+    return numbers
 
 
-def test_metrics_are_valid_json_without_nan():
-    fills, state = four_fills()
-    outage = dict(start_ns=START_NS, end_ns=START_NS + 30 * NS, fills=1, net_usdt=np.float64(-2))
-    result = result_of([decision(0), decision(100)], fills, state, outages=[outage])
-    m = measure(result)
-    assert json.loads(json.dumps(m, allow_nan=False)) == m
+def test_the_table_holds_every_number_of_the_metrics(capsys):
+    market = write(Path("market.gz"), busy_market(7, 400), **ROUGH)
+    metrics = play(market, "--outages", "2").metrics
+    assert metrics["outages"] and metrics["fills"] > 20
+    numbers = numbers_in(capsys.readouterr().out)
+
+    def missing(name: str, value) -> set[str]:
+        if isinstance(value, dict):
+            return set().union(*(missing(f"{name} {key}", part) for key, part in value.items()))
+        is_number = isinstance(value, float | int) and not isinstance(value, bool)
+        is_told = not is_number or any(abs(value - x) <= half for x, half in numbers)
+        return set() if is_told else {name}
+
+    for side in ("bought", "sold"):  # what is left out of a mean is told of both together
+        for cell in metrics["markouts"][side].values():
+            del cell["excluded"]
+    assert missing("", metrics) == {" span_s"}  # it is told as two times of day
 
 
-# ---- Table and picture -------------------------------------------------------------
-
-
-def test_no_line_of_the_table_is_wider_than_100_columns():
-    fills, state = four_fills()
-    state.turnover *= 1e6
-    counts = Counter({f"reason {k} " + "so long " * 20: k for k in range(1, 20)}) + Counter(lp=9)
-    outage = dict(start_ns=START_NS, end_ns=START_NS + 30 * NS, fills=1, net_usdt=-2.5)
-    result = result_of(
-        [decision(0), decision(100)], fills * 500, state, counts=counts, outages=[outage],
-        title="long " * 40,
-    )  # fmt: skip
-    table = format_table(measure(result), result)
-    assert max(map(len, table.splitlines())) <= 100
-    assert "11 more" in table and "outage 2026-01-01 00:00:00" in table and "net -2.50" in table
-
-
-def test_table_names_synthetic_data_units_and_frictions():
-    fills, state = four_fills()
-    result = result_of([decision(0), decision(100)], fills, state, is_synthetic=True)
-    table = format_table(measure(result), result)
-    for words in ("SYNTHETIC", "USDT", "bps", "BTC", "impact_bps", "would take", "warming up",
-                  "2026-01-01 00:00:00 to 2026-01-01 00:01:40 UTC, 1,234 events"):  # fmt: skip
-        assert words in table
-    result.is_synthetic = False
-    assert "SYNTHETIC" not in format_table(measure(result), result)
-
-
-def test_thinned_rows_keep_the_extremes_of_every_column():
-    rng = np.random.default_rng(3)
-    rows = np.column_stack([np.arange(50_000.0), rng.normal(size=(50_000, 3))])
-    rows[20_000:30_000, 3] = rows[::7, 1] = np.nan
-    few = thin(rows, by_last=[2])
-    assert len(few) < FEW and (np.diff(few[:, 0]) >= 0).all()
-    assert (few[0, 0], few[-1, 0]) == (0, 49_999)
-    known = rows[np.isfinite(rows[:, 1]), 1]
-    assert (few[:, 1].min(), few[:, 1].max()) == (known.min(), known.max())
-    assert few[-1, 2] == rows[-1, 2]
-    assert np.isnan(few[:, 3]).any()  # a gap stays a gap
-    assert thin(rows[:FEW], by_last=[2]).shape == (FEW, 4)
-
-
-@pytest.mark.parametrize("case", ["four fills", "a day", "no quote", "one decision"])
-def test_picture_is_written_whole_and_nothing_else(case, tmp_path):
-    fills, state = four_fills()
-    if case == "four fills":
-        result = result_of([decision(0), decision(100)], fills, state)
-    elif case == "a day":
-        rows = np.tile(decision(0), (20_000, 1))
-        rows[:, 0] = np.linspace(0, DAY_S, 20_000)
-        result = result_of(rows, fills, state)
-    else:
-        result = result_of(EMPTY[case])
-    draw_figure(result_rows(result, measure(result)), "", tmp_path / "result.png", shared=4)
-    assert [path.name for path in tmp_path.iterdir()] == ["result.png"]
-    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("lines", [calm(30_000), calm(3000), calm(500)], ids=len)
+def test_what_cannot_be_said_is_a_dash_in_the_table_and_null_in_the_file(lines, capsys):
+    metrics, table = play_fixed(lines).metrics, capsys.readouterr().out
+    assert re.search(r"Sharpe ratio per minute +- +- to - from 0 minutes", table)
+    assert "- (0)" in table and "nan" not in table and "inf" not in table
+    assert metrics["time_to_fill_s"] is metrics["net_bps"] is metrics["sharpe_per_minute"] is None
+    assert (metrics["net_usdt"], metrics["max_drawdown_usdt"]) == (0, 0)
+    json.loads(Path("out/metrics.json").read_text(), parse_constant=pytest.fail)
