@@ -214,7 +214,7 @@ def avellaneda_stoikov(
     >>> shape = dict(gamma=0.05, A=2.986162360812285, k=0.04235741115084049)
     >>> quote = avellaneda_stoikov(Parameters(), 0.1, 10.69, **shape)  # long one order
     >>> round(quote.bid_bps, 6), round(quote.ask_bps, 6)  # 20.472085 + and - 9.763269
-    (30.235354, 10.708816)
+    (30.235354, 10.708817)
     """
     c1 = math.log1p(gamma / k) / gamma
     c2 = math.sqrt(gamma / (2 * A * k) * (1 + gamma / k) ** (k / gamma + 1))
@@ -300,22 +300,22 @@ def play(
     notes.sort(key=lambda note: note[0])
 
     # Follow tape by tape, and look up where the mid went after the fills of each.
-    title, fills, markouts = data.title, maker.account.fills, []
+    fills, markouts = maker.account.fills, []
     for tape in data.tapes:
         of_tape = [note for note in notes if note[0] <= tape.recv_ns[-1]]
         notes, before = notes[len(of_tape) :], len(fills)
-        try:
+        with contextlib.suppress(StopIteration):
             maker.follow(insert_notes(tape, of_tape))
-        except StopIteration:
-            title += "   STOPPED EARLY"
         markouts.append(measure_markouts(fills[before:], *seen_mids(tape, maker)))
         if stop and stop.is_set:
             break
 
-    maker.finish()  # one row more, with the account as the last message leaves it
+    # The end: one row more, with the account as the last message leaves it.
+    maker.finish()
     columns = maker.history.columns()
     minutes_ns = data.minutes_ns[data.minutes_ns <= columns["time_ns"][-1]]
-    title += f"   strategy {setting.strategy}" if setting.strategy != "lp" else ""
+    title = data.title + ("" if setting.strategy == "lp" else f"   strategy {setting.strategy}")
+    title += "   STOPPED EARLY" if stop and stop.is_set else ""
     return Result(setting, title, maker, fills, columns, sent, minutes_ns, np.concatenate(markouts))
 
 
@@ -377,9 +377,7 @@ FRICTIONS = ["fill_model", "maker_fee_bps", "taker_fee_bps", "order_latency_ms",
 
 
 def cut_into_minutes(result: Result) -> np.ndarray:
-    """Net, USDT, and number of fills of each whole minute: (2, n). What happens before the first
-    of them, or after the last, is left out.
-    """
+    """Net, USDT, and number of fills of each whole minute: (2, n). Both ends are left out."""
     at_ns, c = result.minutes_ns, result.columns
     net = np.diff(values_at(at_ns, c["time_ns"], c["equity"]))
     minute = np.searchsorted(at_ns, [fill.recv_ns for fill in result.fills], "right")
@@ -410,15 +408,14 @@ def estimate_mean(values: np.ndarray, clusters: np.ndarray) -> Estimate:
 
     SE^2 = G/(G-1) sum_clusters (sum of the deviations from the mean)^2 / n^2, G clusters;
     the interval is t SE wide to either side, Student's t with G - 1 degrees of freedom.
-    One cluster alone gives none. nan is excluded and counted. Where each value is a cluster
-    of its own, this is the textbook's standard error.
+    One cluster alone gives none. nan is excluded and counted.
     """
     is_known = np.isfinite(values)
-    known, n = values[is_known], int(is_known.sum())
-    mean, half_width = float(known.mean()) if n else math.nan, math.nan
+    finite, n = values[is_known], int(is_known.sum())
+    mean, half_width = float(finite.mean()) if n else math.nan, math.nan
     groups, member = np.unique(clusters[is_known], return_inverse=True)
     if len(groups) > 1:
-        sums = np.bincount(member, known - mean)
+        sums = np.bincount(member, finite - mean)
         error = math.sqrt(len(groups) / (len(groups) - 1) * float(sums @ sums)) / n
         half_width = float(stdtrit(len(groups) - 1, 0.975)) * error
     return Estimate(mean, half_width, n, len(values) - n)
@@ -464,12 +461,16 @@ def measure_drawdown(t_s: np.ndarray, net: np.ndarray) -> dict[str, Any]:
     depth = peak[worst] - net[worst]
     if depth <= TINY:
         return {"max_drawdown_usdt": 0.0, "max_drawdown_s": 0.0, "max_drawdown_recovered": None}
+    # From the peak before the worst moment to the first moment back at it.
     is_at_peak = net >= peak[worst] - TINY
     before, after = np.flatnonzero(is_at_peak[:worst]), np.flatnonzero(is_at_peak[worst:])
     begin_s = t_s[before[-1]] if len(before) else t_s[0]
     end_s = t_s[worst + after[0]] if len(after) else t_s[-1]
-    duration, is_recovered = {"max_drawdown_s": end_s - begin_s}, len(after) > 0
-    return {"max_drawdown_usdt": depth, **duration, "max_drawdown_recovered": is_recovered}
+    return {
+        "max_drawdown_usdt": depth,
+        "max_drawdown_s": end_s - begin_s,
+        "max_drawdown_recovered": len(after) > 0,
+    }
 
 
 def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) -> dict[str, Any]:
@@ -502,6 +503,7 @@ def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str,
     """Orders and our resting fills. An order is known by side, arrival and price, and filled if
     it was so in part. Queues, base coin, leave out fills where the book did not show our price.
     """
+    # The exchange counts what was sent, and under "refused: " what it refused, and why.
     counts, why = result.maker.exchange.counts, "refused: "
     refused = {name.removeprefix(why): n for name, n in counts.items() if name.startswith(why)}
     filled = len(set(zip(fills["side"], fills["arrival_ns"], fills["price"])))
@@ -514,14 +516,15 @@ def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str,
         "fill_ratio": filled / counts["sent"] if counts["sent"] else math.nan,
         "refused": refused,
     }
+    # Medians of what is known.
     for name, values in (
         ("time_to_fill_s", (fills["time_ns"] - fills["arrival_ns"]) / NS),
         ("queue_at_arrival", fills["queue_at_arrival"]),
         ("queue_at_fill", fills["queue_ahead"]),
     ):
-        known = values[np.isfinite(values)]
-        measures[name] = float(np.median(known)) if len(known) else math.nan
-        measures[f"{name}_excluded"] = len(values) - len(known)
+        finite = values[np.isfinite(values)]
+        measures[name] = float(np.median(finite)) if len(finite) else math.nan
+        measures[f"{name}_excluded"] = len(values) - len(finite)
     return measures
 
 
@@ -755,9 +758,11 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     at_ns, parts = result.minutes_ns, MINUTE_NS // (GRID_S * NS)
     time_ns, mid = result.columns["time_ns"], result.columns["mid_price"]
     is_known = np.isfinite(mid)
-    grid_ns = (at_ns[:-1, None] + np.arange(1, parts + 1) * GRID_S * NS).ravel()
-    mids = values_at(np.append(at_ns[:1], grid_ns), time_ns[is_known], mid[is_known])
-    with np.errstate(divide="ignore", invalid="ignore"):  # 0 before the first mid
+    grid_ns = np.arange(at_ns[0], at_ns[-1] + 1, GRID_S * NS) if len(at_ns) else at_ns
+    mids = values_at(grid_ns, time_ns[is_known], mid[is_known])
+
+    # A row of returns for each minute; there are none before the first mid (0).
+    with np.errstate(divide="ignore", invalid="ignore"):
         returns = (np.diff(np.log(mids)) * 1e4).reshape(-1, parts)
         returns[~np.isfinite(returns)] = np.nan
         volatility = np.sqrt((returns**2).mean(axis=1) / GRID_S)
@@ -773,24 +778,25 @@ def summarize_regimes(result: Result) -> Regimes:
     minute_of = np.searchsorted(at_ns, fills["recv_ns"], "right") - 1
 
     # Which minutes are in a regime: that is told at their end, from the minutes before them.
-    is_in = {"all": np.full(len(net), True)}
     volatility, direct = describe_minutes(result)
+    members = {"all": np.full(len(net), True)}
     for names, values in ((VOLATILITIES, volatility), (DIRECTIONS, direct)):
         classed = class_by_past(values, len(names))
-        is_in |= {name: classed == k for k, name in enumerate(names)}
-        is_in["not classed"] = classed < 0
+        members |= {name: classed == k for k, name in enumerate(names)}
+        members.setdefault("not classed", classed < 0)
 
     regimes = {}
-    for name, minutes in is_in.items():
-        of_fill = np.isin(minute_of, minutes.nonzero()[0])
+    for name, is_member in members.items():
+        rows = np.flatnonzero(is_member)
+        of_fill = np.isin(minute_of, rows)
         columns, clusters = fills["markouts"][of_fill].T, minute_of[of_fill]
         regimes[name] = {
-            "minutes": int(minutes.sum()),
-            "volatility_bps": np.nanmean(volatility[minutes]) if minutes.any() else math.nan,
-            "gross_usdt": (net + fees)[minutes].sum(),
-            "fees_usdt": fees[minutes].sum(),
-            "net_usdt": net[minutes].sum(),
-            "net_a_minute": estimate_mean(net[minutes], minutes.nonzero()[0]),
+            "minutes": len(rows),
+            "volatility_bps": estimate_mean(volatility[rows], rows).mean,
+            "gross_usdt": (net + fees)[rows].sum(),
+            "fees_usdt": fees[rows].sum(),
+            "net_usdt": net[rows].sum(),
+            "net_a_minute": estimate_mean(net[rows], rows),
             "fills": len(clusters),
             "markouts": {h: estimate_mean(x, clusters) for h, x in zip(HORIZONS, columns)},
         }
@@ -823,19 +829,20 @@ LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
 RESAMPLES = 1000  # where --bootstrap gives no number
 LUCK = 0.05  # a search without skill ends as well less often than this: it may be skill
-Grid = dict[str, list[float]]
 Trial = tuple[dict[str, float], np.ndarray]  # what was changed, and the run by the minute
 
 
-def parse_grid(texts: Sequence[str], setting: Setting) -> Grid:
+def parse_grid(texts: Sequence[str], setting: Setting) -> dict[str, list[float]]:
     """--grid alpha=0.5,1,2 --grid gamma=…: values by parameter. UserError for nonsense."""
-    grid: Grid = {}
+    grid: dict[str, list[float]] = {}
     for text in texts:
         name, _, values = text.partition("=")
         try:
             grid[name.strip().replace("-", "_")] = sorted({float(v) for v in values.split(",")})
         except ValueError:
             raise UserError(f"--grid {text}: write numbers, as in alpha=0.5,1,2") from None
+
+    # Can all of it be played, and does it change anything?
     for changes in opt.expand_grid(grid):
         _ = setting.change(changes).parameters  # raises what is wrong with them
     unused = OF_THE_PROGRAM if setting.strategy != "lp" else ()
@@ -868,7 +875,7 @@ def try_all(
     # Each trial is a line of JSON; a search that was killed may have left half of one.
     kept = {}
     for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             changes, run = json.loads(line)
             kept[frozenset(changes.items())] = np.array(run)
 
@@ -891,7 +898,7 @@ def try_all(
     return [(changes, kept[key]) for key, changes in zip(keys, configurations) if key in kept]
 
 
-def refine_grid(trials: list[Trial], grid: Grid, setting: Setting, objective: str) -> list[dict]:
+def refine_grid(trials: list[Trial], grid: dict, setting: Setting, objective: str) -> list[dict]:
     """The points of a finer grid around the best trial in sample."""
     split = round(trials[0][1].shape[1] * IN_SAMPLE)
     best, _ = trials[best_of(trials, objective, slice(0, split))]
@@ -967,10 +974,8 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
         "{judged:,}".format(**r),
         "{trials:,} trials: {on_grid:,} on the grid, {around:,} around its best".format(**r),
         f"  best       {in_words(r['best'])}",
-        f"  as given   {in_words({name: given[name] for name in r['best']})}",
-        "",
-        format_bootstrap(r["in_sample"], "In sample, where it was chosen"),
-        "",
+        f"  as given   {in_words({name: given[name] for name in r['best']})}\n",
+        format_bootstrap(r["in_sample"], "In sample, where it was chosen") + "\n",
         format_bootstrap(r["out_of_sample"], "Out of sample"),
         PRICE.format(**r) + ("it may be luck" if is_luck else "luck alone would rarely do this"),
     ])  # fmt: skip
@@ -1006,6 +1011,7 @@ def walk_forward(
         begin_ns = setting.data.minutes_ns.item(past.stop)
         windows.append((begin_ns, choice, run[NET, past].mean()))
         notes.append((begin_ns, {"event": "params", "parameters": choice, "is_final": True}))
+    # The minutes that count begin with the first choice.
     result = play(setting, notes, stop=stop)
     span = slice(LOOK_BACK * length, (LOOK_BACK + count) * length)
     return Walk(windows, cut_into_minutes(result)[:, span], given[:, span], result)
@@ -1021,19 +1027,15 @@ def format_walk(walk: Walk, joined: Mapping[str, Any]) -> str:
         rows.append([clock_text(begin_ns), *nets, f"{fills.sum():,.0f}", in_words(choice)])
     changed = sum(a[1] != b[1] for a, b in zip(walk.windows, walk.windows[1:]))
     return "\n".join([
-        f"Walk-forward: {count} windows of {length} minutes, each traded with what was best in the "
-        f"{LOOK_BACK * length} before it;",
-        "net a minute, in sample and out of it",
+        f"Walk-forward: {count} windows of {length} minutes, traded with what was best in the "
+        f"{LOOK_BACK * length} before it; net a minute",
         *align(rows),
-        f"  the choice changed {changed} of {count - 1} times",
-        "",
+        f"  the choice changed {changed} of {count - 1} times\n",
         format_bootstrap(joined, "Out of sample, windows joined"),
     ])  # fmt: skip
 
 
 # ---- Pictures ----------------------------------------------------------------------
-#
-# A panel is a function of an axes. Those of price, inventory and result are marketmaker.py's.
 
 MOST_POINTS = 20_000  # of a curve, about 16 a pixel; of more decisions every n-th is drawn
 HEIGHT = 2.6  # of a row of panels, inches
@@ -1066,7 +1068,7 @@ def plot_markouts(ax: Any, markouts: dict[str, dict[str, Estimate]], fee_bps: fl
     mm.finish_panel(ax, "Markout of our fills ± 95 %; below 0: run over", "bps")
 
 
-def plot_bootstrap(ax: Any, b: Mapping[str, Any], what: str) -> None:
+def plot_bootstrap(ax: Any, b: Mapping[str, Any], what: str = "Net out of sample") -> None:
     """How net scatters over the resamples, and the middle 95 % of it."""
     for name, values, color in zip(b["fills"], b["drawn"], (mm.BLUE, mm.PINK, mm.GREEN)):
         value, low, high = b["measures"][name]["net_usdt"]
@@ -1129,30 +1131,29 @@ def plot_walk(ax: Any, walk: Walk) -> None:
 # ---- Command line ------------------------------------------------------------------
 
 GRACE_S = 0.3  # for a worker to end by itself
-TUNING = Path("tuning")  # where a search writes without --out
 
 
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     """Check what was asked before the work; then play once, or search."""
     is_search = bool(options.tune or options.walk_forward)
     if is_search and (options.log or len(options.strategy) > 1):
-        raise UserError("--log, and a second --strategy, need one run: leave them out with --tune "
-                        "and --walk-forward")  # fmt: skip
+        raise UserError("--log, or a second --strategy, does not go with a search: leave it out")
     if options.grid and not is_search:
         raise UserError("--grid needs --tune or --walk-forward: give one of them")
     setting = make_setting(options)
-    minutes = len(setting.data.minutes_ns) - 1
+
+    # Both parts of a split, and every window, must be long enough to say something.
+    minutes = max(len(setting.data.minutes_ns) - 1, 0)
     least = LEAST_MINUTES * max(3, (options.walk_forward or 0) + LOOK_BACK)
     if minutes < least and (is_search or options.bootstrap):
         raise UserError(f"{minutes} minutes of data are fewer than the {least} that --bootstrap, "
                         "--tune or --walk-forward need: give more --data")  # fmt: skip
-    folder = options.out or (TUNING if is_search else None)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+    if options.plot and not (options.plot.parent == options.out or options.plot.parent.is_dir()):
+        raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
     if is_search:
-        run_search(options, setting, folder, executor)
+        run_search(options, setting, executor)
     else:
-        run_once(options, setting, folder)
+        run_once(options, setting)
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
@@ -1170,9 +1171,11 @@ def make_setting(options: argparse.Namespace) -> Setting:
     return dataclasses.replace(setting, outages=outages)
 
 
-def run_once(options: argparse.Namespace, setting: Setting, folder: Path | None) -> None:
+def run_once(options: argparse.Namespace, setting: Setting) -> None:
     """One run: its table, its files, its picture; further strategies are set beside it."""
     stop = feed.StopSignal()
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     with open(options.log, "x") if options.log else contextlib.nullcontext() as log:
         result = play(setting, log=log, stop=stop)
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
@@ -1193,24 +1196,21 @@ def run_once(options: argparse.Namespace, setting: Setting, folder: Path | None)
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
         tell("\n" + format_regimes(regimes, "of all minutes"))
 
-    if folder:
-        write_results(result, metrics, folder)
+    if options.out:
+        write_results(result, metrics, options.out)
     if options.plot:
         maker, step = result.maker, len(result.columns["time_ns"]) // MOST_POINTS + 1
         c = {name: column[::step] for name, column in result.columns.items()}
         markouts, fee_bps = metrics["markouts"], maker.parameters.maker_fee_bps
-        rows = [
-            *mm.plot_rows(maker, c),
-            (2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]),
-            (HEIGHT, [partial(plot_markouts, markouts=markouts, fee_bps=fee_bps)]),
-            *rows,
-        ]
-        mm.draw_figure(rows, result.title, options.plot, shared=4)
+        of_run = mm.plot_rows(maker, c)
+        of_run.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
+        of_run.append((HEIGHT, [partial(plot_markouts, markouts=markouts, fee_bps=fee_bps)]))
+        mm.draw_figure(of_run + rows, result.title, options.plot, shared=4)
         print(f"plot: {options.plot}")
 
 
 def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None:
-    """metrics.json, and as CSV the orders wanted (when one was sent or cancelled), fills, equity."""
+    """metrics.json, and as CSV the orders wanted (when something was sent), fills, equity."""
     write_json(folder / "metrics.json", metrics)
     c, digits = result.columns, result.maker.instrument.digits
 
@@ -1248,17 +1248,17 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(finite, indent=1) + "\n")
 
 
-def run_search(
-    options: argparse.Namespace, setting: Setting, folder: Path, executor: Executor | None
-) -> None:
+def run_search(options: argparse.Namespace, setting: Setting, executor: Executor | None) -> None:
     """--tune, --walk-forward: search, report, write."""
+    grid, objective = parse_grid(options.grid or DEFAULT_GRID, setting), options.objective
+    folder = options.out or Path("tuning")
+    folder.mkdir(parents=True, exist_ok=True)
+
     # The name of the file of trials holds a hash of code, data and setting, so that trials of
     # different kinds never mix.
-    grid, objective = parse_grid(options.grid or DEFAULT_GRID, setting), options.objective
     modules = (feed.__file__, opt.__file__, mm.__file__, __file__)
     about = [dataclasses.astuple(setting), [Path(module).read_text() for module in modules]]
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:10]
-    path = folder / f"trials-{key}.jsonl"
+    path = folder / f"trials-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:10]}.jsonl"
 
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
     with contextlib.nullcontext(executor) if executor else start_workers(options.workers) as pool:
@@ -1272,18 +1272,16 @@ def run_search(
 
     # Judge what was found, also after a stop; of a walk only a whole one says something.
     tell(setting.data.title.replace("backtest of", "search over"))
-    count, rows, written = options.bootstrap or RESAMPLES, [], [path.name]
+    count, rows = options.bootstrap or RESAMPLES, []
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
         tell(format_report(r, dataclasses.asdict(setting.parameters)))
         write_json(folder / "best.json", setting.given | r["best"])
         write_json(folder / "search.json", r)
-        written += ["best.json", "search.json"]
         runs = [run for _, run in trials], [run for _, run in finer], [given], [r["run"]]
         groups = dict(zip(("grid", "around its best", "as given", "best"), runs))
-        what = "Net out of sample"
         rows.append((4.4, [partial(plot_trials, groups=groups, split=r["split"])]))
-        rows.append((HEIGHT, [partial(plot_bootstrap, b=r["out_of_sample"], what=what)]))
+        rows.append((HEIGHT, [partial(plot_bootstrap, b=r["out_of_sample"])]))
     if options.walk_forward and not stop.is_set:
         walk = walk_forward(setting, trials, given, options.walk_forward, objective, stop)
     if options.walk_forward and not stop.is_set:  # subtle: the walk may have been stopped
@@ -1298,7 +1296,7 @@ def run_search(
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
     if stop.is_set:
         print("stopped: the same command goes on from the trials that are kept")
-    print(f"written to {folder}: {', '.join(written)}")
+    print(f"written to {folder}, trials to {path.name}")
     if rows and options.plot:
         mm.draw_figure(rows, setting.data.title, options.plot)
         print(f"plot: {options.plot}")
@@ -1369,7 +1367,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--strategy", choices=STRATEGIES, nargs="+", default=["lp"],
         help="lp (default), fixed (default_spread_bps), as (Avellaneda-Stoikov), or several")
     add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
-        help="share of a trade's rest that fills us, 0.01 to 1 (default 1)")  # fmt: skip
+        help="share of what is left of a trade that fills us, 0.01 to 1 (default 1)")  # fmt: skip
     add("--impact-bps", type=number(0.0, 1e4), default=0.0, metavar="X",
         help="shift of our prices by a fill as large as the depth near the mid (default 0)")
     add("--outages", type=number(0, 1e6), default=0, metavar="N",

@@ -11,12 +11,11 @@ Between two decisions our orders do not move, so messages come as columns (a tap
 matched in slices: only a message that reaches an order of ours, or at which one arrives,
 is looked at alone. Where a tape or a slice ends changes nothing.
 
-When is a decision made? At the first message that is due, with that message applied;
-its time is that message's recv_ns, and the next is due one optimization interval later.
-At once: after a loss, at the snapshot that ends it, when the book falls silent, when
-parameters change. Guards are judged at every decision and every whole second; one that
-trips or clears makes the next message decide. A fill does not; the next decision sees
-it. No decision reads a clock.
+A decision is made at the first message that is due, with that message applied; its time is
+the message's recv_ns, and the next is due one optimization interval later. Due at once are a
+loss, the snapshot that ends it, a book gone silent, new parameters. Guards are judged at
+every decision and every whole second; one that trips or clears makes the next message
+decide. A fill does not; the next decision sees it. No decision reads a clock.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
@@ -34,10 +33,9 @@ has the same rules in their plainest form, message by message: `simulate`.)
     the rule before: pessimistic.
   - We take no volume from others, and move no price unless impact_bps says so: optimistic.
 
-The words. The feed *receives* a message, the market maker *hears* it, the exchange
-*matches* it with our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*;
-a fill is *settled* in the *account*; the inventory is *marked* to the mid. The maker
-*measures* the market and *decides*; a *decision* says what to *quote*.
+The feed *receives* a message, the market maker *hears* it, the exchange *matches* it with
+our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*; a fill is *settled*
+in the *account*; the inventory is *marked* to the mid. A *decision* says what to *quote*.
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
@@ -47,26 +45,25 @@ Not modelled: funding. Our own impact and outages: only if backtest.py asks for 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import math
 import queue
+import re
 import shutil
-import statistics
 import sys
 import time
 from array import array
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import websocket
-from scipy.optimize import linprog
 
 import feed
 import optimize as opt
@@ -74,13 +71,14 @@ from feed import ASK, BID, MS, NEVER, NO_LEVEL, NS, SIDES, Tape, UserError, View
 from optimize import INF, Distances, Parameters
 
 NAN = math.nan  # not known, or none
+MINUTE_NS = 60 * NS
 WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # no quote before so many 1 s returns
 LOOK_AHEAD = 512  # messages, for the next one that is due
 LATE_NS = 10 * NS  # no trade is heard of later than this
 IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
-MAX_LAG_MS = 2000.0  # of receive after exchange time; more is warned of
+MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
 BURST = 500  # messages taken at once in a replay without pauses
 GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
@@ -107,11 +105,8 @@ class Market:
 
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
                        tick_size: float, half_life_s: float) -> None:  # fmt: skip
-        """One whole second of receive time has passed.
-
-        volatility = root mean square of the 1 s log returns of the mid in the window;
-        its EMA: after an uneven step dt the new value weighs 1 - 2^(-dt/half_life);
-        liquidity = turnover of the window / sum of the absolute returns (at least a tick).
+        """One whole second of receive time has passed; the volatility is the root mean square
+        of the returns, the liquidity the turnover over the sum of their absolute values.
         """
         previous, self.grid_mid = self.grid_mid, mid_price
         if previous != previous:
@@ -122,10 +117,11 @@ class Market:
             return
         self.volatility = math.hypot(*self.returns_bps) / math.sqrt(len(self.returns_bps))
         before = self.ema_volatility if self.ema_volatility >= 0 else self.volatility
-        forgotten = 2 ** (-(second_ns - self.ema_ns) / NS / half_life_s)
-        self.ema_volatility = self.volatility + (before - self.volatility) * forgotten
+        # The EMA, after an uneven step: the old value weighs 2^(-step / half-life).
+        kept = 2 ** (-(second_ns - self.ema_ns) / NS / half_life_s)
+        self.ema_volatility = self.volatility + (before - self.volatility) * kept
         self.ema_ns = second_ns
-        moved_bps = max(sum(map(abs, self.returns_bps)), 1e4 * tick_size / mid_price)
+        moved_bps = max(sum(map(abs, self.returns_bps)), 1e4 * tick_size / mid_price)  # a tick
         self.liquidity = sum(self.turnovers) / moved_bps
 
     def restart(self) -> None:
@@ -209,9 +205,7 @@ class Account:
 
 
 class Decision(NamedTuple):
-    """What was known and what was wanted: a row of the log, the plots, quotes.csv and the
-    screen. nan = none, or not known.
-    """
+    """What was known and wanted, for log, plots and screen. nan = none, or not known."""
 
     time_ns: int = 0  # receive time
     mid_price: float = NAN  # USDT; nan while the book cannot be trusted, like the next two
@@ -283,13 +277,8 @@ def first_place(holds: np.ndarray, start: int, stop: int) -> int:
     return start + at if len(holds) and holds[at] else stop
 
 
-@lru_cache
 def floor_to_lot(qty: float, lot_size: float) -> float:
-    """The largest multiple of the lot that is not above qty.
-
-    >>> floor_to_lot(0.0129, 0.001)
-    0.012
-    """
+    """The largest multiple of the lot that is not above qty: 0.012 for 0.0129 and 0.001."""
     return round(math.floor(qty / lot_size + 1e-9) * lot_size, 9)
 
 
@@ -297,9 +286,9 @@ def floor_to_lot(qty: float, lot_size: float) -> float:
 class Order:
     """A paper order. It stands on the exchange in (arrival_ns, cancel_ns].
 
-    It carries its own queue: at its arrival that is the size shown at its price, and from
-    then on it only gets shorter. Until a message reaches the order nobody asks for it, so
-    rows at its price wait on the tape from `next_message` on.
+    It carries its own queue: at its arrival the size shown at its price, from then on it only
+    gets shorter. Rows at its price wait on the tape, from `next_message` on, until a message
+    reaches it.
     """
 
     side: int
@@ -329,9 +318,8 @@ class PaperExchange:
     """Matches the market's messages, on the exchange's clock, against our orders.
 
     `orders` holds all that a message may still meet, cancelled ones included: a trade can be
-    heard of after its order was replaced. `sent` is the last order sent to each side that
-    as far as we know still stands. peer_rules is for comparison with hftbacktest: an order
-    fills whole or not at all, and a level that leaves the window counts as cancelled.
+    heard of after its order was replaced. By peer_rules, those of hftbacktest, an order fills
+    whole or not at all, and a level that leaves the window counts as cancelled.
     """
 
     parameters: Parameters
@@ -344,7 +332,6 @@ class PaperExchange:
     shifts: list = field(default_factory=lambda: [(0, 0.0)])  # (exch_ns, bps that we see from then)
     back_ns: int = 0  # cut off until then: we hear of nothing and nothing hears of us
     orders: list[Order] = field(default_factory=list)
-    sent: dict = field(default_factory=lambda: {BID: None, ASK: None})  # Order or None by side
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
     trade_ns: int = 0  # exchange time of the last trade of the tapes before
@@ -359,20 +346,18 @@ class PaperExchange:
     # -- orders
 
     def send(self, side: int, level: int | None, qty: float, time_ns: int) -> bool:
-        """Ask for one order at a level (None: for none), decided at time_ns.
-
-        Unchanged against the last one sent, the order keeps its place. Otherwise cancel
-        and new order arrive at one instant. True if anything was sent or cancelled.
+        """Ask for one order at a level, or for none, and say whether that changes anything. An
+        unchanged order keeps its place; else cancel and new order arrive at one instant.
         """
-        standing, arrival_ns = self.sent[side], time_ns + self.latency_ns
+        standing = next((o for o in self.orders if o.side == side and o.cancel_ns == NEVER), None)
         wanted = None if level is None else (level, qty)
         if time_ns < self.back_ns or wanted == (standing and (standing.level, standing.qty)):
             return False
+        arrival_ns = time_ns + self.latency_ns
         if standing:
-            standing.cancel_ns, self.sent[side] = arrival_ns, None
+            standing.cancel_ns = arrival_ns
         if wanted:
-            self.sent[side] = Order(side, level, qty, left=qty, arrival_ns=arrival_ns)
-            self.orders.append(self.sent[side])
+            self.orders.append(Order(side, level, qty, left=qty, arrival_ns=arrival_ns))
             self.counts["sent"] += 1
         return True
 
@@ -383,13 +368,10 @@ class PaperExchange:
             arrival_ns = time_ns + self.latency_ns
             self.orders.append(Order(0, 0, 0.0, 0.0, arrival_ns, is_taker=True))
 
-    def drop(self, order: Order, refusal: str = "") -> None:
-        """The order is over: filled, or refused."""
-        if refusal:
-            self.counts[f"refused: {refusal}"] += 1
+    def refuse(self, order: Order, why: str) -> None:
+        """The order does not come into the book, and is over."""
+        self.counts[f"refused: {why}"] += 1
         self.orders.remove(order)
-        if self.sent.get(order.side) is order:
-            self.sent[order.side] = None
 
     def shift_bps(self, time_ns: int) -> float:
         """How far our own fills have moved the prices that we see, bps; it decays."""
@@ -399,42 +381,32 @@ class PaperExchange:
     # -- slices of messages
 
     def begin(self, tape: Tape) -> None:
-        """A tape is to come. Of each message, how far it comes towards our orders of a side:
-        by the opposite best, or by a trade that hits this side; as a level of this side.
+        """A tape is to come. How far does each message reach towards our orders of a side, by
+        the opposite best or by a trade that hits this side? As a level of this side.
         """
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
-            reach = np.where(is_event, -tape.best(-side), -NO_LEVEL)
-            if has_trades.any():
-                hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
-                nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
-                reach[has_trades] = np.minimum(reach[has_trades], nearest)
-            self.reach[side] = reach
+            reach = self.reach[side] = np.where(is_event, -tape.best(-side), -NO_LEVEL)
+            hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
+            nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
+            reach[has_trades] = np.minimum(reach[has_trades], nearest)
 
     def match(self, tape: Tape, start: int, stop: int) -> None:
-        """Messages start..stop-1: those that matter to our orders meet them one by one, the
-        others only change the book.
-        """
+        """Messages start..stop-1: those that matter meet our orders, all change the book."""
         while start < stop:
-            m = self._next_that_matters(tape, start, stop)
+            # The next that matters: a snapshot, one after the arrival of an order, or one that
+            # reaches an order which has arrived.
+            m = start if tape.kind[start] == feed.SNAPSHOT else stop
+            for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
+                m = first_place(tape.exch_ns[start:m] > arrival_ns, start, m)
+            for side in SIDES:
+                levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
+                if levels:
+                    m = first_place(self.reach[side][start:m] <= max(levels), start, m)
             self.book.apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
             start = m + 1
-
-    def _next_that_matters(self, tape: Tape, start: int, stop: int) -> int:
-        """The first of messages start..stop-1 that is a snapshot, or comes after the arrival
-        of an order, or reaches one that has arrived; else stop.
-        """
-        if tape.kind[start] == feed.SNAPSHOT:
-            return start
-        for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
-            stop = first_place(tape.exch_ns[start:stop] > arrival_ns, start, stop)
-        for side in SIDES:
-            levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
-            if levels:
-                stop = first_place(self.reach[side][start:stop] <= max(levels), start, stop)
-        return stop
 
     def end(self, tape: Tape) -> None:
         """The tape ends: what it says of our queues is looked at before it goes."""
@@ -491,9 +463,9 @@ class PaperExchange:
             if order.is_taker:
                 self._walk_the_book(order)
             elif self._is_reached(order):
-                self.drop(order, "would take")
+                self.refuse(order, "would take")
             elif order.side * self.account.inventory + order.qty > limit:
-                self.drop(order, "inventory limit")
+                self.refuse(order, "inventory limit")
             else:
                 order.queue_ahead = order.queue_at_arrival = self._shown(order)
 
@@ -515,15 +487,14 @@ class PaperExchange:
             if kind == feed.SNAPSHOT:  # it tells of every level
                 order.shorten_queue(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
-                self.drop(order, "would take")
+                self.refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
                 self._fill(order, order.left, exch_ns)
 
     def _meet_trade(self, tape: Tape, t: int) -> None:
         """A trade through our price fills us; at our price, the fill model says how much."""
-        exch_ns, level, size = (
-            column.item(t) for column in (tape.trade_ns, tape.trade_level, tape.trade_size)
-        )
+        exch_ns, level = tape.trade_ns.item(t), tape.trade_level.item(t)
+        size = tape.trade_size.item(t)
         model = "through" if tape.trade_is_rpi[t] else self.parameters.fill_model
         for order in self.orders:
             is_hit = order.side * level > 0 and level <= order.level
@@ -554,12 +525,10 @@ class PaperExchange:
             if order.left >= self.instrument.lot_size / 2:
                 self._fill(order, min(order.left, size), order.arrival_ns)
         if order in self.orders:
-            self.drop(order)
+            self.orders.remove(order)
 
     def _fill(self, order: Order, qty: float, exch_ns: int) -> None:
-        """The one place where a fill is made: at the order's price, and booked at the mid
-        just before the message.
-        """
+        """A fill at the order's price, booked at the mid just before the message."""
         if qty <= 0:
             return
         account, p, side = self.account, self.parameters, order.side
@@ -574,7 +543,7 @@ class PaperExchange:
         account.mark(marked)
         order.left = round(order.left - qty, 9)
         if order.left <= 0:
-            self.drop(order)
+            self.orders.remove(order)
         if self.impact_bps and self.market.depths[side] > 0:
             since_ns = max(exch_ns, self.shifts[-1][0])  # one heard of late counts from now
             moved_bps = side * self.impact_bps * qty / self.market.depths[side]
@@ -588,7 +557,7 @@ class MarketMaker:
     """Messages in, decisions out. Holds market, account, exchange and log."""
 
     def __init__(self, parameters: Parameters, instrument: feed.Instrument, log: Any = None,
-                 overrides: Mapping[str, Any] | None = None, solver: Callable = linprog,
+                 overrides: Mapping[str, Any] | None = None, solver: Callable = opt.linprog,
                  strategy: Callable = opt.choose_distances, **frictions: Any) -> None:  # fmt: skip
         self.parameters, self.instrument, self.log = parameters, instrument, log
         self.overrides = dict(overrides or {})  # parameters that a recording cannot change
@@ -605,10 +574,10 @@ class MarketMaker:
         self.is_cut_off = False  # by an outage
         self.due_ns = 0  # the next decision
         self.second_ns = 0  # the next whole second of receive time
-        self.tape: Tape | None = None  # of it, what message was
-        self.heard = self.matched = 0  # the first not yet heard; not yet matched
-        self.counted = 0  # the first trade not yet counted
-        self.traded: list[float] = []  # of this second, ticks x base coin
+        self.tape = feed.build_tape([])
+        self.heard = self.matched = 0  # its first message not yet heard; not yet matched
+        self.turnover = np.zeros(0)  # of each trade of the tape, ticks x base coin
+        self.traded: list[float] = []  # the turnover heard of in this second
         self.first_ns = self.last_ns = self.messages = 0
         self.sources: Counter[str] = Counter()  # of decisions
         self.reasons: Counter[str] = Counter()
@@ -624,19 +593,18 @@ class MarketMaker:
 
     def follow(self, tape: Tape) -> None:
         """Hear messages until something is due; decide; go on."""
-        self.tape, self.heard, self.matched, self.counted = tape, 0, 0, 0
+        self.tape, self.heard, self.matched = tape, 0, 0
+        self.turnover = np.abs(tape.trade_level) * tape.trade_size
         self.messages += len(tape)
         self.exchange.begin(tape)
         changes = [*(tape.kind > feed.TICKER).nonzero()[0].tolist(), len(tape)]  # of the rules
-        m = change = 0
+        m = 0
         while m < len(tape):
             # What is due next: a decision, a whole second, or the end of our patience with a
             # silent book. Which message is as late as that, or changes the rules, or is of
             # the book and ends a silence?
             due_ns = min(self.due_ns, self.second_ns, self.silent_ns() + 1)
-            while changes[change] < m:
-                change += 1
-            stop = min(changes[change], m + LOOK_AHEAD)
+            stop = min(changes[bisect_left(changes, m)], m + LOOK_AHEAD)
             if self.is_stale:
                 stop = first_place(tape.kind[m:stop] == feed.DELTA, m, stop)
             m += int(tape.recv_ns[m:stop].searchsorted(due_ns))
@@ -650,7 +618,7 @@ class MarketMaker:
             # It changes the rules, or it decides, itself included, or only time has passed.
             ends_silence = self.is_stale and kind == feed.DELTA
             if kind > feed.TICKER:
-                self._change_rules(m, kind, now_ns)
+                self._change_rules(m, now_ns)
                 m += 1
             elif ends_silence or now_ns >= self.due_ns:
                 self._hear(m + 1)
@@ -659,11 +627,12 @@ class MarketMaker:
                 m += 1
         self.flush()
         self.exchange.end(tape)
-        self._count_trades()
         self.last_ns = max(self.last_ns, tape.recv_ns.item(-1))
 
     def _hear(self, stop: int) -> None:
         """Messages before `stop` of the tape have come."""
+        first, last = self.tape.first_trade.item(self.heard), self.tape.first_trade.item(stop)
+        self.traded += self.turnover[first:last].tolist()
         self.heard = stop
         book = self.tape.last_book.item(stop - 1) if stop else -1
         if book >= 0:
@@ -675,51 +644,56 @@ class MarketMaker:
             self.exchange.match(self.tape, self.matched, self.heard)
             self.matched = self.heard
 
-    def _change_rules(self, m: int, kind: int, now_ns: int) -> None:
+    def _change_rules(self, m: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
         self.flush()
         self._hear(m + 1)
         market, note = self.market, self.tape.notes.get(m, {})
-        if kind == feed.SNAPSHOT:
+        event = note.get("event")
+        if self.tape.kind[m] == feed.SNAPSHOT:
             self.flush()
-            was_away, market.lost = market.lost or self.is_stale, ""
-            if was_away or now_ns >= self.due_ns:
-                self.decide(now_ns)
-            return
-        self.matched = m + 1  # there is nothing in it to match
-        if kind == feed.LOST and not market.lost:
-            market.lost = note["reason"]
+            is_due = market.lost or self.is_stale or now_ns >= self.due_ns
+            market.lost = ""
+        else:
+            self.matched = m + 1  # there is nothing in it to match
+            is_due = event in ("outage", "back")
+
+        if self.tape.kind[m] == feed.LOST and not market.lost:
+            is_due, market.lost = True, note["reason"]
             market.restart()
             # At what price a taker order would trade, nobody can say: it is sent again later.
             self.exchange.orders = [o for o in self.exchange.orders if not o.is_taker]
-            self.decide(now_ns)
-        elif note.get("event") == "params":
-            changes, min_order = note.get("parameters"), self.instrument.min_order
-            try:
-                if note.get("is_final"):  # no recording takes it back
-                    self.overrides |= changes
-                changes = {**changes, **self.overrides}
-                p = opt.change_parameters(self.parameters, changes, min_order, running=True)
-            except (ValueError, TypeError) as error:
-                logging.warning("parameters in the recording are refused: %s", error)
-                return
-            self.parameters = self.exchange.parameters = p
-            self.decide(now_ns)
-        elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
+        elif event == "params":
+            is_due = self._change_parameters(note)
+        elif event == "outage":  # of a backtest: from here on we hear nothing
             market.restart()
             self.is_cut_off, self.exchange.back_ns = True, note["back_ns"]
-            self.decide(now_ns)
-            self.due_ns = NEVER
-        elif note.get("event") == "back":
+        elif event == "back":
             self.is_cut_off = False
+        if is_due:
             self.decide(now_ns)
+
+    def _change_parameters(self, note: Mapping[str, Any]) -> bool:
+        """Parameters of a control line, unless they are unsound; whether they are in force."""
+        try:
+            if note.get("is_final"):  # no recording takes it back
+                self.overrides |= note["parameters"]
+            changes = {**note["parameters"], **self.overrides}
+            p = opt.change_parameters(
+                self.parameters, changes, self.instrument.min_order, running=True
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            logging.warning("parameters in the recording are refused: %s", error)
+            return False
+        self.parameters = self.exchange.parameters = p
+        return True
 
     # -- time
 
     def silent_ns(self) -> int:
-        """When the book will have been silent for too long."""
+        """When the book will have been silent for too long; NEVER while nothing is measured."""
         if self.market.lost or self.is_stale or self.is_cut_off:
-            return NEVER - 1
+            return NEVER
         return self.market.book_recv_ns + round(self.parameters.stale_after_s * NS)
 
     def pass_time(self, now_ns: int) -> None:
@@ -727,47 +701,36 @@ class MarketMaker:
         if not self.second_ns:
             self.first_ns, self.second_ns = now_ns, (now_ns // NS + 1) * NS
         self.last_ns = now_ns
-        while not (self.market.lost or self.is_stale or self.is_cut_off):
-            if self.second_ns <= min(now_ns, self.silent_ns()):
-                self._pass_second()
-            elif self.silent_ns() < now_ns:
+        while (silent_ns := self.silent_ns()) < NEVER:
+            if self.second_ns <= min(now_ns, silent_ns):
+                self._pass_second(self.second_ns)
+                self.second_ns += NS
+            elif silent_ns < now_ns:
                 self.flush()
-                self.decide(self.silent_ns())
+                self.decide(silent_ns)
             else:
                 return
         self.second_ns = (now_ns // NS + 1) * NS  # nothing is measured now
-        self._count_trades()
         self.traded.clear()
 
-    def _pass_second(self) -> None:
+    def _pass_second(self, second_ns: int) -> None:
         """The mid after the last message before this second is a point of the grid."""
-        second_ns, self.second_ns = self.second_ns, self.second_ns + NS
         if self.parameters.max_drawdown_usdt is not None or self.exchange.impact_bps:
             self.flush()  # the account of now is needed, and not only the mid
-        is_matched = self.tape is None or self.matched == self.heard
-        view = self.market.book.view if is_matched else self.tape.view(self.heard - 1)
+        is_behind = self.matched < self.heard
+        view = self.tape.view(self.heard - 1) if is_behind else self.market.book.view
         self._mark(view, second_ns)
-        self._count_trades()
-        turnover_ticks, mid_price = math.fsum(self.traded), self.account.mid_price  # exact sum
+        tick_size, mid_price = self.instrument.tick_size, self.account.mid_price
+        turnover_musd = math.fsum(self.traded) * tick_size * 1e-6  # subtle: exact in any order
         self.traded.clear()
         if mid_price == mid_price:
-            tick_size, half_life_s = self.instrument.tick_size, self.parameters.half_life_s
-            turnover_musd = turnover_ticks * tick_size * 1e-6
+            half_life_s = self.parameters.half_life_s
             self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
             if self._guard(view, second_ns) != self.last_guard:
                 self.due_ns = second_ns  # the next message decides
 
-    def _count_trades(self) -> None:
-        """Remember what was traded in the messages heard since the last time."""
-        if self.tape is not None:
-            first, self.counted = self.counted, self.tape.first_trade.item(self.heard)
-            ticks = np.abs(self.tape.trade_level[first : self.counted])
-            self.traded += (ticks * self.tape.trade_size[first : self.counted]).tolist()
-
     def _mark(self, view: View, time_ns: int) -> float:
-        """Mark the inventory to the mid that we see, and look at the drawdown. The mid, in
-        ticks, is the book's, moved by our own impact if that is modelled.
-        """
+        """Mark the inventory to the mid that we see, own impact included; look at the drawdown."""
         account, limit = self.account, self.parameters.max_drawdown_usdt
         mid_ticks = view.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
         account.mark(mid_ticks * self.instrument.tick_size)
@@ -778,21 +741,19 @@ class MarketMaker:
     # -- deciding
 
     def _guard(self, view: View, time_ns: int) -> str:
-        """Why there must be no quote now; empty if there may be one."""
+        """Why there must be no quote now, the first reason of these; empty if there may be one."""
         p, market = self.parameters, self.market
-        if self.is_cut_off:
-            return "outage"
-        if market.lost:
-            return "book lost"
-        if view.fault:
-            return view.fault
-        if time_ns - market.book_recv_ns >= round(p.stale_after_s * NS):
-            return "book stale"
-        if abs(self.account.mid_price / view.mark_price - 1) * 1e4 > p.max_mark_gap_bps:
-            return "far from mark price"  # nan, no mark, is far from nothing
-        if self.is_stopped:
-            return "drawdown limit"
-        return "warming up" if len(market.returns_bps) < WARMUP_RETURNS else ""
+        gap_bps = abs(self.account.mid_price / view.mark_price - 1) * 1e4  # nan without a mark
+        guards = {
+            "outage": self.is_cut_off,
+            "book lost": market.lost,
+            view.fault: view.fault,
+            "book stale": time_ns - market.book_recv_ns >= round(p.stale_after_s * NS),
+            "far from mark price": gap_bps > p.max_mark_gap_bps,
+            "drawdown limit": self.is_stopped,
+            "warming up": len(market.returns_bps) < WARMUP_RETURNS,
+        }
+        return next((reason for reason, holds in guards.items() if holds), "")
 
     def decide(self, time_ns: int) -> None:
         """Measure, choose, quote, log; the next decision is due an interval later."""
@@ -810,13 +771,13 @@ class MarketMaker:
 
         # Is there a reason to stay out? A book that has fallen silent is measured anew.
         reason = self.last_guard = self._guard(view, time_ns)
-        was_stale = self.is_stale
-        self.is_stale = time_ns - market.book_recv_ns >= round(p.stale_after_s * NS)
-        if self.is_stale and not was_stale:
+        is_stale = time_ns - market.book_recv_ns >= round(p.stale_after_s * NS)
+        if is_stale and not self.is_stale:
             market.restart()
+        self.is_stale = is_stale
 
         # What to quote: distances from the mid, then levels and quantities.
-        source, distances, wanted = "none", None, {BID: (None, 0.0), ASK: (None, 0.0)}
+        source, distances, wanted = "none", None, dict.fromkeys(SIDES, (None, 0.0))
         if not reason:
             distances = self._choose(time_ns)
             source = distances.source
@@ -838,7 +799,8 @@ class MarketMaker:
             *market.depths.values(), market.liquidity, account.inventory, account.cash,
             account.equity, account.fees_paid, *terms, source, reason, any(sent), distances,
         )  # fmt: skip
-        self.due_ns = time_ns + round(opt.get_optimization_frequency(p, market.ema_volatility) * NS)
+        interval_s = opt.get_optimization_frequency(p, market.ema_volatility)
+        self.due_ns = NEVER if self.is_cut_off else time_ns + round(interval_s * NS)
         self.sources[source] += 1
         self.reasons[reason] += 1
         if self.log is not None:
@@ -861,7 +823,8 @@ class MarketMaker:
     def _place(self, distances: Distances, mid: float) -> tuple[dict[int, tuple], str]:
         """(level or None, quantity) by side around a mid in ticks, and the reasons given."""
         p, lot = self.parameters, self.instrument.lot_size
-        wanted, reasons = {}, [distances.reason] if distances.reason else []
+        wanted = dict.fromkeys(SIDES, (None, 0.0))
+        reasons = [distances.reason] if distances.reason else []
         for side, name, bps in ((BID, "bid", distances.bid_bps), (ASK, "ask", distances.ask_bps)):
             # Rounded outward to the tick; post-only; and a price above 0.
             level = math.floor(side * mid - mid * bps * 1e-4 + 1e-9)
@@ -869,93 +832,67 @@ class MarketMaker:
             level = max(level, 1) if side == BID else level
             # No more than a share of the depth, and within the inventory limit.
             qty = floor_to_lot(min(p.order_qty, p.max_depth_share * self.market.depths[side]), lot)
-            why_not = ""
             if qty < self.instrument.min_order * (1 - 1e-9):
-                why_not = "book too thin for a lot"
+                reasons.append(f"no {name}: book too thin for a lot")
             elif side * self.account.inventory + qty > p.max_inventory + lot / 2:
-                why_not = "inventory limit"
-            wanted[side] = (None, 0.0) if why_not else (level, qty)
-            if why_not:
-                reasons.append(f"no {name}: {why_not}")
+                reasons.append(f"no {name}: inventory limit")
+            else:
+                wanted[side] = (level, qty)
         return wanted, "; ".join(reasons)
 
-    def finish(self) -> Decision:
+    def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
         self._mark(self.market.book.view, self.last_ns)
         a = self.account
-        account = dict(inventory=a.inventory, cash=a.cash, equity=a.equity, fees_paid=a.fees_paid)
-        account |= dict(time_ns=self.last_ns, mid_price=a.mid_price)
-        self.decision = self.decision._replace(**account)
+        self.decision = self.decision._replace(
+            time_ns=self.last_ns, mid_price=a.mid_price, inventory=a.inventory, cash=a.cash,
+            equity=a.equity, fees_paid=a.fees_paid,
+        )  # fmt: skip
         self.history.add(self.decision)
-        return self.decision
 
 
 # ---- Display -----------------------------------------------------------------------
 
+ACCOUNT = """\
+Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills} fills{last_fill}
+Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
+               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
+"""
 SCREEN = """\
-{title}   {moment} UTC
+{title}   {now} UTC
 paper trading: no order is ever sent
 
-Market         bid {best_bid}   ask {best_ask}   last {last}   mark {mark} USDT
-               depth {bid_depth:.2f} / {ask_depth:.2f} {coin} within {band:g} bps
-               volatility {volatility:.2f} (EMA {ema_volatility:.2f}) bps/sqrt(s)
-               liquidity {liquidity:.2f} M USDT per bp
-Our quote      bid {bid_price} x {bid_qty:g}, {bid_bps:.2f} bps away
-               ask {ask_price} x {ask_qty:g}, {ask_bps:.2f} bps away
-               source {source}{reason}
-Base spread    {base_spread_bps:.2f} bps = volatility {volatility_bps:.2f} + liquidity \
-{liquidity_bps:.2f} + depth {depth_bps:.2f}
-               at least {edge:g}: no quote nearer to the mid
+Market         bid {bid:,.{digits}f}   ask {ask:,.{digits}f}   \
+last {view.last_price:,.{digits}f}   mark {view.mark_price:,.{digits}f} USDT
+               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
+               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s)
+               liquidity {d.liquidity:.2f} M USDT per bp
+Our quote      bid {d.bid_price:,.{digits}f} x {d.bid_qty:g}, {bid_bps:.2f} bps away
+               ask {d.ask_price:,.{digits}f} x {d.ask_qty:g}, {ask_bps:.2f} bps away
+               source {d.source}   {d.reason}   {market.lost}
+Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
+liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
+               at least {p.min_half_spread_bps:g}: no quote nearer to the mid
 At the margin  {margin}
-{account}
-Feed           {health}
+""" + ACCOUNT + """\
+Feed           {feed}{maker.messages:,} messages   {counts[gaps]} gaps   \
+{counts[malformed]} malformed   lag {lag_ms:.0f} ms{problem}
 
-{notice}"""
-LINE = "{moment}  mid {mid}  quote {bid_price} / {ask_price}  {source}{reason}  net {equity:+.2f}"
-ACCOUNT = """\
-Inventory      {inventory:+g} {coin} of at most {limit:g}   {fills} fills{last_fill}
-Result, USDT   gross {gross:+.2f}   fees {fees:.2f}   net {equity:+.2f}
-               gross = spread captured {captured:+.2f} + revaluation {revaluation:+.2f}"""
+{notice}
+"""  # fmt: skip
+LINE = (
+    "{now}  mid {a.mid_price:,.{mid_digits}f}  quote {d.bid_price:,.{digits}f} / "
+    "{d.ask_price:,.{digits}f}  {d.source} {d.reason}  net {a.equity:+.2f}  {notice}\n"
+)
 SUMMARY = """\
 {title}
-Span           {first} to {moment} UTC   {messages} messages
+Span           {first} to {now} UTC   {maker.messages} messages
 Decisions      {sources}
 Reasons        {reasons}
 Orders         {orders}
-{account}
-               turnover {turnover:,.0f}   the sum is off by {residual:.0e}"""
-
-
-def describe(maker: MarketMaker) -> dict[str, Any]:
-    """What the screens tell of the market maker, by the names in their braces."""
-    d, a, p, market = maker.decision, maker.account, maker.parameters, maker.market
-    view, tick_size, digits = market.book.view, maker.instrument.tick_size, maker.instrument.digits
-    told = d._asdict() | dict(
-        coin=maker.instrument.base_coin, band=p.depth_band_bps, edge=p.min_half_spread_bps,
-        limit=p.max_inventory, inventory=a.inventory, equity=a.equity, gross=a.gross,
-        fees=a.fees_paid, captured=a.spread_captured, revaluation=a.revaluation,
-        fills=len(a.fills), last_fill="", turnover=a.turnover, residual=a.residual,
-        messages=maker.messages, first=clock_text(maker.first_ns), moment=clock_text(maker.last_ns),
-        sources=list_counts(maker.sources), reasons=list_counts(maker.reasons),
-        orders=list_counts(maker.exchange.counts), margin="-",
-    )  # fmt: skip
-    is_sound = not (market.lost or view.fault)
-    best = [side * view.best(side) * tick_size if is_sound else NAN for side in SIDES]
-    prices = dict(best_bid=best[0], best_ask=best[1], last=view.last_price, mark=view.mark_price,
-                  bid_price=d.bid_price, ask_price=d.ask_price)  # fmt: skip
-    told |= {name: f"{price:,.{digits}f}" for name, price in prices.items()}
-    told["mid"] = f"{a.mid_price:,.{digits + 1}f}"
-    for name, price in (("bid", d.bid_price), ("ask", d.ask_price)):
-        told[f"{name}_bps"] = abs(price / d.mid_price - 1) * 1e4
-    warmth = f" ({len(market.returns_bps)} of {WARMUP_RETURNS} s)"
-    more = {"book lost": f" ({market.lost})", "warming up": warmth}.get(d.reason, "")
-    told["reason"] = f": {d.reason}{more}" if d.reason else ""
-    if a.fills:
-        last, verb = a.fills[-1], "bought" if a.fills[-1].side == BID else "sold"
-        told["last_fill"] = f"   last: {verb} {last.qty:g} at {last.price:,.{digits}f}"
-    if d.distances and d.distances.solution:
-        told["margin"] = in_words(d.distances.solution, p.order_qty / p.max_inventory)
-    return told | dict(account=ACCOUNT.format(**told))
+""" + ACCOUNT + """\
+               turnover {a.turnover:,.0f}   the sum is off by {a.residual:.0e}
+"""  # fmt: skip
 
 
 def list_counts(counts: Counter) -> str:
@@ -963,26 +900,23 @@ def list_counts(counts: Counter) -> str:
     return "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
 
 
-def in_words(solution: opt.Solution, order_share: float) -> str:
-    """What spread, edge and inventory cost at the margin, relative to the quote's cost C.
-
-    order_share: one order as a share of max_inventory.
-    """
+def price_constraints(solution: opt.Solution, p: Parameters) -> str:
+    """What spread, edge and inventory cost at the margin, relative to the quote's cost C."""
     prices = {
         "1 % more spread": 0.01 * solution.spread_price,
         "bid 1 % of S beyond its edge": 0.01 * solution.bid_edge_price,
         "ask 1 % of S beyond its edge": 0.01 * solution.ask_edge_price,
-        "one order more bought": solution.inventory_price * order_share,
+        "one order more bought": solution.inventory_price * p.order_qty / p.max_inventory,
     }
-    words = [f"{what}: {100 * price / solution.cost:+.1f} %"
-             for what, price in prices.items() if abs(price) > 1e-9]  # fmt: skip
-    return "cost of the quote, " + "   ".join(words)
+    return "cost of the quote, " + "   ".join(
+        f"{what}: {100 * price / solution.cost:+.1f} %"
+        for what, price in prices.items() if abs(price) > 1e-9
+    )  # fmt: skip
 
 
 # ---- Pictures ----------------------------------------------------------------------
 #
-# A panel is a function of an axes and of columns over x, such as those of a History. The
-# same panels serve here and in backtest.py.
+# A panel is a function of an axes. The same panels serve here and in backtest.py.
 
 BLACK, BLUE, RED, GREEN = "black", "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, which
 SKY, YELLOW, PINK = "#56B4E9", "#F0E442", "#CC79A7"  # colour-blind readers can tell apart
@@ -999,89 +933,67 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
               fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
 
 
-def plot_steps(ax: Any, x: np.ndarray, lines: Sequence[tuple[np.ndarray, str, str, float]]) -> None:
-    """Values that hold until the next, each with its label, its colour, its width."""
-    for values, label, color, width in lines:
-        ax.step(x, values, where="post", label=label, color=color, linewidth=width)
-    ax.axhline(0, color="grey", linewidth=0.6)
-
-
-def plot_prices(ax: Any, c: Mapping[str, np.ndarray], fills: list[Fill], at: np.ndarray) -> None:
-    """Mid, our quotes, and where they were filled; `at` is x of each fill."""
-    prices = np.array([fill.price for fill in fills])
-    ax.plot(c["x"], c["mid_price"], color=BLACK, linewidth=0.9, label="mid", zorder=4)
-    for side, name, verb, color, marker in (
-        (BID, "bid", "bought", BLUE, "^"), (ASK, "ask", "sold", RED, "v"),
-    ):  # fmt: skip
-        ax.step(c["x"], c[f"{name}_price"], where="post", color=color, linewidth=0.6, alpha=0.6,
-                label=f"our {name}")  # fmt: skip
-        is_ours = np.array([fill.side == side for fill in fills], bool)
-        ax.scatter(at[is_ours], prices[is_ours], color=color, marker=marker, zorder=5,
-                   s=30 if len(fills) < 300 else 15, edgecolors="white", linewidths=0.3,
-                   label=f"{verb} ({is_ours.sum():,})")  # fmt: skip
-    ax.ticklabel_format(axis="y", useOffset=False)
-    finish_panel(ax, "Price", "USDT")
-
-
-def plot_inventory(ax: Any, c: Mapping[str, np.ndarray], limit: float, coin: str) -> None:
-    """What we hold, between the limits."""
-    ends = np.full(len(c["x"]), limit)
-    plot_steps(ax, c["x"], [(c["inventory"], "held", BLACK, 0.9), (ends, "limit", RED, 1.0),
-                            (-ends, "", RED, 1.0)])  # fmt: skip
-    finish_panel(ax, "Inventory", coin)
-
-
-def plot_result(ax: Any, c: Mapping[str, np.ndarray]) -> None:
-    """Gross, fees and net; the shade reaches from net up to its peak so far."""
-    net, fees = c["equity"], c["fees_paid"]
-    peak = np.maximum.accumulate(np.append(0.0, net))[1:]
-    ax.fill_between(c["x"], net, peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
-    plot_steps(ax, c["x"], [(net + fees, "gross", GREEN, 1.2), (-fees, "- fees", PINK, 1.2),
-                            (net, "= net", BLACK, 1.2)])  # fmt: skip
-    finish_panel(ax, "Result", "USDT")
-
-
 def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
-    """Prices, inventory and result of a run over its minutes, `x` of the history's columns."""
-    fills, first_ns, minute_ns = maker.account.fills, maker.first_ns, 60 * NS
-    c["x"] = (c["time_ns"] - first_ns) / minute_ns
-    at = np.array([fill.recv_ns - first_ns for fill in fills]) / minute_ns
-    limit, coin = maker.parameters.max_inventory, maker.instrument.base_coin
-    return [
-        (4.4, [partial(plot_prices, c=c, fills=fills, at=at)]),
-        (1.8, [partial(plot_inventory, c=c, limit=limit, coin=coin)]),
-        (2.8, [partial(plot_result, c=c)]),
-    ]
+    """Three panels over the minutes of a run, `x` of the history's columns."""
+    fills, limit = maker.account.fills, maker.parameters.max_inventory
+    x = c["x"] = (c["time_ns"] - maker.first_ns) / MINUTE_NS
+
+    def plot_prices(ax: Any) -> None:
+        """Mid, our quotes, and where they were filled."""
+        ax.plot(x, c["mid_price"], color=BLACK, linewidth=0.9, label="mid", zorder=4)
+        for side, name, verb, color, marker in (
+            (BID, "bid", "bought", BLUE, "^"), (ASK, "ask", "sold", RED, "v"),
+        ):  # fmt: skip
+            prices, ours = c[f"{name}_price"], [fill for fill in fills if fill.side == side]
+            ax.step(x, prices, color, where="post", linewidth=0.6, alpha=0.6, label=f"our {name}")
+            at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
+            ax.scatter(at, [fill.price for fill in ours], s=30 if len(fills) < 300 else 15,
+                       c=color, marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
+                       label=f"{verb} ({len(ours):,})")  # fmt: skip
+        ax.ticklabel_format(axis="y", useOffset=False)
+        finish_panel(ax, "Price", "USDT")
+
+    def plot_inventory(ax: Any) -> None:
+        """What we hold, between the limits."""
+        ax.step(x, c["inventory"], BLACK, where="post", linewidth=0.9, label="held")
+        ax.axhline(limit, color=RED, linewidth=1.0, label="limit")
+        ax.axhline(-limit, color=RED, linewidth=1.0)
+        ax.axhline(0, color="grey", linewidth=0.6)
+        finish_panel(ax, "Inventory", maker.instrument.base_coin)
+
+    def plot_result(ax: Any) -> None:
+        """Gross, fees and net; the shade reaches from net up to its peak so far."""
+        net, fees = c["equity"], c["fees_paid"]
+        peak = np.maximum.accumulate(np.append(0.0, net))[1:]
+        ax.fill_between(x, net, peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
+        for values, label, color in (
+            (net + fees, "gross", GREEN), (-fees, "- fees", PINK), (net, "= net", BLACK),
+        ):  # fmt: skip
+            ax.step(x, values, color, where="post", linewidth=1.2, label=label)
+        ax.axhline(0, color="grey", linewidth=0.6)
+        finish_panel(ax, "Result", "USDT")
+
+    return [(4.4, [plot_prices]), (1.8, [plot_inventory]), (2.8, [plot_result])]
 
 
 def draw_figure(
-    rows: Sequence[tuple[float, list[Panel]]], title: str, path: Path | None, shared: int = 0
+    rows: Sequence[tuple[float, list[Panel]]], title: str, path: Path, shared: int = 0
 ) -> None:
-    """Rows of one panel or two, each with its height in inches, as a PNG; on the screen
-    without a path. So many rows on top share their x axis.
+    """Panels below each other, each with its height in inches, as a PNG. So many on top share
+    their x axis.
     """
-    import matplotlib  # slow to import
-
-    if path:
-        matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import
 
     heights, panels = zip(*rows)
-    names = [[f"{k} 0", f"{k} {len(row) - 1}"] for k, row in enumerate(panels)]
-    size = dict(height_ratios=heights, figsize=(8.8, sum(heights)), layout="constrained")
-    figure, axes = pyplot.subplot_mosaic(names, **size)
+    figure = Figure(figsize=(8.8, sum(heights)), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    for name, ax in axes.items():
-        row, column = map(int, name.split())
-        panels[row][column](ax)
+    axes = figure.subplots(len(rows), squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (panel,) in zip(axes, panels):
+        panel(ax)
     for k in range(1, shared):
-        axes[f"{k} 0"].sharex(axes["0 0"])
-        axes[f"{k - 1} 0"].tick_params(labelbottom=False)
-    if path:
-        feed.write_whole(path, partial(figure.savefig, dpi=150, format="png"))
-    else:
-        pyplot.show()
-    pyplot.close(figure)
+        axes[k].sharex(axes[0])
+        axes[k - 1].tick_params(labelbottom=False)
+    feed.write_whole(path, partial(figure.savefig, dpi=150, format="png"))
 
 
 # ---- Running -----------------------------------------------------------------------
@@ -1089,15 +1001,11 @@ def draw_figure(
 
 def read_parameters(path: Path | None) -> dict[str, Any]:
     """The values in FILE.json of --params; UserError unless it holds a JSON object."""
-    if path is None:
-        return {}
     try:
-        values = json.loads(path.read_text())
-        if isinstance(values, dict):
-            return values
-        raise ValueError('it must hold one JSON object such as {"alpha": 2}')
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--params {path}: {error}") from None
+        return {**json.loads(path.read_text())} if path else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        rule = 'it must hold one JSON object such as {"alpha": 2}'
+        raise UserError(f"--params {path}: {error}: {rule}") from None
 
 
 def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
@@ -1129,17 +1037,17 @@ class Session:
         self.parser, self.source, self.stream = parser, source, sys.stdout
         self.files = [file for file in (maker.log, source and source.recorder) if file]
         self.accepted = read_parameters(options.params)  # of --params
-        self.edited_ns = options.params.stat().st_mtime_ns if options.params else 0
         self.next_look_s = self.next_show_s = 0.0
-        self.lags_ns: deque[int] = deque(maxlen=300)  # of late, receive minus exchange time
-        self.has_begun, self.notice = False, ""
+        self.has_begun = False
+        self.notice = "Ctrl-C ends the run with a summary" if self.stream.isatty() else ""
 
     def run(self, bursts: Iterator[list[feed.Message]]) -> None:
-        """Take every message (their source looks around in between); close all files."""
+        """Take every message, and look around in between; at the end close all files."""
         maker = self.maker
         try:
             for messages in bursts:
                 maker.take(*messages)
+                self.look()
         finally:
             if self.source:
                 self.source.stop()
@@ -1148,7 +1056,7 @@ class Session:
         maker.finish()
         if self.stream.isatty():
             self.show()
-        print(SUMMARY.format(title=self.title, **describe(maker)), file=self.stream)
+        print(self.describe(SUMMARY), end="", file=self.stream)
         if self.options.plot and maker.messages:
             rows = plot_rows(maker, maker.history.columns())
             title = f"{self.title}\nminutes since {clock_text(maker.first_ns)} UTC"
@@ -1156,78 +1064,87 @@ class Session:
 
     def look(self) -> None:
         """A few times a second: the disk, the feed, the parameter file, the screen."""
-        now_s, market, view = time.monotonic(), self.maker.market, self.maker.market.book.view
+        now_s, market = time.monotonic(), self.maker.market
         if now_s < self.next_look_s:
             return
         self.next_look_s = now_s + TICK_S
-        self.lags_ns.append(market.book_recv_ns - market.book.exch_ns)
         for file in self.files:
             if file.failure:
                 self.notice = f"DISK: {file.failure}"
         if self.source:
             self.source.tend()
-            if self.options.params:
-                self.read_edits(self.options.params)
-            if view.fault and not market.lost:
-                self.source.cut(f"resync: {view.fault}")
+            self.read_edits()
+            if market.book.view.fault and not market.lost:
+                self.source.cut(f"resync: {market.book.view.fault}")
         if now_s >= self.next_show_s:
             self.next_show_s = now_s + (0.25 if self.stream.isatty() else 1.0)
             self.show()
 
-    def read_edits(self, path: Path) -> None:
-        """A sound edit becomes a line of the session; another is refused with a notice."""
-        maker = self.maker
+    def read_edits(self) -> None:
+        """A sound edit of --params becomes a line of the session; another gives a notice."""
+        path, maker = self.options.params, self.maker
         try:
-            stamp_ns = path.stat().st_mtime_ns
-            if stamp_ns == self.edited_ns:
-                return
-            self.edited_ns, values = stamp_ns, read_parameters(path)
+            values = read_parameters(path)
             edits = {n: v for n, v in values.items() if self.accepted.get(n, INF) != v}
-            min_order = maker.instrument.min_order
-            p = opt.change_parameters(maker.parameters, edits, min_order, running=True)
-        except (UserError, OSError, ValueError, TypeError) as error:
+            if edits:
+                min_order = maker.instrument.min_order
+                p = opt.change_parameters(maker.parameters, edits, min_order, running=True)
+                self.source.emit(feed.control_line("params", parameters=asdict(p)))
+                self.accepted, self.notice = values, f"parameters changed: {edits}"
+        except (UserError, ValueError, TypeError) as error:
             self.notice = f"edit of {path} refused: {error}"
-        else:
-            self.accepted = values
-            self.source.emit(feed.control_line("params", parameters=dataclasses.asdict(p)))
-            self.notice = f"parameters changed: {edits}"
 
-    def show(self) -> None:
-        """In place on a terminal; else the title, and then a line each time."""
-        told, text = describe(self.maker), "" if self.has_begun else self.title + "\n"
-        if self.stream.isatty():
-            columns, rows = shutil.get_terminal_size((80, 24))
-            told |= dict(title=self.title, health=self.health())
-            told["notice"] = self.notice or "Ctrl-C ends the run with a summary"
-            lines = SCREEN.format(**told).replace("nan", "-").splitlines()
-            text = "\x1b[H" if self.has_begun else "\x1b[2J\x1b[H"
-            text += "".join(f"{line[:columns]}\x1b[K\n" for line in lines[: rows - 1]) + "\x1b[J"
-        elif self.maker.messages:
-            text += f"{LINE.format(**told).replace('nan', '-')}  {self.notice}\n"
-            self.notice = ""
-        else:
-            return
-        self.has_begun = True
-        self.stream.write(text)
-        self.stream.flush()
+    def describe(self, template: str) -> str:
+        """A template from above, filled in; "-" stands for what is not known."""
+        maker, parser, source, feed_text = self.maker, self.parser, self.source, ""
+        decision, account, market = maker.decision, maker.account, maker.market
+        view, digits = market.book.view, maker.instrument.digits
+        is_sound = not (market.lost or view.fault)
+        bid, ask = (side * view.best(side) * maker.instrument.tick_size if is_sound else NAN
+                    for side in SIDES)  # fmt: skip
 
-    def health(self) -> str:
-        """The feed in words: age, reconnects, gaps, lag, and what went wrong."""
-        source, parser, items = self.source, self.parser, []
+        # In words: the last fill, the multipliers of the program, the feed.
+        last_fill, margin = "", "-"
+        if account.fills:
+            fill = account.fills[-1]
+            verb = "bought" if fill.side == BID else "sold"
+            last_fill = f"   last: {verb} {fill.qty:g} at {fill.price:,.{digits}f}"
+        if decision.distances and decision.distances.solution:
+            margin = price_constraints(decision.distances.solution, maker.parameters)
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            items.append(f"last frame {age_s:.1f} s ago" if source.ws else "NOT CONNECTED")
-            items.append(f"{source.reconnects} reconnects")
-        items.append(f"{self.maker.messages:,} messages")
-        items += [f"{parser.counts[name]} {name}" for name in ("gaps", "malformed")]
-        lag_ms = (statistics.median(self.lags_ns or [0]) - self.maker.exchange.offset_ns) / MS
-        is_odd = not 0 <= lag_ms <= MAX_LAG_MS
-        items.append(f"lag {lag_ms:.0f} ms" + ": see --clock-offset-ms" * is_odd)
-        if source and source.recorder:
-            items.append(source.recorder.failure or f"recording to {self.options.record}")
+            feed_text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
+            feed_text += f"{source.reconnects} reconnects   "
+        lag_ns = market.book_recv_ns - market.book.exch_ns - maker.exchange.offset_ns
+        problem = "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
         if parser.problem:
-            items.append(f"\n               last problem: {parser.problem}")
-        return "   ".join(items)
+            problem += f"\n               last problem: {parser.problem}"
+
+        text = template.format(
+            maker=maker, d=decision, a=account, p=maker.parameters, view=view, bid=bid, ask=ask,
+            title=self.title, notice=self.notice, coin=maker.instrument.base_coin, market=market,
+            digits=digits, mid_digits=digits + 1, fills=len(account.fills), last_fill=last_fill,
+            bid_bps=1e4 * (1 - decision.bid_price / decision.mid_price),
+            ask_bps=1e4 * (decision.ask_price / decision.mid_price - 1), margin=margin,
+            first=clock_text(maker.first_ns), now=clock_text(maker.last_ns),
+            sources=list_counts(maker.sources), reasons=list_counts(maker.reasons),
+            orders=list_counts(maker.exchange.counts), feed=feed_text, counts=parser.counts,
+            lag_ms=lag_ns / MS, problem=problem,
+        )  # fmt: skip
+        return re.sub(r"\bnan\b", "-", text)
+
+    def show(self) -> None:
+        """The screen in place on a terminal; else the title, and then a line each time."""
+        if self.stream.isatty():
+            columns, rows = shutil.get_terminal_size((80, 24))
+            lines = self.describe(SCREEN).splitlines()[: rows - 1]
+            text = "".join(f"{line[:columns]}\x1b[K\n" for line in lines)
+            print(f"\x1b[H{text}\x1b[J", end="", file=self.stream, flush=True)
+        elif self.maker.messages:
+            if not self.has_begun:
+                print(self.title, file=self.stream)
+            print(self.describe(LINE), end="", file=self.stream, flush=True)
+            self.has_begun, self.notice = True, ""
 
 
 def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
@@ -1242,7 +1159,7 @@ def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed
             with source.lock:  # nothing is stamped meanwhile
                 if source.queue.empty():
                     session.maker.pass_time(source.clock_ns())
-        session.look()
+            yield []
     source.stop()
     source.emit(feed.control_line("end"))
     yield [source.queue.get() for _ in range(source.queue.qsize())]
@@ -1250,70 +1167,68 @@ def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed
         raise UserError(source.fatal)
 
 
-def replayed_messages(session: Session, recording: feed.Recording,
-                      speed: float) -> Iterator[list[feed.Message]]:  # fmt: skip
+def replayed_messages(recording: feed.Recording, speed: float,
+                      duration_s: float) -> Iterator[list[feed.Message]]:  # fmt: skip
     """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
     stop, began_s, first_ns, burst = feed.StopSignal(), time.monotonic(), 0, []
     for message in recording.messages():
         first_ns = first_ns or message.recv_ns
         elapsed_s = (message.recv_ns - first_ns) / NS
-        if elapsed_s > session.options.duration:
-            break
         while (wait_s := began_s + elapsed_s / speed - time.monotonic()) > 0 and not stop.is_set:
-            session.look()
+            yield []
             time.sleep(min(wait_s, TICK_S))
-        if stop.is_set:
+        if elapsed_s > duration_s or stop.is_set:
             break
         burst.append(message)
         if speed < INF or len(burst) == BURST:
-            session.look()
             yield burst
             burst = []
     yield burst
 
 
-def run_live(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) -> None:
-    """Paper trading on the live feed; the bundled sample where there is no network."""
-    steps, market = (options.tick_size, options.lot_size), (options.symbol, options.category)
-    instrument = feed.find_instrument(*market, *steps, ask=not options.url)
-    given, where = given_parameters(options), options.url or "Bybit"
-    parameters = choose_parameters(given, {}, instrument)
-    start, depth = dataclasses.asdict(parameters), options.depth or feed.DEPTHS[0]
-    where_to = options.url, options.record, clock_ns
-    try:
-        source = feed.open_feed(instrument, depth, *where_to, parameters=start)
-    except (OSError, websocket.WebSocketException) as error:
-        reason = f"{where} cannot be reached ({error})"
-        if options.live or options.url or options.record or market != ("BTCUSDT", "linear"):
-            raise UserError(f"{reason}: check the network, or give --replay FILE") from None
-        print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
-        return run_replay(options, SAMPLE, options.speed or SAMPLE_SPEED, "OFFLINE REPLAY")
-    maker = MarketMaker(parameters, instrument, open_log(options))
-    title = f"{instrument.symbol} {instrument.category}   LIVE from {where}"
-    session = Session(options, maker, title, source.parser, source)
-    session.run(live_messages(session, source))
-
-
-def run_replay(options: argparse.Namespace, path: Path, speed: float, label: str) -> None:
-    """Paper trading on a recording."""
-    if options.record:
+def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) -> None:
+    """Paper trading on a recording or on the live feed."""
+    if options.replay and options.record:
         raise UserError("--record records the live feed: leave it out with --replay")
-    recording = feed.open_recording(path, options.tick_size, options.lot_size, options.depth)
-    instrument, given = recording.parser.instrument, given_parameters(options)
-    parameters = choose_parameters(given, recording.start, instrument)
-    maker = MarketMaker(parameters, instrument, open_log(options), given)
-    data = "SYNTHETIC data" if recording.is_synthetic else path.name
-    pace = "" if speed == INF else f" at {speed:g} x"
-    title = f"{instrument.symbol} {instrument.category}   {label}{pace} of {data}"
-    session = Session(options, maker, title, recording.parser)
-    session.run(replayed_messages(session, recording, speed))
-
-
-def open_log(options: argparse.Namespace) -> feed.GrowingFile | None:
-    """The file of --log; and a picture must have a folder, before the work and not after it."""
     if options.plot and not options.plot.absolute().parent.is_dir():
         raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
-    return feed.GrowingFile(options.log) if options.log else None
+    given, steps = given_parameters(options), (options.tick_size, options.lot_size)
+    source, path, speed, label = None, options.replay, options.speed or 1.0, "REPLAY"
+
+    # The live feed; without a network the bundled sample, unless live data are asked for.
+    if not path:
+        where, market = options.url or "Bybit", (options.symbol, options.category)
+        instrument = feed.find_instrument(*market, *steps, ask=not options.url)
+        parameters, overrides = choose_parameters(given, {}, instrument), {}
+        try:
+            source = feed.open_feed(
+                instrument, options.depth or feed.DEPTHS[0], options.url, options.record,
+                clock_ns, parameters=asdict(parameters),
+            )  # fmt: skip
+        except (OSError, websocket.WebSocketException) as error:
+            reason = f"{where} cannot be reached ({error})"
+            if options.live or options.url or options.record or market != ("BTCUSDT", "linear"):
+                raise UserError(f"{reason}: check the network, or give --replay FILE") from None
+            print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
+            path, speed, label = SAMPLE, options.speed or SAMPLE_SPEED, "OFFLINE REPLAY"
+        else:
+            parser, label = source.parser, f"LIVE from {where}"
+
+    # A recording; what the user gave, its control lines do not change.
+    if not source:
+        recording = feed.open_recording(path, *steps, options.depth)
+        parser, overrides = recording.parser, given
+        parameters = choose_parameters(given, recording.start, parser.instrument)
+        pace = "" if speed == INF else f" at {speed:g} x"
+        label += f"{pace} of {'SYNTHETIC data' if recording.is_synthetic else path.name}"
+
+    # From here on both are the same.
+    log = feed.GrowingFile(options.log) if options.log else None
+    maker = MarketMaker(parameters, parser.instrument, log, overrides)
+    title = f"{parser.instrument.symbol} {parser.instrument.category}   {label}"
+    session = Session(options, maker, title, parser, source)
+    session.run(live_messages(session, source) if source
+                else replayed_messages(recording, speed, options.duration))  # fmt: skip
 
 
 # ---- Command line ------------------------------------------------------------------
@@ -1321,18 +1236,17 @@ def open_log(options: argparse.Namespace) -> feed.GrowingFile | None:
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
     """--params, and a flag for every parameter, with unit and range; unset means the default."""
-    group = parser.add_argument_group("parameters")
-    group.add_argument("--params", type=Path, metavar="FILE.json",
-                       help="parameters; a live run reads it again when edited")  # fmt: skip
+    add = parser.add_argument_group("parameters").add_argument
+    add("--params", type=Path, metavar="FILE.json",
+        help="parameters; a live run reads it again when edited")  # fmt: skip
     for name, parameter in opt.FIELDS.items():
-        rule, default, kind = parameter.metadata, parameter.default, dict(type=str)
-        span, default = "", "off" if default is None else default
+        flag, rule = "--" + name.replace("_", "-"), parameter.metadata
+        default = f"(default {'off' if parameter.default is None else parameter.default})"
         if "choices" in rule:
-            kind["choices"] = rule["choices"]
+            add(flag, choices=rule["choices"], help=f"{rule['help']} {default}")
         else:
-            kind, span = dict(type=float, metavar="X"), f", {rule['low']:g} to {rule['high']:g}"
-        text = f"{rule['help']}{span} (default {default})"
-        group.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+            span = f"{rule['low']:g} to {rule['high']:g}"
+            add(flag, type=float, metavar="X", help=f"{rule['help']}, {span} {default}")
 
 
 def build_arguments() -> argparse.ArgumentParser:
@@ -1356,14 +1270,7 @@ def build_arguments() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None, clock_ns: Callable[[], int] | None = None) -> int:
     """python marketmaker.py; the exit status. clock_ns replaces the session's clock."""
     options = build_arguments().parse_args(arguments)
-
-    def run() -> None:
-        if options.replay:
-            run_replay(options, options.replay, options.speed or 1.0, "REPLAY")
-        else:
-            run_live(options, clock_ns)
-
-    return feed.exit_cleanly(run)
+    return feed.exit_cleanly(lambda: run(options, clock_ns))
 
 
 if __name__ == "__main__":

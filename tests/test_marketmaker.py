@@ -475,7 +475,8 @@ def test_moment(moment, alone):
     assert found == WARM_UP + expected
     for row in rows:
         assert (row["bid_price"] != "") == (row["ask_price"] != "") == (row["reason"] == "")
-    assert any(maker.exchange.sent.values()) == (rows[-1]["reason"] == "")
+    stands = any(order.cancel_ns == NEVER for order in maker.exchange.orders)
+    assert stands == (rows[-1]["reason"] == "")
 
 
 def test_time_alone_notices_a_silent_book_and_walks_no_seconds_of_which_nothing_is_known():
@@ -514,7 +515,8 @@ def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good(
     assert maker.account.cash == pytest.approx(-49_999 + proceeds * (1 - 10e-4), abs=1e-9)
     maker.hear(*beats(21_300, 40_300))
     assert maker.decision.reason == "drawdown limit" and len(maker.account.fills) == 4
-    assert maker.account.inventory == 0 and maker.exchange.sent == {BID: None, ASK: None}
+    assert maker.account.inventory == 0
+    assert all(order.cancel_ns < NEVER for order in maker.exchange.orders)
 
 
 # ---- 7. The quote ------------------------------------------------------------------

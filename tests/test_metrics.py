@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from market import busy_market, calm, trades, write
+from market import WALL, busy_market, calm, delta, trades, write
 from test_backtest import CALM, FOUR, ROUGH, folder, near, play, play_fixed  # noqa: F401
 
 import backtest
-from backtest import estimate_mean, measure_drawdown, measure_markouts, measure_sharpe, time_mean
-from feed import ASK, MS, NS
+from backtest import estimate_mean, measure_drawdown, measure_sharpe
+from feed import ASK
 
 NAN = math.nan
 
@@ -83,6 +83,26 @@ def test_a_rebate_raises_net():
     assert metrics["net_usdt"] == near(4.5 + 24.9999 / 2)
 
 
+def test_inventory_is_marked_to_the_last_mid_of_all():
+    """It comes after the last decision and the last whole second."""
+    hit, fall = trades(12_000, (ASK, -5, 1)), delta(14_700, {-1: 0, -4: 0}, {-3: 5})
+    metrics = play_fixed(calm(14_600, hit, fall)).metrics
+    assert metrics["net_usdt"] == near(2 - 3 - 9.9996)  # the mid: 49,997
+
+
+def test_taker_fills_are_in_the_account_and_in_no_markout():
+    """Bought 1 at 49,998, the mid falls to 49,990.5: stopped, and closed level by level."""
+    fall = delta(12_700, dict.fromkeys(WALL, 0) | {-20: 0.5, -22: 0.25, -30: 9}, {-18: 3})
+    fees = dict(maker_fee_bps=0.0, taker_fee_bps=10.0)
+    result = play_fixed(calm(30_500, trades(12_000, (ASK, -5, 1)), fall),
+                        max_drawdown_usdt=3.0, **fees)  # fmt: skip
+    assert result.traded[1:] == [(13_600, -20, -0.5), (13_600, -22, -0.25), (13_600, -30, -0.25)]
+    m, proceeds = result.metrics, 0.5 * 49_990 + 0.25 * 49_989 + 0.25 * 49_985
+    assert m["net_usdt"] == near(proceeds * (1 - 10e-4) - 49_998)
+    assert m["spread_captured_usdt"] == near(2 - 0.5 * 0.5 - 0.25 * 1.5 - 0.25 * 5.5)
+    assert (m["fills"], m["taker_fills"], m["markouts"]["both"]["0 s"]["n"]) == (4, 3, 1)
+
+
 def test_no_room_for_one_more_order_is_the_limit():
     """Bought 1 of 2 at 12 s, and the other at 22 s: from the decision of 26.5 s on."""
     hits = trades(12_000, (ASK, -9, 1)), trades(22_000, (ASK, -9, 1))
@@ -94,24 +114,14 @@ def test_no_room_for_one_more_order_is_the_limit():
 # ---- Markouts and intervals --------------------------------------------------------
 
 
-def test_markouts_take_the_mid_after_the_last_book_message_and_end_with_the_data():
-    book_ns = np.array([0, 500, 1050, 2000, 12_000]) * MS
-    mids = np.array([100.0, 101.0, 99.0, 102.0, 103.0])
-    times_ns, sides = np.array([1000, 1950, 2000]) * MS, np.array([1, -1, 1])
-    markouts = measure_markouts(times_ns, sides, np.full(3, 100.0), book_ns, mids)
-    # 0.1 s later: 99 from 1050 ms on; 1 s: 102 at exactly 2000 ms; 10 s: still 102; 60 s: none
-    assert markouts[0, :3] == pytest.approx([-100, 200, 200])
-    assert markouts[1, :3] == pytest.approx([-200, -200, -200])  # sold, and it rose
-    assert markouts[2, 2] == pytest.approx(300)  # 12,000 ms is the last message: still known
-    assert np.isnan(markouts[:, 3]).all()
-
-
-def test_markouts_before_the_first_book_message_and_without_a_book_are_unknown():
-    fill, none = (np.array([0]), np.array([1]), np.array([100.0])), np.array([], int)
-    late = measure_markouts(*fill, np.array([5 * NS, 90 * NS]), np.array([100.0, 101.0]))
-    assert np.isnan(late[0, :2]).all() and late[0, 2:] == pytest.approx([0, 0])
-    assert np.isnan(measure_markouts(*fill, none, none)).all()
-    assert measure_markouts(none, none, none, none, none).shape == (0, 4)
+@pytest.mark.parametrize("last_ms, is_known", [(22_000, True), (21_999, False)])
+def test_a_markout_takes_the_mid_after_the_last_book_message_up_to_then(last_ms, is_known):
+    """Bought at 49,998 at 12 s; the mid rises just in time for 0.1 s, and too late for 1 s."""
+    rises = delta(12_100, {}, {1: 0, 3: 5}), delta(13_001, {}, {3: 0}), delta(last_ms)
+    metrics = play_fixed(calm(12_000, trades(12_000, (ASK, -9, 1)), *rises)).metrics
+    means = [metrics["markouts"]["bought"][h]["mean"] for h in ("0.1 s", "1 s", "10 s", "60 s")]
+    gained = [2.5, 2.5, 2.75 if is_known else None, None]  # the mid: 50,000.5, then 50,000.75
+    assert means == [usdt and near(1e4 * usdt / 49_998) for usdt in gained]
 
 
 def test_the_interval_treats_the_values_of_a_cluster_as_one_event():
@@ -170,12 +180,32 @@ def test_the_deepest_drawdown_and_how_long_it_lasted(net, depth, lasted_s, is_ba
 # ---- Averages over time ------------------------------------------------------------
 
 
-def test_an_average_weighs_each_value_by_the_time_it_holds_where_it_is_known():
-    t_s = np.array([0.0, 10, 40, 100])
-    assert time_mean(np.array([NAN, 4.0, 8.0, 99.0]), t_s) == pytest.approx((30 * 4 + 60 * 8) / 90)
-    assert time_mean(np.array([2.0, 4.0, NAN, 99.0]), t_s) == pytest.approx((10 * 2 + 30 * 4) / 40)
-    assert math.isnan(time_mean(np.array([3.0]), np.array([0.0])))  # over no time
-    assert math.isnan(time_mean(np.array([NAN, 1.0]), np.array([0.0, 5.0])))
+def test_an_average_weighs_each_decision_by_the_time_it_holds_where_it_is_known():
+    result = play(write(Path("market.gz"), busy_market(7, 60), **ROUGH))
+    metrics, end_ms = result.metrics, result.equity[-1]["ms"]
+
+    def average(value_of) -> float:
+        total = held_ms = 0.0
+        for row, next_ms in zip(result.log, [*(row["ms"] for row in result.log[1:]), end_ms]):
+            value = value_of(row)
+            if value == value:
+                total += value * (next_ms - row["ms"])
+                held_ms += next_ms - row["ms"]
+        return total / held_ms
+
+    def number(row, name: str) -> float:
+        return float(row[name] or "nan")
+
+    def spread(row) -> float:
+        width = number(row, "ask_price") - number(row, "bid_price")
+        return 1e4 * width / number(row, "mid_price")
+
+    assert metrics["bid_uptime"] == near(average(lambda row: bool(row["bid_price"])))
+    assert metrics["ask_uptime"] == near(average(lambda row: bool(row["ask_price"])))
+    assert metrics["quoted_spread_bps"] == near(average(spread))
+    base_bps = average(lambda row: number(row, "base_spread_bps"))
+    terms = [metrics[f"{name}_spread_bps"] for name in ("volatility", "liquidity", "depth")]
+    assert metrics["base_spread_bps"] == near(base_bps) == near(sum(terms)) and 0 not in terms
 
 
 def test_a_value_holds_from_its_time_on_until_the_next_and_is_0_before():
@@ -197,11 +227,11 @@ def numbers_in(table: str) -> list[tuple[float, float]]:
     return numbers
 
 
-def test_the_table_holds_every_number_of_the_metrics(capsys):
+def test_the_table_holds_every_number_of_the_metrics():
     market = write(Path("market.gz"), busy_market(7, 400), **ROUGH)
-    metrics = play(market, "--outages", "2").metrics
+    result = play(market, "--outages", "2")
+    metrics, numbers = result.metrics, numbers_in(result.table)
     assert metrics["outages"] and metrics["fills"] > 20
-    numbers = numbers_in(capsys.readouterr().out)
 
     def missing(name: str, value) -> set[str]:
         if isinstance(value, dict):
@@ -217,8 +247,9 @@ def test_the_table_holds_every_number_of_the_metrics(capsys):
 
 
 @pytest.mark.parametrize("lines", [calm(30_000), calm(3000), calm(500)], ids=len)
-def test_what_cannot_be_said_is_a_dash_in_the_table_and_null_in_the_file(lines, capsys):
-    metrics, table = play_fixed(lines).metrics, capsys.readouterr().out
+def test_what_cannot_be_said_is_a_dash_in_the_table_and_null_in_the_file(lines):
+    result = play_fixed(lines)
+    metrics, table = result.metrics, result.table
     assert re.search(r"Sharpe ratio per minute +- +- to - from 0 minutes", table)
     assert "- (0)" in table and "nan" not in table and "inf" not in table
     assert metrics["time_to_fill_s"] is metrics["net_bps"] is metrics["sharpe_per_minute"] is None
