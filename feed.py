@@ -56,7 +56,6 @@ import websocket
 NS, MS = 1_000_000_000, 1_000_000  # nanoseconds in a second, in a millisecond
 NEVER = 2**63 - 1  # ns
 BID, ASK = SIDES = 1, -1  # side: +1 buys, -1 sells
-
 USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
 DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
 CONNECT_S, RECV_S, STOP_S = 10.0, 1.0, 2.0  # patience: connecting, receiving, ending the thread
@@ -66,7 +65,7 @@ BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min
 MAX_QUEUED = 50_000  # messages waiting for the main thread; more = book lost
 MAX_MESSAGE = 4 << 20  # bytes; a snapshot of 1000 levels has about 60 kB
 MAX_TICK = 8_000_000  # the highest price: 800,000 USDT at a tick of 0.1
-LITTLE, MUCH = 1e-12, 1e15  # the least and the largest of steps, sizes (base coin), prices (USDT)
+LEAST, MOST = 1e-12, 1e15  # of steps, sizes (base coin) and prices (USDT)
 FLUSH_S = 0.5  # a recording is on disk after so long
 
 
@@ -81,6 +80,9 @@ def must_be(kind: type, value: Any, *limits: Any) -> Any:
     return value
 
 
+# ---- Instrument --------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Instrument:
     """What is traded. Steps are kept as the exchange's text, so that they stay exact."""
@@ -92,22 +94,22 @@ class Instrument:
     min_qty: float = 0.001  # base coin
     # What follows from these.
     tick = cached_property(lambda self: Decimal(self.tick_text))
-    tick_size = cached_property(lambda self: float(self.tick_text))
-    lot_size = cached_property(lambda self: float(self.lot_text))
-    min_order = cached_property(lambda self: max(self.lot_size, self.min_qty))
+    tick_size = cached_property(lambda self: float(self.tick_text))  # USDT
+    lot_size = cached_property(lambda self: float(self.lot_text))  # base coin
+    min_order = cached_property(lambda self: max(self.lot_size, self.min_qty))  # base coin
     digits = cached_property(lambda self: max(0, -self.tick.normalize().as_tuple().exponent))
     base_coin = cached_property(lambda self: self.symbol.removesuffix("USDT"))
 
     def __post_init__(self) -> None:
         for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text)):
             try:
-                must_be(float, float(text), LITTLE, MUCH)
+                must_be(float, float(text), LEAST, MOST)
             except (TypeError, ValueError):
                 raise UserError(f"{flag} {text!r} must be a number above 0: try 0.1") from None
 
 
 SPOT = Instrument("BTCUSDT", "spot", "0.1", "0.000001", 0.000011)
-BUILT_IN = {(known.symbol, known.category): known for known in (Instrument(), SPOT)}  # of 2025
+BUILT_IN = {(known.symbol, known.category): known for known in (Instrument(), SPOT)}  # in 2025
 
 
 def find_instrument(symbol: str, category: str, tick_text: str | None, lot_text: str | None,
@@ -138,13 +140,13 @@ def fetch_instrument(symbol: str, category: str) -> Instrument:
         steps = entry["priceFilter"]["tickSize"], lot.get("qtyStep") or lot["basePrecision"]
         return Instrument(symbol, category, *steps, float(lot["minOrderQty"]))
     except MALFORMED:
-        why = f"Bybit knows no {category} symbol {symbol}"
-        raise UserError(f"{why}: check --symbol and --category") from None
+        raise UserError(f"Bybit knows no {symbol}: check --symbol and --category") from None
 
 
 # ---- Messages and tapes ------------------------------------------------------------
 
-# The kinds above TICKER change the rules; between them messages can be taken together.
+# Messages of the first three kinds can be taken together in slices. One of a kind above
+# TICKER is handled alone: it replaces the book, takes it away, or changes how we act.
 DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = range(7)
 NO_LEVEL = -(2**62)  # the best level of an empty side; its worst is -NO_LEVEL
 Ints = Floats = Flags = np.ndarray  # int64, float64, int8
@@ -215,7 +217,7 @@ class Tape:
     trade_ns: Ints  # of each trade, on the exchange's clock
     trade_level: Ints  # of the resting order hit: by a "Sell" at tick 5 it is 5, by a "Buy" -5
     trade_size: Floats
-    trade_is_rpi: Flags
+    trade_is_rpi: Flags  # retail price improvement: it met orders that the book does not show
     notes: dict[int, dict[str, Any]]  # by message
     best = View.best  # the best level of a side after each message
 
@@ -240,11 +242,11 @@ COLUMNS = {f.name: CODES[f.type] for f in fields(Tape) if f.type in CODES}
 def build_tape(messages: Iterable[Message]) -> Tape:
     """Messages as columns. They are taken one by one, so that a day needs no list of them."""
     columns = {name: array(code) for name, code in COLUMNS.items()}
-    of_a_message, of_a_trade = list(columns.values())[:-6], list(columns.values())[-4:]
+    of_a_message, of_a_trade = list(columns.values())[:11], list(columns.values())[-4:]
     levels, sizes, notes = columns["level"], columns["size"], {}
     for m, message in enumerate(messages):
         values = (*message[:3], *message.view, len(levels), len(columns["trade_ns"]))
-        for column, value in zip(of_a_message, values):  # in the order of the columns
+        for column, value in zip(of_a_message, values):  # both in the order of COLUMNS
             column.append(value)
         levels.extend(message.rows[0])
         sizes.extend(message.rows[1])
@@ -278,7 +280,7 @@ class Book:
         best, worst = list(self.view[:2]), list(self.view[2:4])  # of bids and asks
         for i, rows in enumerate((levels[:n_bids], levels[n_bids:])):
             best[i], worst[i] = max([best[i], *rows]), min([worst[i], *rows])
-            # They are searched for only if one of them was deleted.
+            # Searched for only if one was deleted. subtle: `or None`, for the ask at tick 1 is -1.
             if rows and not (self.sizes[best[i]] and self.sizes[worst[i]]):
                 held = self.sizes[worst[i] : best[i] + 1 or None].nonzero()[0] + worst[i]
                 best[i] = held.item(-1) if len(held) else NO_LEVEL
@@ -326,7 +328,6 @@ ANSWERS = {True: "acks", False: "refusals"}  # by success
 
 def level_of(text: str, tick: Decimal, side: int) -> int:
     """A price text as side x ticks, exactly: "64474.1" and "64474.10" agree.
-
     >>> level_of("64474.1", tick=Decimal("0.1"), side=ASK)
     -644741
     """
@@ -338,7 +339,7 @@ def level_of(text: str, tick: Decimal, side: int) -> int:
 
 def size_of(text: str) -> float:
     """A text as a number from 0 on: a size in base coin, or a price that is on no grid."""
-    return must_be(float, float(must_be(str, text)), 0, MUCH)
+    return must_be(float, float(must_be(str, text)), 0, MOST)
 
 
 def exchange_time(ms: int, recv_ns: int) -> int:
@@ -347,15 +348,18 @@ def exchange_time(ms: int, recv_ns: int) -> int:
 
 
 class Parser:
-    """Lines to messages. It raises only for a first snapshot off the grid: a wrong --tick-size."""
+    """It turns lines into messages, and keeps a book, so that each can say what is known after it.
+
+    Only a first snapshot off the price grid makes it raise: the user gave a wrong --tick-size.
+    """
 
     def __init__(self, instrument: Instrument, depth: int = 200) -> None:
         self.instrument, self.book = instrument, Book()
-        names = f"orderbook.{depth}", "publicTrade", "tickers"
-        parsers = self._parse_book, self._parse_trades, self._parse_ticker
-        self.topics = {f"{name}.{instrument.symbol}": parse for name, parse in zip(names, parsers)}
+        symbol, tick, remember = instrument.symbol, instrument.tick, lru_cache(maxsize=50_000)
+        self.topics = {f"orderbook.{depth}.{symbol}": self._parse_book,
+                       f"publicTrade.{symbol}": self._parse_trades,
+                       f"tickers.{symbol}": self._parse_ticker}  # fmt: skip
         # The same few thousand texts come again and again: each is judged and converted once.
-        remember, tick = lru_cache(maxsize=50_000), instrument.tick
         self.levels = {s: remember(partial(level_of, tick=tick, side=s)) for s in SIDES}
         self.sizes = remember(size_of)
         self.counts: Counter[str] = Counter()
@@ -367,26 +371,29 @@ class Parser:
         """A line's message; None for what carries nothing (acks, pongs, other topics)."""
         topic = None
         try:
-            # Ours tells what no message of theirs does, or holds one that could not stand as it is.
+            # A line of our own: what no message tells, or one that could not stand as it is.
             line = DECODER.decode(text)
             if line.get("op") == "local":
-                if line["event"] == "lost":
+                if line["event"] == "lost":  # the connection's; the next may tell of its own
                     self.last_u, self.is_loss_told = None, False
                     note = {"reason": printable(str(line["reason"]))}
                     return Message(LOST, recv_ns, note=note, view=self.book.view)
-                if line["event"] != "raw":
+                if line["event"] in ("start", "params", "end"):
                     return Message(CONTROL, recv_ns, note=line, view=self.book.view)
-                line = DECODER.decode(line["text"])
+                line = DECODER.decode(line["text"])  # raw; no other event has a text
             # The market's messages have topics; of the answers to us only a refusal matters.
             topic = line.get("topic")
             if topic in self.topics:
                 return self.topics[topic](recv_ns, line)
-            is_pong = "pong" in (line.get("ret_msg"), line.get("op"))
-            answer = "ignored" if topic else "pongs" if is_pong else ANSWERS[line["success"]]
+            answer = "ignored"
+            if topic is None:
+                is_pong = "pong" in (line.get("ret_msg"), line.get("op"))
+                answer = "pongs" if is_pong else ANSWERS[must_be(bool, line["success"])]
             self.counts[answer] += 1
+            if answer != "refusals":
+                return None
             note = {"reason": printable(str(line.get("ret_msg")))}
-            refusal = Message(REFUSED, recv_ns, note=note, view=self.book.view)
-            return refusal if answer == "refusals" else None
+            return Message(REFUSED, recv_ns, note=note, view=self.book.view)
         except MALFORMED as error:
             is_book = str(topic).startswith("orderbook.")
             if isinstance(error, UserError) and is_book and not self.had_book:
@@ -410,15 +417,16 @@ class Parser:
         exch_ns = exchange_time(line["cts"] if "cts" in line else line["ts"], recv_ns)
         # It begins a book anew, or must be the next message of ours.
         is_new = {"snapshot": True, "delta": False}[line["type"]] or u == 1  # 1: they restarted
-        if not is_new and self.last_u is None:
-            self.counts["before snapshot"] += 1
-            return self._lose(recv_ns, "delta before a snapshot")
-        if not is_new and u <= self.last_u:
-            self.counts["repeated"] += 1
-            return None
-        if not is_new and u != self.last_u + 1:
-            self.counts["gaps"] += 1
-            return self._lose(recv_ns, f"gap in u: {u} after {self.last_u}")
+        if not is_new:
+            if self.last_u is None:
+                self.counts["before snapshot"] += 1
+                return self._lose(recv_ns, "delta before a snapshot")
+            if u <= self.last_u:
+                self.counts["repeated"] += 1
+                return None
+            if u > self.last_u + 1:
+                self.counts["gaps"] += 1
+                return self._lose(recv_ns, f"gap in u: {u} after {self.last_u}")
         # Every row is judged before the first one changes our book.
         levels, sizes = array("q"), array("d")
         for side, rows in ((BID, data["b"]), (ASK, data["a"])):
@@ -443,7 +451,7 @@ class Parser:
                 continue
             exch_ns = exchange_time(trade["T"], recv_ns)
             level = self.levels[HIT_SIDE[trade["S"]]](trade["p"])
-            size = must_be(float, self.sizes(trade["v"]), LITTLE, MUCH)
+            size = must_be(float, self.sizes(trade["v"]), LEAST, MOST)
             trades.append((exch_ns, level, size, trade.get("RPI") is True))
         return Message(TRADES, recv_ns, exch_ns, trades=trades, view=view) if trades else None
 
@@ -455,7 +463,7 @@ class Parser:
         for theirs, ours in (("lastPrice", "last_price"), ("markPrice", "mark_price")):
             text = line["data"].get(theirs)
             if text not in (None, ""):
-                prices[ours] = must_be(float, size_of(text), LITTLE, MUCH)
+                prices[ours] = must_be(float, size_of(text), LEAST, MOST)
         self.book.view = self.book.view._replace(**prices)
         return Message(TICKER, recv_ns, view=self.book.view)
 
@@ -546,7 +554,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path) as file:
             while line := file.readline(8 * MAX_MESSAGE):  # escaped, a message may be 6 times it
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n"):  # it is the last, cut off
                     raise EOFError
                 number += 1
                 stamp, _, text = line[:-1].decode("utf-8", "replace").partition(" ")
@@ -566,7 +574,7 @@ class Recording:
                  depth: int | None = None) -> None:  # fmt: skip
         self.path, self.start = path, {}  # start: the start line's fields; empty without one
         symbol, depths = "BTCUSDT", set()
-        for _, (_, text) in zip(range(2000), read_lines(path)):
+        for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?
             with contextlib.suppress(*MALFORMED):
                 line = DECODER.decode(text)
                 if line.get("op") == "local" and line["event"] == "start":
@@ -591,7 +599,7 @@ class Recording:
                 yield message
 
 
-open_recording = Recording
+open_recording = Recording  # as a verb
 
 
 # ---- Live feed ---------------------------------------------------------------------
@@ -619,7 +627,7 @@ class BoundedSocket(websocket.WebSocket):
 
 
 class LiveFeed:
-    """A thread that receives, stamps, records, parses, and puts the messages in `queue`."""
+    """A thread that receives, stamps, records, parses and enqueues. Call tend() now and then."""
 
     def __init__(self, url: str, parser: Parser, recorder: Recorder | None = None,
                  clock_ns: Callable[[], int] | None = None) -> None:  # fmt: skip
@@ -664,7 +672,7 @@ class LiveFeed:
             self.ws.shutdown()
 
     def tend(self) -> None:
-        """For the main thread, often: flush the recording; cut a connection that is silent."""
+        """Flush the recording, cut a silent connection. (The feed's own thread may hang in one.)"""
         with self.lock:
             if self.recorder:
                 self.recorder.flush(FLUSH_S)
@@ -718,7 +726,7 @@ class LiveFeed:
                     error = ConnectionError if self.parser.had_book else UserError  # had it worked?
                     raise error(f"refused: {reason[:150]}: check --symbol, --category, --depth")
             except websocket.WebSocketTimeoutException:
-                continue  # the part of a message that has come is kept
+                continue  # subtle: the part of a message that has come is kept
             except (websocket.WebSocketException, OSError) as error:
                 # Tell the loss. Wait: longer each time, and for a main thread that is behind.
                 reason = printable(self.cut_reason or str(error) or type(error).__name__)[:200]
@@ -740,7 +748,7 @@ class LiveFeed:
 def open_feed(instrument: Instrument, depth: int, url: str | None = None,
               record: Path | None = None, clock_ns: Callable[[], int] | None = None,
               **start: Any) -> LiveFeed:  # fmt: skip
-    """A started feed, of which `start` is in the first line. It raises what connect does."""
+    """A started feed; `start` are fields of its first line. It raises what connect raises."""
     url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
     source = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
     ws = source.connect()
@@ -868,8 +876,8 @@ def exit_cleanly(run: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of our output has gone (| head)
         sys.stdout = None
     except (UserError, OSError) as error:
-        is_os = isinstance(error, OSError)
-        what = f"{error.filename}: {error.strerror}: check the path" if is_os else str(error)
+        file = getattr(error, "filename", None)
+        what = f"{file}: {error.strerror}: check the path" if file else str(error)
         print(f"error: {printable(what)}", file=sys.stderr)
         return 2
     return 0

@@ -56,7 +56,7 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ LATE_NS = 10 * NS  # no trade is heard of later than this
 IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
-BURST = 500  # messages taken at once in a replay without pauses
+BURST = 500  # messages of a replay that are taken at once, if none is early
 GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
@@ -343,8 +343,6 @@ class PaperExchange:
         self.offset_ns = round(p.clock_offset_ms * MS)  # our clock - exchange's
         self.latency_ns = round(p.order_latency_ms * MS) - self.offset_ns
 
-    # -- orders
-
     def send(self, side: int, level: int | None, qty: float, time_ns: int) -> bool:
         """Ask for one order at a level, or for none, and say whether that changes anything. An
         unchanged order keeps its place; else cancel and new order arrive at one instant.
@@ -584,8 +582,6 @@ class MarketMaker:
         if log is not None:
             log.write(",".join(LOGGED) + "\n")
 
-    # -- from message to message
-
     def take(self, *messages: feed.Message) -> None:
         """Messages as they come."""
         if messages:
@@ -622,7 +618,6 @@ class MarketMaker:
                 m += 1
             elif ends_silence or now_ns >= self.due_ns:
                 self._hear(m + 1)
-                self.flush()
                 self.decide(now_ns)
                 m += 1
         self.flush()
@@ -639,7 +634,7 @@ class MarketMaker:
             self.market.book_recv_ns = self.tape.recv_ns.item(book)
 
     def flush(self) -> None:
-        """Match what was heard; the book then shows it."""
+        """Match what was heard; the book then shows it. A snapshot begins a slice."""
         if self.matched < self.heard:
             self.exchange.match(self.tape, self.matched, self.heard)
             self.matched = self.heard
@@ -648,28 +643,24 @@ class MarketMaker:
         """A snapshot, a loss, or a control line: never part of a slice."""
         self.flush()
         self._hear(m + 1)
-        market, note = self.market, self.tape.notes.get(m, {})
-        event = note.get("event")
-        if self.tape.kind[m] == feed.SNAPSHOT:
-            self.flush()
+        market, note, is_due = self.market, self.tape.notes.get(m, {}), True
+        if self.tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
             is_due = market.lost or self.is_stale or now_ns >= self.due_ns
             market.lost = ""
-        else:
-            self.matched = m + 1  # there is nothing in it to match
-            is_due = event in ("outage", "back")
-
-        if self.tape.kind[m] == feed.LOST and not market.lost:
-            is_due, market.lost = True, note["reason"]
+        elif self.tape.kind[m] == feed.LOST and not market.lost:
+            market.lost = note["reason"]
             market.restart()
             # At what price a taker order would trade, nobody can say: it is sent again later.
             self.exchange.orders = [o for o in self.exchange.orders if not o.is_taker]
-        elif event == "params":
+        elif note.get("event") == "params":
             is_due = self._change_parameters(note)
-        elif event == "outage":  # of a backtest: from here on we hear nothing
+        elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
             market.restart()
             self.is_cut_off, self.exchange.back_ns = True, note["back_ns"]
-        elif event == "back":
+        elif note.get("event") == "back":
             self.is_cut_off = False
+        else:
+            return
         if is_due:
             self.decide(now_ns)
 
@@ -679,16 +670,13 @@ class MarketMaker:
             if note.get("is_final"):  # no recording takes it back
                 self.overrides |= note["parameters"]
             changes = {**note["parameters"], **self.overrides}
-            p = opt.change_parameters(
-                self.parameters, changes, self.instrument.min_order, running=True
-            )
+            min_order = self.instrument.min_order
+            p = opt.change_parameters(self.parameters, changes, min_order, running=True)
         except (KeyError, ValueError, TypeError) as error:
             logging.warning("parameters in the recording are refused: %s", error)
             return False
         self.parameters = self.exchange.parameters = p
         return True
-
-    # -- time
 
     def silent_ns(self) -> int:
         """When the book will have been silent for too long; NEVER while nothing is measured."""
@@ -706,7 +694,6 @@ class MarketMaker:
                 self._pass_second(self.second_ns)
                 self.second_ns += NS
             elif silent_ns < now_ns:
-                self.flush()
                 self.decide(silent_ns)
             else:
                 return
@@ -759,6 +746,7 @@ class MarketMaker:
         """Measure, choose, quote, log; the next decision is due an interval later."""
         if self.is_cut_off and self.last_guard == "outage":
             return
+        self.flush()
         p, market, account = self.parameters, self.market, self.account
         view, tick_size = market.book.view, self.instrument.tick_size
 
@@ -813,9 +801,11 @@ class MarketMaker:
         p, market, account = self.parameters, self.market, self.account
         q = min(max(account.inventory / p.max_inventory, -1.0), 1.0)
         depth_musd = sum(market.depths.values()) / 2 * account.mid_price * 1e-6
-        measures = market.ema_volatility, market.liquidity, depth_musd
         good_ns, good = self.last_good
-        distances = self.strategy(p, q, *measures, good, (time_ns - good_ns) / NS, self.solver)
+        distances = self.strategy(
+            p, q, market.ema_volatility, market.liquidity, depth_musd,
+            good, (time_ns - good_ns) / NS, self.solver,
+        )  # fmt: skip
         if distances.source == "lp":
             self.last_good = (time_ns, distances)
         return distances
@@ -908,10 +898,9 @@ def price_constraints(solution: opt.Solution, p: Parameters) -> str:
         "ask 1 % of S beyond its edge": 0.01 * solution.ask_edge_price,
         "one order more bought": solution.inventory_price * p.order_qty / p.max_inventory,
     }
-    return "cost of the quote, " + "   ".join(
-        f"{what}: {100 * price / solution.cost:+.1f} %"
-        for what, price in prices.items() if abs(price) > 1e-9
-    )  # fmt: skip
+    words = (f"{what}: {100 * price / solution.cost:+.1f} %"
+             for what, price in prices.items() if abs(price) > 1e-9)  # fmt: skip
+    return "cost of the quote, " + "   ".join(words)
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -934,12 +923,13 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
 
 
 def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
-    """Three panels over the minutes of a run, `x` of the history's columns."""
+    """Prices with our fills, inventory and result, over the minutes of a run: `x` of the
+    history's columns. The shade reaches from net up to its peak so far.
+    """
     fills, limit = maker.account.fills, maker.parameters.max_inventory
     x = c["x"] = (c["time_ns"] - maker.first_ns) / MINUTE_NS
 
     def plot_prices(ax: Any) -> None:
-        """Mid, our quotes, and where they were filled."""
         ax.plot(x, c["mid_price"], color=BLACK, linewidth=0.9, label="mid", zorder=4)
         for side, name, verb, color, marker in (
             (BID, "bid", "bought", BLUE, "^"), (ASK, "ask", "sold", RED, "v"),
@@ -954,7 +944,6 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
         finish_panel(ax, "Price", "USDT")
 
     def plot_inventory(ax: Any) -> None:
-        """What we hold, between the limits."""
         ax.step(x, c["inventory"], BLACK, where="post", linewidth=0.9, label="held")
         ax.axhline(limit, color=RED, linewidth=1.0, label="limit")
         ax.axhline(-limit, color=RED, linewidth=1.0)
@@ -962,7 +951,6 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
         finish_panel(ax, "Inventory", maker.instrument.base_coin)
 
     def plot_result(ax: Any) -> None:
-        """Gross, fees and net; the shade reaches from net up to its peak so far."""
         net, fees = c["equity"], c["fees_paid"]
         peak = np.maximum.accumulate(np.append(0.0, net))[1:]
         ax.fill_between(x, net, peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
@@ -976,9 +964,8 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
     return [(4.4, [plot_prices]), (1.8, [plot_inventory]), (2.8, [plot_result])]
 
 
-def draw_figure(
-    rows: Sequence[tuple[float, list[Panel]]], title: str, path: Path, shared: int = 0
-) -> None:
+def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path,
+                shared: int = 0) -> None:  # fmt: skip
     """Panels below each other, each with its height in inches, as a PNG. So many on top share
     their x axis.
     """
@@ -1175,12 +1162,13 @@ def replayed_messages(recording: feed.Recording, speed: float,
         first_ns = first_ns or message.recv_ns
         elapsed_s = (message.recv_ns - first_ns) / NS
         while (wait_s := began_s + elapsed_s / speed - time.monotonic()) > 0 and not stop.is_set:
-            yield []
+            yield burst
+            burst = []
             time.sleep(min(wait_s, TICK_S))
         if elapsed_s > duration_s or stop.is_set:
             break
         burst.append(message)
-        if speed < INF or len(burst) == BURST:
+        if len(burst) == BURST:
             yield burst
             burst = []
     yield burst

@@ -19,6 +19,7 @@ import marketmaker
 import optimize
 
 ROOT = Path(feed.__file__).parent
+MODULES = ("feed", "optimize", "marketmaker", "backtest")
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in FENCES if kind == "sh" for line in text.splitlines()]
@@ -89,6 +90,29 @@ def test_files_named_in_the_readme_exist():
         assert (ROOT / name).exists(), name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists(), picture
+
+
+def section_lengths(path: Path) -> dict[str, int]:
+    """Lines of each section of a module, by the name on its ruler."""
+    lengths, name = {}, ""
+    for line in path.read_text().splitlines():
+        if line.startswith("# ---- "):
+            name = line.strip("# -")
+        lengths[name] = lengths.get(name, 0) + 1
+    return lengths
+
+
+def test_the_evening_path_is_as_long_as_the_readme_says_and_within_its_budget():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (.*?) \| (\d+) \|$", README, re.MULTILINE)
+    assert {name for name, _, _ in rows} == {f"{module}.py" for module in MODULES}
+    total = 0
+    for name, sections, lines in rows:
+        lengths = section_lengths(ROOT / name)
+        found = [k for k in lengths if k and k.startswith(tuple(sections.split("; ")))]
+        assert len(found) == len(sections.split("; ")), name
+        assert sum(lengths[k] for k in found) == int(lines), name
+        total += int(lines)
+    assert total <= 1500 and f"| | together | {total:,} |" in README
 
 
 def test_symbol_table_of_the_readme_names_what_the_code_names():

@@ -169,7 +169,7 @@ def test_a_tape_cut_anywhere_and_joined_is_the_whole(parser):
     whole = feed.build_tape(messages)
     for cut in (0, 1, 2, 77, len(messages)):
         parts = feed.build_tape(messages[:cut]), feed.build_tape(messages[cut:])
-        for name in feed.COLUMNS:
+        for name in feed.Tape.__dataclass_fields__:
             first, second = (getattr(part, name) for part in parts)
             joined = [*first, *second]
             if name.startswith("first_"):
