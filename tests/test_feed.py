@@ -252,7 +252,7 @@ def test_a_recording_gives_the_book_of_plain_dicts_at_every_message(path):
      ("S7 8 S1 2", "SDSD", {"gaps": 0, "repeated": 0}),
      ("S7 8 S4 5", "SDSD", {"gaps": 0, "repeated": 0}),  # a snapshot in mid stream
      ("S7 8 S50 51", "SDSD", {"gaps": 0}),
-     ("S7 lost 8 9 S9", "SLL-S", {"before snapshot": 2}),  # by the connection
+     ("S7 lost 8 lost 9 9 S9", "SLLLL-S", {"before snapshot": 3}),  # by the connection
      ("S7 refused 8", "SRD", {"refusals": 1}),
      ("S7 broken broken 9 S9 10", "SL--SD", {"malformed": 2})],
 )  # fmt: skip

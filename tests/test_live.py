@@ -191,13 +191,13 @@ def test_after_a_fault_the_loss_is_told_and_the_feed_recovers_alone(begin, name)
 def test_fault_upon_fault_is_survived_and_a_request_of_the_main_thread(begin):
     session = begin(session_lines(count=800))
     faults = [ENDING[name][0] for name in ("two skipped updates", "a TCP reset", "a giant frame")]
-    for fault in (*faults, lambda _: session.source.cut("book crossed for 1 s")):
+    for fault in (lambda _: session.source.cut("book crossed for 1 s"), *faults):
         before = len(session.losses)
         assert session.reaches(lambda: session.is_trusted)
         fault(session.exchange)
         assert session.reaches(lambda n=before: len(session.losses) > n)
     session.check()
-    assert session.source.reconnects >= 4 and session.losses[-1] == "book crossed for 1 s"
+    assert session.losses[0] == "book crossed for 1 s" and "gap in u" in session.losses[1]
 
 
 def test_an_exchange_that_is_away_for_a_while_is_found_again(begin):
@@ -284,7 +284,7 @@ def test_a_mistake_of_the_user_is_fatal_and_says_what_to_check(begin, instrument
     session = begin(instrument=instrument, depth=depth)
     session.source.thread.join(PATIENCE_S)
     assert re.search(words, session.source.fatal) and session.source.fatal.isprintable()
-    assert session.exchange.connections == 1, "it must not try again"
+    assert session.exchange.connections == 1
 
 
 def test_any_number_of_topics_is_subscribed_ten_at_a_time_and_again_after_a_loss():

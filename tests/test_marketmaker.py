@@ -53,7 +53,9 @@ class Maker(MarketMaker):
         self.parser = feed.Parser(COIN)
 
     def hear(self, *lines) -> None:
-        self.take(*messages(lines, self.parser))
+        """A note, which only a backtest sends, stands in an end line: see MOMENTS."""
+        heard = messages(lines, self.parser)
+        self.take(*(m._replace(note=m.note.get("note", m.note)) for m in heard))
 
 
 def warm(bids=BIDS, asks=ASKS, **values) -> Maker:
@@ -448,8 +450,9 @@ MOMENTS = {  # what follows 12 s of a flat market, and (ms, reason, best bid) of
         [ticker(19_000), delta(19_100)],
         [(17_500, "book stale", BEST), (19_100, WARMING, BEST)]),
     "in an outage nobody decides until it is over": (
-        [control(13_000, "outage", back_ns=ns(20_000)), *beats(14_000, 19_000),
-         params(19_500, alpha=2), control(20_000, "back")],
+        [control(13_000, "end", note=dict(event="outage", back_ns=ns(20_000))),
+         *beats(14_000, 19_000), params(19_500, alpha=2),
+         control(20_000, "end", note=dict(event="back"))],
         [(13_000, "outage", BEST), (20_000, WARMING, BEST)]),
     "a guard is judged at whole seconds, and the next message decides: a crossed book": (
         [delta(13_000, {1: 1}), delta(14_200), delta(15_000, {1: 0}), delta(16_200)],

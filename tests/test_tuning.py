@@ -39,8 +39,8 @@ MARKET = LIMITS | dict(
 MINUTES = 51  # whole ones in 52 minutes from second 20 on
 SPLIT = 34  # of them in sample
 FIRST_MS = 40_000  # when the first of them begins
-SEARCH = "--strategy fixed --tune --grid default_spread_bps=0.3,0.6,1,1.5 --grid order_qty=0.5,1,2,4"
-SEARCH = [*SEARCH.split(), "--bootstrap", "200"]
+GRIDS = "--grid default_spread_bps=0.3,0.6,1,1.5 --grid order_qty=0.5,1,2,4"
+SEARCH = f"--strategy fixed --tune {GRIDS} --bootstrap 200".split()
 close = partial(pytest.approx, abs=1e-5)  # USDT: sums of numbers of nine digits
 
 
