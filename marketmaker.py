@@ -23,7 +23,8 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - An order decided at t (our clock) stands on the exchange from t + order_latency until
     its cancel arrives, as late. Only events of that time (exchange clock) can fill it,
     whenever we hear of them. Realistic.
-  - Post-only and the inventory limit are judged again at arrival. Realistic.
+  - Post-only and the inventory limit are judged again at arrival, on the last book pushed.
+    Realistic, but for the 20 ms or so since that push.
   - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
     behind us: pessimistic.
@@ -31,6 +32,9 @@ has the same rules in their plainest form, message by message: `simulate`.)
     Optimistic in size: the trade may have been smaller than our order.
   - `touch`: any trade at our price fills the whole order: optimistic. `through`: only
     the rule before: pessimistic.
+  - A trade at our price no later than the book's last push is in the size shown already: it
+    neither eats the queue nor fills. Pessimistic.
+  - While the connection is down we hear of no trade, so none fills us then: optimistic.
   - We take no volume from others, and move no price unless impact_bps says so: optimistic.
 
 The feed *receives* a message, the market maker *hears* it, the exchange *matches* it with
@@ -287,8 +291,8 @@ class Order:
     """A paper order. It stands on the exchange in (arrival_ns, cancel_ns].
 
     It carries its own queue: at its arrival the size shown at its price, from then on it only
-    gets shorter. Rows at its price wait on the tape, from `next_message` on, until a message
-    reaches it.
+    gets shorter. Rows at its price wait on the tape, from `next_message` on, and are looked
+    at when a message reaches the order: nobody needs its queue before.
     """
 
     side: int
@@ -304,10 +308,11 @@ class Order:
     eaten: float = 0.0  # of the queue, by trades
     next_message: int = 0  # of the tape
 
-    def shorten_queue(self, shown: float, exch_ns: int) -> None:
-        """A book row says what is shown at our price."""
+    def see_row(self, shown: float, exch_ns: int) -> None:
+        """A book row says what is shown at our price: a smaller size shortens the queue."""
         if exch_ns <= self.arrival_ns:
-            # subtle: a row from before the arrival, heard of after it
+            # subtle: a row of before the arrival that we hear of after it. It tells better
+            # what stood there when we came, so the queue starts anew from it.
             self.queue_ahead = max(shown - self.eaten, 0.0)
         elif exch_ns <= self.cancel_ns:
             self.queue_ahead = min(self.queue_ahead, shown)
@@ -379,8 +384,8 @@ class PaperExchange:
     # -- slices of messages
 
     def begin(self, tape: Tape) -> None:
-        """A tape is to come. How far does each message reach towards our orders of a side, by
-        the opposite best or by a trade that hits this side? As a level of this side.
+        """A tape is to come. reach[side][m]: an order of this side at that level or a better
+        one (a higher level) is touched by message m, by its trades or the opposite best.
         """
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
@@ -426,7 +431,7 @@ class PaperExchange:
             shown = tape.size.item(first + row)
             if not shown and order.level < worst.item(m) and not self.peer_rules:
                 shown = INF  # it was not deleted, it has left the window
-            order.shorten_queue(shown, tape.exch_ns.item(m))
+            order.see_row(shown, tape.exch_ns.item(m))
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -446,8 +451,8 @@ class PaperExchange:
         self.recv_ns = tape.recv_ns.item(m)
         self.mid_price = self.book.view.mid_ticks * self.instrument.tick_size
 
-        # Orders are over once trades and book have both gone past their end, or when it is
-        # so long ago that no trade of then will be heard of.
+        # A cancelled order is kept as long as a trade or a row of before its end may still
+        # come: until both streams have gone past it, at most LATE_NS.
         last_trade = tape.first_trade.item(m) - 1
         trade_ns = tape.trade_ns.item(last_trade) if last_trade >= 0 else self.trade_ns
         late_ns = self.recv_ns - self.offset_ns - LATE_NS
@@ -483,7 +488,7 @@ class PaperExchange:
         for order in [o for o in self.orders if o.has_arrived]:
             self._catch_up(order, tape, m + 1)
             if kind == feed.SNAPSHOT:  # it tells of every level
-                order.shorten_queue(self._shown(order), exch_ns)
+                order.see_row(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
                 self.refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
@@ -502,7 +507,8 @@ class PaperExchange:
             if level < order.level or model == "touch":
                 self._fill(order, order.left, exch_ns)
             elif model == "queue" and (self.peer_rules or exch_ns > self.book.exch_ns):
-                # The size shown does not yet know of it: first the queue ahead, then us.
+                # subtle: only a trade that the size shown does not know of yet. It meets the
+                # queue ahead first, then us.
                 order.queue_ahead = min(order.queue_ahead, self._shown(order))
                 rest, lot = size - order.queue_ahead, self.instrument.lot_size
                 order.eaten += size
@@ -532,7 +538,9 @@ class PaperExchange:
         account, p, side = self.account, self.parameters, order.side
         price = side * order.level * self.instrument.tick_size
         fee = price * qty * (p.taker_fee_bps if order.is_taker else p.maker_fee_bps) * 1e-4
-        marked = account.mid_price  # perhaps of a second after the fill: we go back, and on
+        # The account may be marked to a later second already: back to the fill's mid, settle,
+        # and on to where it was. The sum of the revaluations stays true.
+        marked = account.mid_price
         account.mark(self.mid_price * (1 + self.shift_bps(self.recv_ns) * 1e-4))
         account.settle(Fill(
             exch_ns, max(self.recv_ns, self.back_ns), side, price, qty, fee, account.mid_price,
@@ -611,7 +619,8 @@ class MarketMaker:
             if now_ns >= due_ns or kind > feed.TICKER:
                 self.pass_time(now_ns)
 
-            # It changes the rules, or it decides, itself included, or only time has passed.
+            # It changes the rules, or it decides, itself included; or only time has passed,
+            # and it is looked at again with a later due_ns.
             ends_silence = self.is_stale and kind == feed.DELTA
             if kind > feed.TICKER:
                 self._change_rules(m, now_ns)
@@ -1180,6 +1189,8 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
         raise UserError("--record records the live feed: leave it out with --replay")
     if options.plot and not options.plot.absolute().parent.is_dir():
         raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
+    if options.log and options.log.exists():
+        raise UserError(f"{options.log} exists and is not overwritten: choose another name")
     given, steps = given_parameters(options), (options.tick_size, options.lot_size)
     source, path, speed, label = None, options.replay, options.speed or 1.0, "REPLAY"
 

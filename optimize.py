@@ -120,7 +120,7 @@ class Parameters:
     default_spread_bps: float = _number(10.0, 0.02, 500, "spread of the fallback, bps")
     horizon_s: float = _number(10.0, 0.1, 3600, "how long inventory is held, s")
     half_life_s: float = _number(30.0, 1, 3600, "memory of the volatility's EMA, s")
-    requote_move_bps: float = _number(1.0, 0.05, 50, "drift that calls a new quote, bps")
+    requote_move_bps: float = _number(1.0, 0.05, 50, "expected drift between quotes, bps")
     depth_band_bps: float = _number(1.0, 0.1, 100, "depth is counted this near, bps")
     order_qty: float = _number(0.01, 0, INF, "size of each quote, base coin")
     max_inventory: float = _fixed(0.1, 0, INF, "inventory limit, base coin")

@@ -1,6 +1,6 @@
 """make bench: what the live path, a replay, a day of history and a search cost.
 
-    python tests/bench.py [live] [replay] [memory] [day] [days] [search]     all without a name
+    python tests/bench.py [live] [replay] [memory] [day] [search]     all without a name
 
 Figures are ratios within one run where they can be, since machines differ. The loopback
 exchange runs in a process of its own and sends prebuilt frames as fast as the socket takes
@@ -12,7 +12,6 @@ measured runs in a process of its own.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gzip
 import io
 import json
@@ -48,7 +47,6 @@ MESSAGES = 40_000  # of the sample, in each round
 LATENCY_S = 20  # of live messages for the latencies
 HOURS = 24
 UPDATES = 17.0  # levels changed at random in 100 ms: about 23 rows a message in all
-DAYS = (1, 2, 4, 8)
 GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 0.5, 1, 2, 4]}
 
 
@@ -247,29 +245,22 @@ def day_of(folder: Path) -> feed.Tape:
     return feed.Tape(**{name: np.asarray(c) for name, c in columns.items()}, notes={})
 
 
-def play(folder: Path, days: int, interval_s: float) -> dict:
+def play(folder: Path, interval_s: float) -> dict:
     """The whole loop: program, fills, history. interval_s 0: the strategy's own pace."""
     if interval_s:
         optimize.get_optimization_frequency = lambda parameters, sigma: interval_s
-    maker, elapsed, rows = MarketMaker(Parameters(), feed.Instrument()), 0.0, 0
-    for k in range(days):
-        tape, shift_ns = day_of(folder), k * HOURS * 3600 * NS
-        times = {name: np.where(column > 0, column + shift_ns, 0)
-                 for name in ("recv_ns", "exch_ns", "trade_ns")
-                 if (column := getattr(tape, name)) is not None}  # fmt: skip
-        tape = dataclasses.replace(tape, **times)
-        rows += len(tape.level) + len(tape.trade_level)
-        began = time.perf_counter()
-        maker.follow(tape)
-        elapsed += time.perf_counter() - began
+    maker, tape = MarketMaker(Parameters(), feed.Instrument()), day_of(folder)
+    began = time.perf_counter()
+    maker.follow(tape)
+    elapsed, rows = time.perf_counter() - began, len(tape.level) + len(tape.trade_level)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return dict(seconds=elapsed, rows=rows, decisions=sum(maker.sources.values()),
                 fills=len(maker.account.fills), peak_mb=peak_mb)  # fmt: skip
 
 
-def play_alone(folder: Path, days: int, interval_s: float) -> dict:
+def play_alone(folder: Path, interval_s: float) -> dict:
     """The same in a fresh process."""
-    code = f"import json, bench as b; from pathlib import Path; print(json.dumps(b.play(Path({str(folder)!r}), {days}, {interval_s})))"  # noqa: E501
+    code = f"import json, bench as b; from pathlib import Path; print(json.dumps(b.play(Path({str(folder)!r}), {interval_s})))"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", check=True,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
@@ -281,24 +272,12 @@ def bench_day() -> None:
         make_day(Path(scratch))
         print("a simulated day, the loop with queue fills and the program, best of 3:")
         for name, interval_s in (("decisions every 1 s", 1.0), ("at its own pace", 0.0)):
-            runs = [play_alone(Path(scratch), 1, interval_s) for _ in range(3)]
+            runs = [play_alone(Path(scratch), interval_s) for _ in range(3)]
             best = min(runs, key=lambda run: run["seconds"])
             print(f"  {name:<20}{best['rows'] / best['seconds'] / 1e6:5.2f} M rows/s   "
                   f"{best['seconds']:.2f} s for {best['rows']:,} rows, {best['decisions']:,} "
                   f"decisions, {best['fills']:,} fills   peak {best['peak_mb']:,.0f} MB",
                   flush=True)  # fmt: skip
-
-
-def bench_days() -> None:
-    """Several days, one after the other."""
-    with tempfile.TemporaryDirectory() as scratch:
-        make_day(Path(scratch))
-        print("several days, one after the other, decisions every 1 s:")
-        for days in DAYS:
-            run = play_alone(Path(scratch), days, 1.0)
-            a_day = run["seconds"] / days
-            print(f"  {days} days  {run['seconds']:6.2f} s   {a_day:5.2f} s a day   "
-                  f"peak {run['peak_mb']:,.0f} MB", flush=True)  # fmt: skip
 
 
 # ---- A search ----------------------------------------------------------------------
@@ -319,7 +298,7 @@ def bench_search() -> None:
 
 def main(names: list[str]) -> None:
     parts = dict(memory=bench_memory, replay=bench_replay, live=bench_live, day=bench_day,
-                 days=bench_days, search=bench_search)  # fmt: skip
+                 search=bench_search)  # fmt: skip
     for name in names or parts:
         print(f"---- {name}", flush=True)
         parts[name]()
