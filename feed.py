@@ -93,7 +93,7 @@ class Instrument:
     lot_text: str = "0.001"  # quantity step, base coin
     min_qty: float = 0.001  # base coin
     # What follows from these.
-    tick = cached_property(lambda self: Decimal(self.tick_text))
+    tick = cached_property(lambda self: Decimal(str(self.tick_text)))
     tick_size = cached_property(lambda self: float(self.tick_text))  # USDT
     lot_size = cached_property(lambda self: float(self.lot_text))  # base coin
     min_order = cached_property(lambda self: max(self.lot_size, self.min_qty))  # base coin

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace as Bag
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
@@ -89,8 +89,7 @@ def time_bare(url: str) -> float:
 def live_bursts(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[list[feed.Message]]:
     """The program's own loop over a live feed, without display and files."""
     source.start(source.connect())
-    options = SimpleNamespace(duration=600)
-    session = SimpleNamespace(maker=maker, options=options, look=lambda: None)
+    session = Bag(maker=maker, options=Bag(duration=600), look=lambda: None)
     return marketmaker.live_messages(session, source)
 
 
@@ -216,8 +215,7 @@ def make_day(folder: Path) -> None:
     began = time.perf_counter()
     hour = feed.build_tape(feed.open_recording(lines).messages())
     elapsed = time.perf_counter() - began
-    messages, rows = len(hour) / elapsed, len(hour.level) / elapsed
-    print(f"parsing: {messages:,.0f} messages/s, {rows:,.0f} rows/s")
+    print(f"parsing: {len(hour) / elapsed:,.0f} messages/s of {len(hour.level) / len(hour):.0f} rows")
     mid = (hour.best_bid - hour.best_ask) // 2
     drift = int(mid[-1] - mid[0])
     for name in feed.COLUMNS:
@@ -240,16 +238,13 @@ def moved(name: str, column: np.ndarray, k: int, drift: int) -> np.ndarray:
     return column
 
 
-def day_of(folder: Path) -> feed.Tape:
-    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in feed.COLUMNS}
-    return feed.Tape(**{name: np.asarray(c) for name, c in columns.items()}, notes={})
-
-
 def play(folder: Path, interval_s: float) -> dict:
     """The whole loop: program, fills, history. interval_s 0: the strategy's own pace."""
     if interval_s:
         optimize.get_optimization_frequency = lambda parameters, sigma: interval_s
-    maker, tape = MarketMaker(Parameters(), feed.Instrument()), day_of(folder)
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in feed.COLUMNS}
+    tape = feed.Tape(**{name: np.asarray(c) for name, c in columns.items()}, notes={})
+    maker = MarketMaker(Parameters(), feed.Instrument())
     began = time.perf_counter()
     maker.follow(tape)
     elapsed, rows = time.perf_counter() - began, len(tape.level) + len(tape.trade_level)
@@ -272,7 +267,7 @@ def bench_day() -> None:
         make_day(Path(scratch))
         print("a simulated day, the loop with queue fills and the program, best of 3:")
         for name, interval_s in (("decisions every 1 s", 1.0), ("at its own pace", 0.0)):
-            runs = [play_alone(Path(scratch), interval_s) for _ in range(3)]
+            runs = (play_alone(Path(scratch), interval_s) for _ in range(3))
             best = min(runs, key=lambda run: run["seconds"])
             print(f"  {name:<20}{best['rows'] / best['seconds'] / 1e6:5.2f} M rows/s   "
                   f"{best['seconds']:.2f} s for {best['rows']:,} rows, {best['decisions']:,} "
