@@ -214,8 +214,8 @@ def make_day(folder: Path) -> None:
             file.write(f"{recv_ns} {text}\n")
     began = time.perf_counter()
     hour = feed.build_tape(feed.open_recording(lines).messages())
-    elapsed = time.perf_counter() - began
-    print(f"parsing: {len(hour) / elapsed:,.0f} messages/s of {len(hour.level) / len(hour):.0f} rows")
+    speed, rows = len(hour) / (time.perf_counter() - began), len(hour.level) / len(hour)
+    print(f"parsing: {speed:,.0f} messages/s of {rows:.0f} rows")
     mid = (hour.best_bid - hour.best_ask) // 2
     drift = int(mid[-1] - mid[0])
     for name in feed.COLUMNS:
