@@ -194,7 +194,7 @@ class Message(NamedTuple):
     rows: tuple[Sequence[int], Sequence[float]] = (), ()  # of the book: levels, sizes
     trades: Iterable[tuple[int, int, float, bool]] = ()  # exch_ns, level hit, size, is_rpi
     note: dict[str, Any] = {}  # a control line's fields; the reason of a loss or a refusal
-    view: View = View()  # what is known after it
+    view: View = View()  # what is known after it; after LOST an old book, not to be used
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,7 +365,8 @@ class Parser:
         self.counts: Counter[str] = Counter()
         self.problem = ""  # the newest malformed message or gap, in words
         self.last_u: int | None = None  # None: no book that can be vouched for
-        self.is_loss_told = self.had_book = False  # told once until the next book or connection
+        self.is_loss_told = False  # once, until the next book or connection
+        self.had_book = False  # ever
 
     def parse(self, recv_ns: int, text: str) -> Message | None:
         """A line's message; None for what carries nothing (acks, pongs, other topics)."""
@@ -374,7 +375,7 @@ class Parser:
             # A line of our own: what no message tells, or one that could not stand as it is.
             line = DECODER.decode(text)
             if line.get("op") == "local":
-                if line["event"] == "lost":  # the connection's; the next may tell of its own
+                if line["event"] == "lost":  # the connection's: the next may tell its loss
                     self.last_u, self.is_loss_told = None, False
                     note = {"reason": printable(str(line["reason"]))}
                     return Message(LOST, recv_ns, note=note, view=self.book.view)
@@ -415,7 +416,7 @@ class Parser:
         self.counts["book"] += 1
         data, u = line["data"], must_be(int, line["data"]["u"], 0, NEVER)
         exch_ns = exchange_time(line["cts"] if "cts" in line else line["ts"], recv_ns)
-        # It begins a book anew, or must be the next message of ours.
+        # It begins a book anew, or must carry the u after our last.
         is_new = {"snapshot": True, "delta": False}[line["type"]] or u == 1  # 1: they restarted
         if not is_new:
             if self.last_u is None:
@@ -430,7 +431,7 @@ class Parser:
         # Every row is judged before the first one changes our book.
         levels, sizes = array("q"), array("d")
         for side, rows in ((BID, data["b"]), (ASK, data["a"])):
-            if set(map(list.__len__, rows)) - {2}:  # itself raises for what is no list
+            if set(map(list.__len__, rows)) - {2}:  # list.__len__ raises for what is no list
                 raise ValueError("a book row is not a pair")
             prices, texts = zip(*rows) if rows else ((), ())
             levels.extend(map(self.levels[side], prices))
@@ -568,7 +569,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class Recording:
-    """A recording and the parser that fits it: by the flags, its start line, its first topics."""
+    """A recording and the parser that fits it: by the flags, its start line, its early topics."""
 
     def __init__(self, path: Path, tick_text: str | None = None, lot_text: str | None = None,
                  depth: int | None = None) -> None:  # fmt: skip
@@ -591,7 +592,7 @@ class Recording:
         self.is_synthetic = bool(self.start.get("synthetic"))
 
     def messages(self) -> Iterator[Message]:
-        """The messages of the file: it is a slower exchange."""
+        """The messages of the file, as the live feed gave them."""
         last_ns = 0
         for recv_ns, text in read_lines(self.path):
             last_ns = max(recv_ns, last_ns)  # a stamp never goes back
@@ -640,7 +641,7 @@ class LiveFeed:
         self.ws: websocket.WebSocket | None = None  # while connected
         self.cut_reason = ""  # why another thread cut the connection
         self.fatal = ""  # why the thread has ended
-        self.reconnects = -1  # the first connection is none
+        self.reconnects = -1  # the first connection is no reconnect; see connect() for the times
 
     def emit(self, text: str) -> Message | None:
         """Take a line of the exchange, or a control line, into the session and its recording."""
@@ -726,7 +727,7 @@ class LiveFeed:
                     error = ConnectionError if self.parser.had_book else UserError  # had it worked?
                     raise error(f"refused: {reason[:150]}: check --symbol, --category, --depth")
             except websocket.WebSocketTimeoutException:
-                continue  # subtle: the part of a message that has come is kept
+                continue  # subtle: what has come of a message is kept for the next try
             except (websocket.WebSocketException, OSError) as error:
                 # Tell the loss. Wait: longer each time, and for a main thread that is behind.
                 reason = printable(self.cut_reason or str(error) or type(error).__name__)[:200]
@@ -831,7 +832,7 @@ def add_market_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--symbol", default="BTCUSDT", help="upper case, as Bybit writes it")
     parser.add_argument("--category", default="linear", choices=("linear", "spot"))
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="levels a side (default 200)")
-    parser.add_argument("--tick-size", help="price step, USDT (asked from Bybit otherwise)")
+    parser.add_argument("--tick-size", help="price step, USDT (else Bybit's or the built-in one)")
     parser.add_argument("--lot-size", help="quantity step, base coin (as above)")
     parser.add_argument("--url", help="another WebSocket address than Bybit's")
 

@@ -13,9 +13,10 @@ is looked at alone. Where a tape or a slice ends changes nothing.
 
 A decision is made at the first message that is due, with that message applied; its time is
 the message's recv_ns, and the next is due one optimization interval later. Due at once are a
-loss, the snapshot that ends it, a book gone silent, new parameters. Guards are judged at
-every decision and every whole second; one that trips or clears makes the next message
-decide. A fill does not; the next decision sees it. No decision reads a clock.
+loss, the snapshot that ends it, new parameters, and a book gone silent: that one at the
+instant at which it has been silent for too long. Guards are judged at every decision, and at
+every whole second of a sound book; one that trips or clears makes the next message decide.
+A fill does not; the next decision sees it. No decision reads a clock.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
@@ -30,10 +31,11 @@ has the same rules in their plainest form, message by message: `simulate`.)
     behind us: pessimistic.
   - A trade through our price, or the opposite best reaching it, fills the whole order.
     Optimistic in size: the trade may have been smaller than our order.
-  - `touch`: any trade at our price fills the whole order: optimistic. `through`: only
-    the rule before: pessimistic.
-  - A trade at our price no later than the book's last push is in the size shown already: it
-    neither eats the queue nor fills. Pessimistic.
+  - `touch`: any trade at our price fills the whole order: optimistic. `through`: only a
+    trade through it, or the opposite best: pessimistic. Retail (RPI) trades, whose orders
+    the book does not show, count as `through` in every model.
+  - `queue`: a trade at our price no later than the book's last push is in the size shown
+    already: it neither eats the queue nor fills. Pessimistic.
   - While the connection is down we hear of no trade, so none fills us then: optimistic.
   - We take no volume from others, and move no price unless impact_bps says so: optimistic.
 
@@ -77,7 +79,7 @@ from optimize import INF, Distances, Parameters
 NAN = math.nan  # not known, or none
 MINUTE_NS = 60 * NS
 WINDOW_S = 60  # of the volatility and the liquidity
-WARMUP_RETURNS = 10  # no quote before so many 1 s returns
+WARMUP_RETURNS = 10  # of 1 s before a quote: some 11 s after each loss or silence
 LOOK_AHEAD = 512  # messages, for the next one that is due
 LATE_NS = 10 * NS  # no trade is heard of later than this
 IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
@@ -234,7 +236,7 @@ class Decision(NamedTuple):
     depth_bps: float = NAN
     source: str = "none"  # lp, last_good, default, none, or a baseline
     reason: str = "no message yet"  # why not lp, or why a side is missing
-    is_sent: bool = False  # whether it sent or cancelled an order
+    is_sent: bool = False  # whether it sent or cancelled a quote
     distances: Distances | None = None
 
 
@@ -291,12 +293,12 @@ class Order:
     """A paper order. It stands on the exchange in (arrival_ns, cancel_ns].
 
     It carries its own queue: at its arrival the size shown at its price, from then on it only
-    gets shorter. Rows at its price wait on the tape, from `next_message` on, and are looked
-    at when a message reaches the order: nobody needs its queue before.
+    gets shorter (but see `see_row`). Rows at its price wait on the tape, from `next_message`
+    on, and are looked at when a message reaches the order: nobody needs its queue before.
     """
 
     side: int
-    level: int  # side x price tick
+    level: int  # side x price tick: a higher level is a better price on both sides
     qty: float  # base coin, as sent
     left: float  # of it, not yet filled
     arrival_ns: int  # exchange time
@@ -335,7 +337,7 @@ class PaperExchange:
     peer_rules: bool = False
     impact_bps: float = 0.0  # of a fill as large as the depth near the mid
     shifts: list = field(default_factory=lambda: [(0, 0.0)])  # (exch_ns, bps that we see from then)
-    back_ns: int = 0  # cut off until then: we hear of nothing and nothing hears of us
+    back_ns: int = 0  # our clock; cut off until then: we and the exchange hear of nothing
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
@@ -350,7 +352,8 @@ class PaperExchange:
 
     def send(self, side: int, level: int | None, qty: float, time_ns: int) -> bool:
         """Ask for one order at a level, or for none, and say whether that changes anything. An
-        unchanged order keeps its place; else cancel and new order arrive at one instant.
+        unchanged order keeps its place, with what is left of it; else cancel and new order
+        arrive at one instant.
         """
         standing = next((o for o in self.orders if o.side == side and o.cancel_ns == NEVER), None)
         wanted = None if level is None else (level, qty)
@@ -369,10 +372,11 @@ class PaperExchange:
         is_under_way = any(order.is_taker for order in self.orders)
         if self.account.inventory and time_ns >= self.back_ns and not is_under_way:
             arrival_ns = time_ns + self.latency_ns
+            # Its side and size are known on arrival: see `_walk_the_book`.
             self.orders.append(Order(0, 0, 0.0, 0.0, arrival_ns, is_taker=True))
 
     def refuse(self, order: Order, why: str) -> None:
-        """The order does not come into the book, and is over."""
+        """The exchange does not take the order, or, by a late row, should not have."""
         self.counts[f"refused: {why}"] += 1
         self.orders.remove(order)
 
@@ -481,7 +485,7 @@ class PaperExchange:
                     self._meet_trade(tape, t)
             return
 
-        # A message of the book: does it shorten our queue, or reach our price?
+        # Of the book, or a ticker: does it shorten our queue, or reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
         self.book.apply(tape, m, m + 1)
@@ -573,7 +577,7 @@ class MarketMaker:
         self.exchange = PaperExchange(*exchange, **frictions)
         self.decision, self.history = Decision(), History()
         self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
-        self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # and its time
+        self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # by lp: when, what
         self.last_guard = "book lost"
         self.is_stale = False  # the book is silent
         self.is_stopped = False  # by max_drawdown_usdt, for good
@@ -601,7 +605,8 @@ class MarketMaker:
         self.turnover = np.abs(tape.trade_level) * tape.trade_size
         self.messages += len(tape)
         self.exchange.begin(tape)
-        changes = [*(tape.kind > feed.TICKER).nonzero()[0].tolist(), len(tape)]  # of the rules
+        # Snapshots, losses and control lines change the rules; the end of the tape ends all.
+        changes = [*(tape.kind > feed.TICKER).nonzero()[0].tolist(), len(tape)]
         m = 0
         while m < len(tape):
             # What is due next: a decision, a whole second, or the end of our patience with a
@@ -676,15 +681,15 @@ class MarketMaker:
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
         """Parameters of a control line, unless they are unsound; whether they are in force."""
         try:
-            if note.get("is_final"):  # no recording takes it back
-                self.overrides |= note["parameters"]
-            changes = {**note["parameters"], **self.overrides}
+            final = note["parameters"] if note.get("is_final") else {}
+            changes = {**note["parameters"], **self.overrides, **final}
             min_order = self.instrument.min_order
             p = opt.change_parameters(self.parameters, changes, min_order, running=True)
         except (KeyError, ValueError, TypeError) as error:
             logging.warning("parameters in the recording are refused: %s", error)
             return False
-        self.parameters = self.exchange.parameters = p
+        self.overrides |= final  # no recording takes it back
+        self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
         return True
 
     def silent_ns(self) -> int:
@@ -743,7 +748,7 @@ class MarketMaker:
         guards = {
             "outage": self.is_cut_off,
             "book lost": market.lost,
-            view.fault: view.fault,
+            view.fault: view.fault,  # crossed, one-sided; empty: sound
             "book stale": time_ns - market.book_recv_ns >= round(p.stale_after_s * NS),
             "far from mark price": gap_bps > p.max_mark_gap_bps,
             "drawdown limit": self.is_stopped,
@@ -932,8 +937,8 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
 
 
 def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
-    """Prices with our fills, inventory and result, over the minutes of a run: `x` of the
-    history's columns. The shade reaches from net up to its peak so far.
+    """Prices with our fills, inventory and result, over the minutes of a run, which become
+    column x of c. The shade reaches from net up to its peak so far.
     """
     fills, limit = maker.account.fills, maker.parameters.max_inventory
     x = c["x"] = (c["time_ns"] - maker.first_ns) / MINUTE_NS
@@ -975,8 +980,8 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
 
 def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path,
                 shared: int = 0) -> None:  # fmt: skip
-    """Panels below each other, each with its height in inches, as a PNG. So many on top share
-    their x axis.
+    """Panels below each other, each with its height in inches, as a PNG. The first
+    `shared` of them have one x axis.
     """
     from matplotlib.figure import Figure  # slow to import
 

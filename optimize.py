@@ -24,7 +24,7 @@ Symbols (the README repeats this table, nothing else does):
   alpha, beta                    weight of inventory risk, of price risk      -
   gamma, delta, zeta             spread per volatility, liquidity, depth      -, bps
 
-Base spread (its floor keeps d_min at 1 or less; below twice the edge, the edge decides):
+Base spread (its floor keeps d_min at 1 or less; where S is below twice the edge, the edge decides):
   S = max(min_half_spread_bps, 2 gamma sigma sqrt(tau) + delta/(1+L) + zeta/(1+D))
 
 Cost of a quote:
@@ -89,7 +89,7 @@ FEASIBILITY = 1e-7  # by how much an answer may miss a row, in units of S
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.1, 5.0  # between two optimizations
 FILL_MODELS = ("queue", "touch", "through")
 INF = math.inf
-LARGEST = 1e308  # that a float can be; Python's integers have no limit
+LARGEST = 1e308  # about what a float can be; Python's integers have no limit
 POLL_S = 0.2  # how often a search looks whether it is to stop
 CHUNK = 200_000  # positions drawn at a time
 Number = float | np.ndarray
@@ -120,7 +120,7 @@ class Parameters:
     default_spread_bps: float = _number(10.0, 0.02, 500, "spread of the fallback, bps")
     horizon_s: float = _number(10.0, 0.1, 3600, "how long inventory is held, s")
     half_life_s: float = _number(30.0, 1, 3600, "memory of the volatility's EMA, s")
-    requote_move_bps: float = _number(1.0, 0.05, 50, "expected drift between quotes, bps")
+    requote_move_bps: float = _number(1.0, 0.05, 50, "expected move between quotes, bps")
     depth_band_bps: float = _number(1.0, 0.1, 100, "depth is counted this near, bps")
     order_qty: float = _number(0.01, 0, INF, "size of each quote, base coin")
     max_inventory: float = _fixed(0.1, 0, INF, "inventory limit, base coin")
@@ -470,7 +470,7 @@ def sharpe_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 def block_length(x: np.ndarray) -> float:
     """Mean block, in periods, for the stationary bootstrap of the mean of x: (n,).
 
-      b = (g^2 / s^2 n)^(1/3), from 1 to ceil(min(3 sqrt(n), n/3))
+      b = (n g^2 / s^2)^(1/3), from 1 to ceil(min(3 sqrt(n), n/3))
       g = sum_k h(k/m) |k| R(k)       s = sum_k h(k/m) R(k)       |k| <= m
 
     R autocovariance, h(x) = min(1, 2 (1 - |x|)). m is twice the first lag after which K
@@ -611,7 +611,7 @@ def draw_best_of_chance(x: np.ndarray, score: Score, count: int, rng: Generator)
     The share of draws at or above the best score of the search says how often luck does as
     well: White's reality check (2000), not studentised. Blocks are twice as long as for a
     mean: on noise of autocorrelation 0.3, 960 periods, a share below 5 % then came in 6 to
-    9 % of searches, else in 8 to 12 %.
+    9 % of searches; with blocks as for a mean, in 8 to 12 %.
     """
     block = 2 * common_block_length(x)
     means = draw_means(x - x.mean(axis=0), block, count, rng)

@@ -409,6 +409,16 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         return ""
 
 
+class Firehose(LoopbackExchange):
+    """Sends it all as fast as the socket takes it, from frames built beforehand, just once."""
+
+    def _run_market(self) -> None:
+        frames = [build_frame(text) for _, text, _ in self._lines]
+        self._open.wait()
+        for frame in frames:
+            self._clients[0].sock.sendall(frame)
+
+
 def main() -> None:
     """Serve one recording until standard input ends, or until Ctrl-C."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -416,11 +426,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 = any free port")
     parser.add_argument("--speed", default="1", help="times faster, or max")
     options = parser.parse_args()
-    speed = None if options.speed == "max" else float(options.speed)
+    kind, speed = (Firehose, 1.0) if options.speed == "max" else (LoopbackExchange, options.speed)
     with (gzip.open if options.file.endswith(".gz") else open)(options.file, "rt") as file:
         rows = [row.rstrip("\n").partition(" ") for row in file]
     lines = [(int(stamp), text) for stamp, _, text in rows]
-    with LoopbackExchange(lines, speed=speed, port=options.port) as exchange:
+    with kind(lines, speed=float(speed), port=options.port) as exchange:
         print(exchange.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             sys.stdin.read()
