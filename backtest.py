@@ -100,7 +100,7 @@ class Data(NamedTuple):
 @lru_cache(maxsize=1)
 def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
     """Open recordings in this state, once in a process. UserError if they do not go together."""
-    recordings = [feed.open_recording(Path(path), *steps) for path, *_ in stamps]
+    recordings = [feed.Recording(Path(path), *steps) for path, *_ in stamps]
     first, tapes, counts = recordings[0], [], Counter[str]()
     instrument = first.parser.instrument
     for recording in recordings:
@@ -335,7 +335,7 @@ def seen_mids(tape: Tape, maker: mm.MarketMaker) -> tuple[np.ndarray, np.ndarray
     """Exchange time of every book message of a tape, and the mid that we see after it, USDT:
     the book's, moved by our own impact where that is modelled. nan: the book has no mid.
     """
-    is_book = (tape.kind == feed.DELTA) | (tape.kind == feed.SNAPSHOT)
+    is_book = tape.is_book
     book_ns, bid, ask = tape.exch_ns[is_book], tape.best_bid[is_book], tape.best_ask[is_book]
     has_mid = (bid > NO_LEVEL) & (ask > NO_LEVEL) & (bid < -ask)
     mids = np.where(has_mid, (bid - ask) * (maker.instrument.tick_size / 2), np.nan)
@@ -1235,7 +1235,12 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
         equity.append(f"{time_ns},{cells(*values)}")
 
     for name, lines in (("quotes", quotes), ("fills", fills), ("equity", equity)):
-        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        write_text(folder / f"{name}.csv", "\n".join(lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file of lines, whole or not at all."""
+    feed.write_whole(path, lambda draft: draft.write_text(text + "\n"))
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -1245,7 +1250,7 @@ def write_json(path: Path, values: Any) -> None:
         return value.item() if isinstance(value, np.generic) else getattr(value, "__dict__", None)
 
     finite = json.loads(json.dumps(values, default=plain), parse_constant=lambda _: None)
-    path.write_text(json.dumps(finite, indent=1) + "\n")
+    write_text(path, json.dumps(finite, indent=1))
 
 
 def run_search(options: argparse.Namespace, setting: Setting, executor: Executor | None) -> None:

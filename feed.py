@@ -220,6 +220,7 @@ class Tape:
     trade_is_rpi: Flags  # retail price improvement: it met orders that the book does not show
     notes: dict[int, dict[str, Any]]  # by message
     best = View.best  # the best level of a side after each message
+    is_book = cached_property(lambda self: (self.kind == DELTA) | (self.kind == SNAPSHOT))
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -232,8 +233,7 @@ class Tape:
     @cached_property
     def last_book(self) -> np.ndarray:
         """For each message, the last book message up to it; -1 before the first."""
-        is_book = (self.kind == DELTA) | (self.kind == SNAPSHOT)
-        return np.maximum.accumulate(np.where(is_book, np.arange(len(self)), -1))
+        return np.maximum.accumulate(np.where(self.is_book, np.arange(len(self)), -1))
 
 
 COLUMNS = {f.name: CODES[f.type] for f in fields(Tape) if f.type in CODES}
@@ -365,8 +365,7 @@ class Parser:
         self.counts: Counter[str] = Counter()
         self.problem = ""  # the newest malformed message or gap, in words
         self.last_u: int | None = None  # None: no book that can be vouched for
-        self.is_loss_told = False  # once, until the next book or connection
-        self.had_book = False  # ever
+        self.is_loss_told = self.had_book = False  # until the next book or connection; ever
 
     def parse(self, recv_ns: int, text: str) -> Message | None:
         """A line's message; None for what carries nothing (acks, pongs, other topics)."""
@@ -600,9 +599,6 @@ class Recording:
                 yield message
 
 
-open_recording = Recording  # as a verb
-
-
 # ---- Live feed ---------------------------------------------------------------------
 
 
@@ -791,7 +787,7 @@ def run_record(options: argparse.Namespace) -> None:
 
 def run_info(options: argparse.Namespace) -> None:
     """Print what one wants to know of a recording."""
-    recording = open_recording(options.file, options.tick_size, options.lot_size, options.depth)
+    recording = Recording(options.file, options.tick_size, options.lot_size, options.depth)
     tape, parser = build_tape(recording.messages()), recording.parser
     kind = "SYNTHETIC, made by a simulator" if recording.is_synthetic else "recorded"
     print(f"{options.file}: {parser.instrument.symbol} {parser.instrument.category}, {kind}")
@@ -802,7 +798,7 @@ def run_info(options: argparse.Namespace) -> None:
         facts.append(("span, s", f"{(tape.recv_ns.item(-1) - tape.recv_ns.item(0)) / NS:.1f}"))
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
     facts += [(f"book lost {times} times", reason) for reason, times in losses.items()]
-    is_book = (tape.kind == DELTA) | (tape.kind == SNAPSHOT)  # what follows is of these
+    is_book = tape.is_book  # what follows is of these
     bid, ask, recv_ns = tape.best_bid[is_book], -tape.best_ask[is_book], tape.recv_ns[is_book]
     is_sound = (bid > NO_LEVEL) & (ask < -NO_LEVEL) & (bid < ask)
     facts.append(("crossed or one-sided books", int((~is_sound).sum())))

@@ -692,11 +692,14 @@ class MarketMaker:
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
         return True
 
-    def silent_ns(self) -> int:
-        """When the book will have been silent for too long; NEVER while nothing is measured."""
-        if self.market.lost or self.is_stale or self.is_cut_off:
-            return NEVER
+    def stale_ns(self) -> int:
+        """From when on the book is stale, if no message of it comes before."""
         return self.market.book_recv_ns + round(self.parameters.stale_after_s * NS)
+
+    def silent_ns(self) -> int:
+        """When the book will fall silent; NEVER while nothing is measured."""
+        is_measured = not (self.market.lost or self.is_stale or self.is_cut_off)
+        return self.stale_ns() if is_measured else NEVER
 
     def pass_time(self, now_ns: int) -> None:
         """What time alone brings up to now_ns: whole seconds, and a book gone silent."""
@@ -749,7 +752,7 @@ class MarketMaker:
             "outage": self.is_cut_off,
             "book lost": market.lost,
             view.fault: view.fault,  # crossed, one-sided; empty: sound
-            "book stale": time_ns - market.book_recv_ns >= round(p.stale_after_s * NS),
+            "book stale": time_ns >= self.stale_ns(),
             "far from mark price": gap_bps > p.max_mark_gap_bps,
             "drawdown limit": self.is_stopped,
             "warming up": len(market.returns_bps) < WARMUP_RETURNS,
@@ -773,7 +776,7 @@ class MarketMaker:
 
         # Is there a reason to stay out? A book that has fallen silent is measured anew.
         reason = self.last_guard = self._guard(view, time_ns)
-        is_stale = time_ns - market.book_recv_ns >= round(p.stale_after_s * NS)
+        is_stale = time_ns >= self.stale_ns()
         if is_stale and not self.is_stale:
             market.restart()
         self.is_stale = is_stale
@@ -1220,7 +1223,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
 
     # A recording; what the user gave, its control lines do not change.
     if not source:
-        recording = feed.open_recording(path, *steps, options.depth)
+        recording = feed.Recording(path, *steps, options.depth)
         parser, overrides = recording.parser, given
         parameters = choose_parameters(given, recording.start, parser.instrument)
         pace = "" if speed == INF else f" at {speed:g} x"

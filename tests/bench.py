@@ -75,7 +75,7 @@ def sample_clock() -> Callable[[], int]:
 def time_bare(url: str) -> float:
     """Seconds for MESSAGES with websocket-client and json alone."""
     ws = websocket.create_connection(url, timeout=30, skip_utf8_validation=True)
-    topics = list(feed.open_recording(SAMPLE).parser.topics)
+    topics = list(feed.Recording(SAMPLE).parser.topics)
     ws.send(json.dumps({"op": "subscribe", "args": topics}))
     ws.recv()
     began = time.perf_counter()
@@ -95,7 +95,7 @@ def live_bursts(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[list[feed
 
 def time_live(url: str, record: Path | None = None) -> float:
     """Seconds for the same MESSAGES through feed thread, queue and market maker."""
-    parser = feed.open_recording(SAMPLE).parser
+    parser = feed.Recording(SAMPLE).parser
     recorder = feed.Recorder(record) if record else None
     source = feed.LiveFeed(url, parser, recorder, clock_ns=sample_clock())
     maker, began = MarketMaker(Parameters(), parser.instrument), 0.0
@@ -138,7 +138,7 @@ def bench_live() -> None:
 
 def measure_latency(is_fresh: bool) -> None:
     """From the stamp of a message to the quote decided on it."""
-    parser, waits = feed.open_recording(SAMPLE).parser, []
+    parser, waits = feed.Recording(SAMPLE).parser, []
     maker = MarketMaker(Parameters(requote_move_bps=0.05), parser.instrument)
 
     def note(_: MarketMaker) -> None:
@@ -188,7 +188,7 @@ def bench_memory() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    recording, early = feed.open_recording(SAMPLE), 0.0
+    recording, early = feed.Recording(SAMPLE), 0.0
     maker = MarketMaker(Parameters(), recording.parser.instrument)
     for messages in marketmaker.replayed_messages(recording, marketmaker.INF, marketmaker.INF):
         maker.take(*messages)
@@ -209,7 +209,7 @@ def make_day(folder: Path) -> None:
         for recv_ns, text in simulate.simulate(rng, 1.0, updates_per_delta=UPDATES):
             file.write(f"{recv_ns} {text}\n")
     began = time.perf_counter()
-    hour = feed.build_tape(feed.open_recording(lines).messages())
+    hour = feed.build_tape(feed.Recording(lines).messages())
     speed, rows = len(hour) / (time.perf_counter() - began), len(hour.level) / len(hour)
     print(f"parsing: {speed:,.0f} messages/s of {rows:.0f} rows")
     mid = (hour.best_bid - hour.best_ask) // 2

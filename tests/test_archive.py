@@ -162,7 +162,7 @@ def test_day_as_archives_is_the_day_as_websocket_messages(tmp_path, category, ol
     assert lines == [(ms - T0 + 100, message) for ms, _, message in session]
 
     # Played, it is the same market as the sample.
-    recording = feed.open_recording(tmp_path / f"BTCUSDT-{category}-{DAY}.jsonl.gz")
+    recording = feed.Recording(tmp_path / f"BTCUSDT-{category}-{DAY}.jsonl.gz")
     instrument = recording.parser.instrument
     assert instrument == feed.BUILT_IN["BTCUSDT", category] and recording.start["depth"] == 200
     tape, parser = feed.build_tape(recording.messages()), feed.Parser(instrument)
@@ -235,7 +235,7 @@ def test_columns_are_found_and_times_floored_and_equal_times_keep_their_order(
 def test_tick_is_the_greatest_step_of_the_first_snapshot_or_given(tmp_path, words, tick):
     book = [delta(4, 900, kind="snapshot"), snapshot(5, 1000, ["4.5", "6.00", "9"])]
     made(tmp_path, *words, book=book, rows=[row(1, price="7.5")])
-    recording = feed.open_recording(tmp_path / f"BTCUSDT-linear-{DAY}.jsonl.gz")
+    recording = feed.Recording(tmp_path / f"BTCUSDT-linear-{DAY}.jsonl.gz")
     assert recording.parser.instrument.tick_text == tick
 
 

@@ -225,7 +225,7 @@ REAL = sorted(Path(FOLDER).glob("*.jsonl.gz")) if FOLDER else [None]
 def test_a_recording_gives_the_book_of_plain_dicts_at_every_message(path):
     if not path:
         pytest.skip("the environment variable RECORDINGS names no folder of real recordings")
-    parser = feed.open_recording(path).parser
+    parser = feed.Recording(path).parser
     plain = PlainBook(parser.instrument.tick_text)
     for number, (recv_ns, text) in zip(range(25_000), feed.read_lines(path)):
         message = parser.parse(recv_ns, text)
@@ -520,7 +520,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_a_recording_gives_the_messages_of_its_lines_and_no_stamp_goes_back(tmp_path):
     path = record(tmp_path / "r.gz", FIRST, "x", book_text(8), book_text(9), seconds=[5, 9, 7, 12])
-    messages = [*feed.open_recording(path).messages()]
+    messages = [*feed.Recording(path).messages()]
     assert letters(messages) == "SDD"
     assert [message.recv_ns - NOW_NS for message in messages] == [t * feed.NS for t in (5, 9, 12)]
 
@@ -530,12 +530,12 @@ def test_a_recordings_first_lines_say_what_it_holds_unless_a_flag_does(tmp_path)
     start = feed.control_line("start", symbol="ABCUSDT", category="spot", depth=200, **steps)
     path = record(tmp_path / "told.gz", start, book_text(1, topic="orderbook.200.ABCUSDT"))
     for flags, expected in ((), ("0.25", "0.5")), (("0.5", "1"), ("0.5", "1")):
-        instrument = feed.open_recording(path, *flags).parser.instrument
+        instrument = feed.Recording(path, *flags).parser.instrument
         assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.0)
     deep = book_text(50, *GOOD, kind="snapshot", topic="orderbook.1000.BTCUSDT")
     path = record(tmp_path / "two depths.gz", FIRST, deep, book_text(8))
-    assert letters(feed.open_recording(path).messages()) == "S"  # the deepest
-    assert letters(feed.open_recording(path, depth=200).messages()) == "SD"
+    assert letters(feed.Recording(path).messages()) == "S"  # the deepest
+    assert letters(feed.Recording(path, depth=200).messages()) == "SD"
 
 
 # ---- Instruments and the command line ----------------------------------------------

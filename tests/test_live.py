@@ -106,7 +106,7 @@ class Session:
             texts = [text for connection, text in self.exchange.sent if connection == number]
             sent = [text.encode() if isinstance(text, str) else text for text in texts]
             assert part == sent[: len(part)], f"connection {number}"
-        replayed = feed.open_recording(path).messages()
+        replayed = feed.Recording(path).messages()
         assert repr([*replayed]) == repr(self.messages)  # by repr, since nan is not nan
 
 
@@ -153,7 +153,7 @@ def test_an_undisturbed_session_is_received_recorded_and_replayed(begin, instrum
     assert session.source.parser.counts == {"acks": 1, "book": 300, "trades": 75, "tickers": 60}
     assert session.losses == [] and session.source.reconnects == 0
     assert [m.note["i"] for m in session.messages if "i" in m.note] == [*range(50)]
-    start = feed.open_recording(session.source.recorder.path).start
+    start = feed.Recording(session.source.recorder.path).start
     steps = dict(depth=200, tick_size="0.1", lot_size=instrument.lot_text, more=1)
     assert start.items() >= dict(symbol="BTCUSDT", category=instrument.category, **steps).items()
 
