@@ -425,7 +425,7 @@ def resting_fills(result: Result) -> dict[str, np.ndarray]:
     """The fills of our quotes as columns, named as in Fill, and `markouts`, bps: (fills,
     HORIZONS). Taker fills, which close at any price, are left out.
     """
-    rows = [k for k, fill in enumerate(result.fills) if not fill.is_taker]
+    rows = [k for k, fill in enumerate(result.fills) if fill.rule != "taker"]
     resting = [result.fills[k] for k in rows]
     fills = {name: np.array([getattr(f, name) for f in resting]) for name in mm.Fill._fields}
     effective = fills["side"] * (fills["mid_price"] / fills["price"] - 1) * 1e4
@@ -1224,10 +1224,10 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
                   for p, qty in ((bid, bid_qty), (ask, ask_qty))]  # fmt: skip
         quotes.append(f"{time_ns},{','.join(orders)}")
 
-    fills = ["time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead"]
+    fills = ["time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead,rule"]
     for f in result.fills:
         side, numbers = "buy" if f.side == feed.BID else "sell", cells(*f[3:8])
-        fills.append(f"{f.time_ns},{f.recv_ns},{side},{numbers}")
+        fills.append(f"{f.time_ns},{f.recv_ns},{side},{numbers},{f.rule}")
 
     equity, gross = ["time_ns,mid_price,inventory,gross,fees,net"], c["equity"] + c["fees_paid"]
     table = (c["time_ns"], c["mid_price"], c["inventory"], gross, c["fees_paid"], c["equity"])

@@ -140,6 +140,11 @@ class Market:
 # ---- Our account -------------------------------------------------------------------
 
 
+# Why an order fills: a trade ate the queue ahead; a trade went through our price; the other
+# side's best reached it without one; any trade at our price (model `touch`); we took.
+RULES = ("queue", "through", "book", "touch", "taker")
+
+
 class Fill(NamedTuple):
     """One fill of a paper order."""
 
@@ -153,7 +158,7 @@ class Fill(NamedTuple):
     queue_ahead: float = 0.0  # base coin, at the fill
     queue_at_arrival: float = 0.0  # base coin
     arrival_ns: int = 0  # when the order reached the exchange, exchange time
-    is_taker: bool = False
+    rule: str = "queue"  # which rule filled it: see RULES
 
 
 @dataclass
@@ -496,7 +501,7 @@ class PaperExchange:
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
                 self.refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
-                self._fill(order, order.left, exch_ns)
+                self._fill(order, order.left, exch_ns, "book")
 
     def _meet_trade(self, tape: Tape, t: int) -> None:
         """A trade through our price fills us; at our price, the fill model says how much."""
@@ -509,7 +514,8 @@ class PaperExchange:
             if not (is_hit and stands):
                 continue
             if level < order.level or model == "touch":
-                self._fill(order, order.left, exch_ns)
+                rule = "through" if level < order.level else "touch"
+                self._fill(order, order.left, exch_ns, rule)
             elif model == "queue" and (self.peer_rules or exch_ns > self.book.exch_ns):
                 # subtle: only a trade that the size shown does not know of yet. It meets the
                 # queue ahead first, then us.
@@ -519,7 +525,7 @@ class PaperExchange:
                 if rest >= lot / 2:
                     share = floor_to_lot(rest * self.participation, lot)
                     qty = order.left if self.peer_rules else min(order.left, share)
-                    self._fill(order, qty, exch_ns)
+                    self._fill(order, qty, exch_ns, "queue")
                 order.queue_ahead = max(-rest, 0.0)
             return  # one order stands at a time, and a volume fills us once
 
@@ -531,24 +537,24 @@ class PaperExchange:
         for level, size in zip(*map(np.ndarray.tolist, self.book.levels(-order.side))):
             order.level = -level
             if order.left >= self.instrument.lot_size / 2:
-                self._fill(order, min(order.left, size), order.arrival_ns)
+                self._fill(order, min(order.left, size), order.arrival_ns, "taker")
         if order in self.orders:
             self.orders.remove(order)
 
-    def _fill(self, order: Order, qty: float, exch_ns: int) -> None:
+    def _fill(self, order: Order, qty: float, exch_ns: int, rule: str) -> None:
         """A fill at the order's price, booked at the mid just before the message."""
         if qty <= 0:
             return
         account, p, side = self.account, self.parameters, order.side
         price = side * order.level * self.instrument.tick_size
-        fee = price * qty * (p.taker_fee_bps if order.is_taker else p.maker_fee_bps) * 1e-4
+        fee = price * qty * (p.taker_fee_bps if rule == "taker" else p.maker_fee_bps) * 1e-4
         # The account may be marked to a later second already: back to the fill's mid, settle,
         # and on to where it was. The sum of the revaluations stays true.
         marked = account.mid_price
         account.mark(self.mid_price * (1 + self.shift_bps(self.recv_ns) * 1e-4))
         account.settle(Fill(
             exch_ns, max(self.recv_ns, self.back_ns), side, price, qty, fee, account.mid_price,
-            order.queue_ahead, order.queue_at_arrival, order.arrival_ns, order.is_taker,
+            order.queue_ahead, order.queue_at_arrival, order.arrival_ns, rule,
         ))  # fmt: skip
         account.mark(marked)
         order.left = round(order.left - qty, 9)

@@ -261,8 +261,8 @@ def test_files_have_the_columns_of_the_design_and_what_was_worked_by_hand():
     assert lines["quotes.csv"][0] == "time_ns,bid_price,bid_qty,ask_price,ask_qty"
     assert lines["quotes.csv"][1] == f"{ns(11_500)},49998.0,1,50002.0,1"
     assert lines["fills.csv"][:2] == [
-        "time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead",
-        f"{ns(12_000)},{ns(12_040)},buy,49998,0.5,4.9998,50000,2",
+        "time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead,rule",
+        f"{ns(12_000)},{ns(12_040)},buy,49998,0.5,4.9998,50000,2,queue",
     ]
     assert lines["equity.csv"][0] == "time_ns,mid_price,inventory,gross,fees,net"
     for row, logged in zip(result.equity, result.log):

@@ -92,7 +92,7 @@ def simulate(stream: list[Message], wishes: dict, model: str, peer_rules: bool) 
 
     By the peer rules nothing seen is nothing ahead, every trade eats the queue, and an order
     fills whole or not at all. wishes: by the number of the message heard before, (side,
-    level or None, quantity, time decided). Returns (time, side, price, quantity) of fills.
+    level or None, quantity, time decided). Returns (time, side, price, quantity, rule) of fills.
     """
     book, book_ns = {}, 0  # level -> size, on both sides; exchange time
     orders, fills = [], []  # an order of which nothing is left is over
@@ -105,17 +105,17 @@ def simulate(stream: list[Message], wishes: dict, model: str, peer_rules: bool) 
     def is_reached(order: dict) -> bool:
         return any(x * order["side"] < 0 and -x <= order["level"] for x in book)
 
-    def fill(order: dict, qty: float, time_ns: int) -> None:
+    def fill(order: dict, qty: float, time_ns: int, rule: str) -> None:
         qty, price = min(qty, order["left"]), order["side"] * order["level"] * COIN.tick_size
         order["left"] -= qty
-        fills.append((time_ns, order["side"], price, qty))
+        fills.append((time_ns, order["side"], price, qty, rule))
 
     for number, message in enumerate(stream, 1):
         # Who has arrived meets the book as it stands.
         for order in orders:
             if order["queue"] is None and order["arrival"] < message.exch_ns:
                 order["queue"] = shown(order)
-                inventory = sum(side * qty for _, side, _, qty in fills)
+                inventory = sum(side * qty for _, side, _, qty, _ in fills)
                 if is_reached(order) or order["side"] * inventory + order["left"] > LIMIT:
                     order["left"] = 0
 
@@ -127,14 +127,16 @@ def simulate(stream: list[Message], wishes: dict, model: str, peer_rules: bool) 
                 is_hit = order["side"] * level > 0 and level <= order["level"]
                 if not (stands and is_hit):
                     continue
-                if level < order["level"] or (model == "touch" and not is_rpi):
-                    fill(order, math.inf, time_ns)
+                if level < order["level"]:
+                    fill(order, math.inf, time_ns, "through")
+                elif model == "touch" and not is_rpi:
+                    fill(order, math.inf, time_ns, "touch")
                 elif model == "queue" and not is_rpi and (time_ns > book_ns or peer_rules):
                     rest = size - order["queue"]
                     order["queue"] = max(-rest, 0.0)
                     order["eaten"] += size
                     if rest > 0:
-                        fill(order, math.inf if peer_rules else rest, time_ns)
+                        fill(order, math.inf if peer_rules else rest, time_ns, "queue")
 
         # A book message says what is shown now at some levels, a snapshot at all.
         if message.kind in (DELTA, SNAPSHOT):
@@ -149,7 +151,7 @@ def simulate(stream: list[Message], wishes: dict, model: str, peer_rules: bool) 
                 elif order["left"] and order["arrival"] < book_ns <= order["cancel"]:
                     order["queue"] = min(order["queue"], shown(order))
                     if is_reached(order):
-                        fill(order, math.inf, book_ns)
+                        fill(order, math.inf, book_ns, "book")
 
         # The maker decides: cancel and new order travel together, unless nothing changes.
         for side, level, qty, decided_ns in wishes.get(number, ()):
@@ -186,7 +188,7 @@ def test_in_a_random_market_orders_fill_by_these_rules(seed, model, peer_rules):
         maker.take(message)
     account, fills = maker.account, maker.account.fills
     assert len(fills) > 20  # otherwise this shows nothing
-    found = [(fill.time_ns, fill.side, fill.price, fill.qty) for fill in fills]
+    found = [(f.time_ns, f.side, f.price, f.qty, f.rule) for f in fills]
     assert found == simulate(stream, wishes, model, peer_rules)
 
     # The account is the sum over the fills.
@@ -512,8 +514,9 @@ def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good(
     if is_lost:
         maker.hear(delta(13_250, {-209: 9}), lost(13_260), snapshot(20_000, *fallen))
     maker.hear(delta(20_200, {-210: 8}))  # the order arrived before, when there were 0.5
-    sold = [(f.side, f.price, f.qty, f.is_taker) for f in maker.account.fills[1:]]
-    assert sold == [(-1, 49_895, 0.5, True), (-1, 49_894, 0.25, True), (-1, 49_890, 0.25, True)]
+    sold = [(f.rule, f.side, f.price, f.qty) for f in maker.account.fills[1:]]
+    levels = (49_895, 0.5), (49_894, 0.25), (49_890, 0.25)
+    assert sold == [("taker", ASK, *level) for level in levels]
     proceeds = 0.5 * 49_895 + 0.25 * 49_894 + 0.25 * 49_890
     assert maker.account.cash == pytest.approx(-49_999 + proceeds * (1 - 10e-4), abs=1e-9)
     maker.hear(*beats(21_300, 40_300))
