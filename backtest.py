@@ -66,8 +66,8 @@ from scipy.special import stdtrit
 import feed
 import marketmaker as mm
 import optimize as opt
-from feed import NO_LEVEL, NS, Tape, UserError, clock_text
-from optimize import FIELDS, Distances, Parameters
+from feed import NS, Tape, UserError, clock_text
+from optimize import FIELDS, Parameters
 
 MINUTE_NS = 60 * NS
 CACHE = Path(__file__).parent / "data" / "cache"  # of tapes; may be deleted at any time
@@ -185,46 +185,6 @@ def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
     return dataclasses.replace(tape, **columns, notes=moved)
 
 
-# ---- Strategies --------------------------------------------------------------------
-#
-# A strategy says how far from the mid to bid and to offer, in bps. It takes what
-# `optimize.choose_distances` takes: parameters, inventory as a share of its limit, market.
-
-
-def fixed_spread(parameters: Parameters, *_: Any) -> Distances:
-    """The simplest quote there is: default_spread_bps, shared evenly."""
-    half = parameters.default_spread_bps / 2
-    return Distances(half, half, "fixed")
-
-
-def avellaneda_stoikov(
-    parameters: Parameters, q: float, sigma: float, *_: Any,
-    gamma: float = 0.05, A: float = 0.55, k: float = 1.2,
-) -> Distances:  # fmt: skip
-    """Avellaneda and Stoikov (2008), in the stationary form of Gueant, Lehalle and
-    Fernandez-Tapia (2013): long, it bids further away and offers nearer.
-
-    Fills come at the rate A exp(-k d) per second at a distance d, bps; gamma is the aversion
-    to inventory, counted in orders; sigma in bps/sqrt(s). The defaults fit BTCUSDT linear.
-
-      c1 = ln(1 + gamma/k) / gamma
-      c2 = sqrt( gamma / (2 A k) * (1 + gamma/k)^(k/gamma + 1) )
-      half spread = c1 + sigma c2 / 2        skew per order = sigma c2
-
-    >>> shape = dict(gamma=0.05, A=2.986162360812285, k=0.04235741115084049)
-    >>> quote = avellaneda_stoikov(Parameters(), 0.1, 10.69, **shape)  # long one order
-    >>> round(quote.bid_bps, 6), round(quote.ask_bps, 6)  # 20.472085 + and - 9.763269
-    (30.235354, 10.708817)
-    """
-    c1 = math.log1p(gamma / k) / gamma
-    c2 = math.sqrt(gamma / (2 * A * k) * (1 + gamma / k) ** (k / gamma + 1))
-    half, orders = c1 + sigma * c2 / 2, q * parameters.max_inventory / parameters.order_qty
-    return Distances(half + orders * sigma * c2, half - orders * sigma * c2, "as")
-
-
-STRATEGIES = {"lp": opt.choose_distances, "fixed": fixed_spread, "as": avellaneda_stoikov}
-
-
 # ---- A run -------------------------------------------------------------------------
 
 HORIZONS_S = np.array([0.1, 1, 10, 60])  # of markouts
@@ -280,7 +240,7 @@ def play(
     data = setting.data
     maker = mm.MarketMaker(
         setting.parameters, data.instrument, log, setting.given,
-        strategy=STRATEGIES[setting.strategy], **setting.exchange,
+        strategy=setting.strategy, **setting.exchange,
     )  # fmt: skip
     sent = []
 
@@ -335,10 +295,8 @@ def seen_mids(tape: Tape, maker: mm.MarketMaker) -> tuple[np.ndarray, np.ndarray
     """Exchange time of every book message of a tape, and the mid that we see after it, USDT:
     the book's, moved by our own impact where that is modelled. nan: the book has no mid.
     """
-    is_book = tape.is_book
-    book_ns, bid, ask = tape.exch_ns[is_book], tape.best_bid[is_book], tape.best_ask[is_book]
-    has_mid = (bid > NO_LEVEL) & (ask > NO_LEVEL) & (bid < -ask)
-    mids = np.where(has_mid, (bid - ask) * (maker.instrument.tick_size / 2), np.nan)
+    book_ns = tape.exch_ns[tape.is_book]
+    mids = tape.mid_ticks[tape.is_book] * maker.instrument.tick_size
 
     # Each fill renews the shift of the prices, in bps, which then decays.
     since_ns, shift = (np.array(column) for column in zip(*maker.exchange.shifts))
@@ -1369,7 +1327,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--bootstrap", type=number(100, 1e6), metavar="N",
         help="intervals from N resamples of the minutes (a search takes 1000)")  # fmt: skip
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
-    add("--strategy", choices=STRATEGIES, nargs="+", default=["lp"],
+    add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py",
         help="lp (default), fixed (default_spread_bps), as (Avellaneda-Stoikov), or several")
     add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
         help="share of what is left of a trade that fills us, 0.01 to 1 (default 1)")  # fmt: skip

@@ -231,6 +231,13 @@ class Tape:
                     self.worst_ask.item(m), self.last_price.item(m), self.mark_price.item(m))
 
     @cached_property
+    def mid_ticks(self) -> np.ndarray:
+        """The mid after each message, in ticks; nan while the book has a fault."""
+        bid, ask = self.best_bid, self.best_ask
+        has_mid = (bid > NO_LEVEL) & (ask > NO_LEVEL) & (bid < -ask)
+        return np.where(has_mid, (bid - ask) / 2, math.nan)
+
+    @cached_property
     def last_book(self) -> np.ndarray:
         """For each message, the last book message up to it; -1 before the first."""
         return np.maximum.accumulate(np.where(self.is_book, np.arange(len(self)), -1))

@@ -12,11 +12,12 @@ matched in slices: only a message that reaches an order of ours, or at which one
 is looked at alone. Where a tape or a slice ends changes nothing.
 
 A decision is made at the first message that is due, with that message applied; its time is
-the message's recv_ns, and the next is due one optimization interval later. Due at once are a
-loss, the snapshot that ends it, new parameters, and a book gone silent: that one at the
-instant at which it has been silent for too long. Guards are judged at every decision, and at
-every whole second of a sound book; one that trips or clears makes the next message decide.
-A fill does not; the next decision sees it. No decision reads a clock.
+the message's recv_ns. The next is due one optimization interval later, or as soon as the mid is
+requote_move_bps away from where it was. Due at once are a loss, the snapshot that ends it, new
+parameters, and a book gone silent: that one at the instant at which it is so for too long. Guards
+are judged at every decision, and at every whole second of a sound book; one that trips or clears
+makes the next message decide. A fill does not; the next decision sees it. No decision reads a
+clock.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
@@ -56,6 +57,7 @@ import logging
 import math
 import queue
 import re
+import runpy
 import shutil
 import sys
 import time
@@ -93,6 +95,15 @@ TICK_S = 0.1  # how long the main thread waits for a message before it looks aro
 # ---- What is known of the market ---------------------------------------------------
 
 
+class Trade(NamedTuple):
+    """A trade of others."""
+
+    time_ns: int  # exchange time
+    side: int  # of the taker: +1 bought, -1 sold
+    price: float  # USDT
+    size: float  # base coin
+
+
 @dataclass
 class Market:
     """What is measured from the market, on our clock. nan = not known yet."""
@@ -104,10 +115,28 @@ class Market:
     ema_volatility: float = NAN  # bps/sqrt(s)
     ema_ns: int = 0  # when that was last renewed
     liquidity: float = NAN  # million USDT traded per bp of mid movement
+    mid_price: float = NAN  # USDT, at the last decision, as are the depths
     depths: dict[int, float] = field(default_factory=lambda: {BID: NAN, ASK: NAN})  # base coin
     grid_mid: float = NAN  # USDT, the mid at the last whole second
     returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # of 1 s
     turnovers: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
+    parts: deque = field(default_factory=deque)  # (tape, first, stop) of the last minute's trades
+
+    @property
+    def depth_musd(self) -> float:
+        """Mean of the depths near the mid, million USDT."""
+        return sum(self.depths.values()) / 2 * self.mid_price * 1e-6
+
+    def recent_trades(self, tick_size: float) -> list[Trade]:
+        """The trades of the last minute, exchange time, in the order received."""
+        trades: list[Trade] = []
+        for tape, first, stop in self.parts:
+            of_part = tape.trade_ns, tape.trade_level, tape.trade_size
+            for time_ns, level, size in zip(*(column[first:stop].tolist() for column in of_part)):
+                side = ASK if level > 0 else BID
+                trades.append(Trade(time_ns, side, abs(level) * tick_size, size))
+        newest_ns = max((trade.time_ns for trade in trades), default=0)
+        return [trade for trade in trades if trade.time_ns > newest_ns - MINUTE_NS]
 
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
                        tick_size: float, half_life_s: float) -> None:  # fmt: skip
@@ -131,10 +160,8 @@ class Market:
         self.liquidity = sum(self.turnovers) / moved_bps
 
     def restart(self) -> None:
-        """After a loss or a silence the grid of seconds begins anew; the EMA is kept."""
-        self.grid_mid = self.volatility = self.liquidity = NAN
-        self.returns_bps.clear()
-        self.turnovers.clear()
+        """After a loss or a silence: no return runs across the hole. What is measured is kept."""
+        self.grid_mid = NAN
 
 
 # ---- Our account -------------------------------------------------------------------
@@ -239,8 +266,8 @@ class Decision(NamedTuple):
     volatility_bps: float = NAN  # the base spread's terms
     liquidity_bps: float = NAN
     depth_bps: float = NAN
-    source: str = "none"  # lp, last_good, default, none, or a baseline
-    reason: str = "no message yet"  # why not lp, or why a side is missing
+    source: str = "none"  # the strategy, last_good, default or none
+    reason: str = "no message yet"  # why not the strategy's own, or why a side is missing
     is_sent: bool = False  # whether it sent or cancelled a quote
     distances: Distances | None = None
 
@@ -519,7 +546,8 @@ class PaperExchange:
             elif model == "queue" and (self.peer_rules or exch_ns > self.book.exch_ns):
                 # subtle: only a trade that the size shown does not know of yet. It meets the
                 # queue ahead first, then us.
-                order.queue_ahead = min(order.queue_ahead, self._shown(order))
+                if self.book.exch_ns <= order.cancel_ns:
+                    order.queue_ahead = min(order.queue_ahead, self._shown(order))
                 rest, lot = size - order.queue_ahead, self.instrument.lot_size
                 order.eaten += size
                 if rest >= lot / 2:
@@ -569,26 +597,44 @@ class PaperExchange:
 # ---- The market maker ---------------------------------------------------------------
 
 
+def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
+    """A strategy and its name: a function, a name of optimize.STRATEGIES, or a file that defines
+    quote(parameters, market, q) -> (bid_bps, ask_bps), named as the file is.
+    """
+    if callable(strategy):
+        return strategy, strategy.__name__
+    if strategy in opt.STRATEGIES:
+        return opt.STRATEGIES[strategy], strategy
+    try:
+        return runpy.run_path(strategy)["quote"], Path(strategy).stem
+    except Exception as error:  # subtle: it is anybody's code, and may raise anything
+        names = ", ".join(opt.STRATEGIES)
+        raise UserError(f"--strategy {strategy}: {type(error).__name__}: {error}: give {names}, or "
+                        "a Python file with quote(parameters, market, q)") from None  # fmt: skip
+
+
 class MarketMaker:
     """Messages in, decisions out. Holds market, account, exchange and log."""
 
     def __init__(self, parameters: Parameters, instrument: feed.Instrument, log: Any = None,
-                 overrides: Mapping[str, Any] | None = None, solver: Callable = opt.linprog,
-                 strategy: Callable = opt.choose_distances, **frictions: Any) -> None:  # fmt: skip
+                 overrides: Mapping[str, Any] | None = None, strategy: str | Callable = "lp",
+                 **frictions: Any) -> None:  # fmt: skip
         self.parameters, self.instrument, self.log = parameters, instrument, log
         self.overrides = dict(overrides or {})  # parameters that a recording cannot change
-        self.solver, self.strategy = solver, strategy
+        self.strategy, self.strategy_name = load_strategy(strategy)
         self.market, self.account = Market(), Account()
         exchange = parameters, instrument, self.market, self.account
         self.exchange = PaperExchange(*exchange, **frictions)
         self.decision, self.history = Decision(), History()
         self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
-        self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # by lp: when, what
+        self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # when, what
         self.last_guard = "book lost"
         self.is_stale = False  # the book is silent
         self.is_stopped = False  # by max_drawdown_usdt, for good
         self.is_cut_off = False  # by an outage
         self.due_ns = 0  # the next decision
+        self.mid_ticks = NAN  # of the last one: one is due when the mid leaves this band around it
+        self.band_ticks = NAN
         self.second_ns = 0  # the next whole second of receive time
         self.tape = feed.build_tape([])
         self.heard = self.matched = 0  # its first message not yet heard; not yet matched
@@ -609,6 +655,7 @@ class MarketMaker:
         """Hear messages until something is due; decide; go on."""
         self.tape, self.heard, self.matched = tape, 0, 0
         self.turnover = np.abs(tape.trade_level) * tape.trade_size
+        mids = tape.mid_ticks
         self.messages += len(tape)
         self.exchange.begin(tape)
         # Snapshots, losses and control lines change the rules; the end of the tape ends all.
@@ -622,7 +669,10 @@ class MarketMaker:
             stop = min(changes[bisect_left(changes, m)], m + LOOK_AHEAD)
             if self.is_stale:
                 stop = first_place(tape.kind[m:stop] == feed.DELTA, m, stop)
-            m += int(tape.recv_ns[m:stop].searchsorted(due_ns))
+            stop = m + int(tape.recv_ns[m:stop].searchsorted(due_ns))
+            has_moved = np.abs(mids[m:stop] - self.mid_ticks) >= self.band_ticks
+            m = first_place(has_moved, m, stop)
+            is_move = m < stop
             self._hear(m)
             if m == len(tape):
                 break
@@ -636,7 +686,7 @@ class MarketMaker:
             if kind > feed.TICKER:
                 self._change_rules(m, now_ns)
                 m += 1
-            elif ends_silence or now_ns >= self.due_ns:
+            elif ends_silence or is_move or now_ns >= self.due_ns:
                 self._hear(m + 1)
                 self.decide(now_ns)
                 m += 1
@@ -647,7 +697,12 @@ class MarketMaker:
     def _hear(self, stop: int) -> None:
         """Messages before `stop` of the tape have come."""
         first, last = self.tape.first_trade.item(self.heard), self.tape.first_trade.item(stop)
-        self.traded += self.turnover[first:last].tolist()
+        if last > first:
+            self.traded += self.turnover[first:last].tolist()
+            parts, newest_ns = self.market.parts, self.tape.trade_ns[last - 1]
+            parts.append((self.tape, first, last))
+            while parts[0][0].trade_ns[parts[0][2] - 1] < newest_ns - MINUTE_NS - LATE_NS:
+                parts.popleft()
         self.heard = stop
         book = self.tape.last_book.item(stop - 1) if stop else -1
         if book >= 0:
@@ -761,7 +816,7 @@ class MarketMaker:
             "book stale": time_ns >= self.stale_ns(),
             "far from mark price": gap_bps > p.max_mark_gap_bps,
             "drawdown limit": self.is_stopped,
-            "warming up": len(market.returns_bps) < WARMUP_RETURNS,
+            "warming up": len(market.returns_bps) < WARMUP_RETURNS or math.isnan(market.grid_mid),
         }
         return next((reason for reason, holds in guards.items() if holds), "")
 
@@ -776,7 +831,10 @@ class MarketMaker:
         # Mark the inventory, and measure the depth of a book that can be trusted.
         account.peak_equity = max(account.peak_equity, account.equity)
         mid_ticks = self._mark(view, time_ns)
+        move = NAN if self.is_cut_off else p.requote_move_bps * 1e-4
+        self.mid_ticks, self.band_ticks = view.mid_ticks, view.mid_ticks * move
         is_sound = not (market.lost or view.fault)
+        market.mid_price = account.mid_price
         for side in SIDES:
             market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
 
@@ -820,16 +878,14 @@ class MarketMaker:
         self.on_decision(self)
 
     def _choose(self, time_ns: int) -> Distances:
-        """Distances from the mid, by the program or its fallbacks."""
+        """Distances from the mid, by the strategy or its fallbacks."""
         p, market, account = self.parameters, self.market, self.account
         q = min(max(account.inventory / p.max_inventory, -1.0), 1.0)
-        depth_musd = sum(market.depths.values()) / 2 * account.mid_price * 1e-6
         good_ns, good = self.last_good
-        distances = self.strategy(
-            p, q, market.ema_volatility, market.liquidity, depth_musd,
-            good, (time_ns - good_ns) / NS, self.solver,
-        )  # fmt: skip
-        if distances.source == "lp":
+        age_s = (time_ns - good_ns) / NS
+        name = self.strategy_name
+        distances = opt.choose_distances(self.strategy, name, p, market, q, good, age_s)
+        if distances.source == name:
             self.last_good = (time_ns, distances)
         return distances
 

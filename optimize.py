@@ -11,10 +11,11 @@ Symbols (the README repeats this table, nothing else does):
 
   symbol    code                 meaning                                      unit
   q         q                    inventory / max_inventory, -1 to 1           -
-  sigma     ema_volatility       volatility, smoothed                  bps/sqrt(s)
+  sigma     volatility           of the mid, over the last minute      bps/sqrt(s)
   tau       horizon_s            how long inventory is expected to be held    s
   L         liquidity            turnover per bp of mid movement        M USDT/bp
   D         depth_musd           mean of bid and ask depth near the mid    M USDT
+  L0, D0    liquidity/depth_scale_musd   usual values of L and D       (as L, D)
   S         base_spread          base spread, bid to ask                      bps
   d_b, d_a  bid/ask_distance     distance of the quote from the mid           S
   s         d_b - d_a            lean: positive = would rather sell           S
@@ -24,12 +25,19 @@ Symbols (the README repeats this table, nothing else does):
   alpha, beta                    weight of inventory risk, of price risk      -
   gamma, delta, zeta             spread per volatility, liquidity, depth      -, bps
 
-Base spread (its floor keeps d_min at 1 or less; where S is below twice the edge, the edge decides):
-  S = max(min_half_spread_bps, 2 gamma sigma sqrt(tau) + delta/(1+L) + zeta/(1+D))
+Base spread, with the volatility of now (an average is widest a minute after a jump):
+  S = max(min_half_spread_bps, 2 gamma sigma sqrt(tau) + delta/(1 + L/L0) + zeta/(1 + D/D0))
+Its floor keeps d_min at 1 or less; where S is below twice the edge, the edge decides. S knows no
+fee: a round trip costs twice the maker fee, and --min-half-spread-bps is where to ask for it.
 
 Cost of a quote:
   C(d_b, d_a; q) = alpha (q - s)^2  +  beta (d_b^2 + d_a^2)
                    inventory risk      price risk
+alpha leans the quote towards s = q and no further; beta resists, as a lean takes one quote away
+from the mid. Only alpha/beta matters, and nothing at q = 0. The width stays S unless an edge
+binds: s = alpha q / (alpha + beta/2), clipped there, and the program agrees within 0.015 S. Why
+then a program? It was asked for; and limits, edges and multipliers come with it: what else a
+quote must obey is one row more.
 
 The linear program. Each square is replaced by its chords: x^2 between neighbouring
 grid points u and v becomes (u + v) x - u v, exact at the grid points and never below
@@ -61,10 +69,9 @@ The search plays every combination of a few values, then a finer grid around the
 best of many looks good even where none is, hence the statistics at the end. They read x,
 the net of n periods (rows) in N configurations (columns); SR is the Sharpe ratio of a period.
 
-What this module does not do: it knows no exchange, no clock and no state. No paper was
-found that quotes by a linear program; it is a design choice of this project, made because
-its answer can be checked by hand and its multipliers can be read. The lean in inventory
-goes back to Ho and Stoll (1981) and Avellaneda and Stoikov (2008).
+What this module does not do: it knows no exchange, no clock and no state but a memory of answers.
+No paper was found that quotes by a linear program. The lean in inventory goes back to Ho and
+Stoll (1981) and Avellaneda and Stoikov (2008).
 """
 
 import difflib
@@ -74,6 +81,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,16 +119,18 @@ _fixed = partial(_number, fixed=True)  # it cannot change while the program runs
 class Parameters:
     """Everything that can be turned, with its unit and range. `order_qty` is --order-qty."""
 
-    alpha: float = _number(1.0, 0, 10, "weight of inventory risk: leans the quote")
-    beta: float = _number(1.0, 0.1, 10, "weight of price risk: pulls both to the mid")
+    alpha: float = _number(1.0, 0, 10, "weight of inventory risk: leans up to q")
+    beta: float = _number(1.0, 0.1, 10, "weight of price risk: resists the lean")
     gamma: float = _number(0.5, 0, 5, "base spread per unit of volatility")
     delta: float = _number(1.0, 0, 20, "base spread of an illiquid market, bps")
     zeta: float = _number(1.0, 0, 20, "base spread of a thin book, bps")
+    liquidity_scale_musd: float = _number(1.0, 0, INF, "L0: usual liquidity, M USDT/bp")
+    depth_scale_musd: float = _number(1.0, 0, INF, "D0: usual depth a side, M USDT")
     min_half_spread_bps: float = _number(0.5, 0.01, 100, "edge: never nearer, bps")
     default_spread_bps: float = _number(10.0, 0.02, 500, "spread of the fallback, bps")
     horizon_s: float = _number(10.0, 0.1, 3600, "how long inventory is held, s")
     half_life_s: float = _number(30.0, 1, 3600, "memory of the volatility's EMA, s")
-    requote_move_bps: float = _number(1.0, 0.05, 50, "expected move between quotes, bps")
+    requote_move_bps: float = _number(1.0, 0.05, 50, "move that calls a new quote, bps")
     depth_band_bps: float = _number(1.0, 0.1, 100, "depth is counted this near, bps")
     order_qty: float = _number(0.01, 0, INF, "size of each quote, base coin")
     max_inventory: float = _fixed(0.1, 0, INF, "inventory limit, base coin")
@@ -218,7 +228,7 @@ class BaseSpread(NamedTuple):
 
 
 def base_spread_function(
-    parameters: Parameters, ema_volatility: float, liquidity: float, depth_musd: float
+    parameters: Parameters, volatility: float, liquidity: float, depth_musd: float
 ) -> BaseSpread:
     """The terms of S: a nervous, illiquid or thin market is quoted wider.
 
@@ -227,9 +237,9 @@ def base_spread_function(
     """
     p = parameters
     return BaseSpread(
-        volatility_bps=2 * p.gamma * ema_volatility * math.sqrt(p.horizon_s),
-        liquidity_bps=p.delta / (1 + liquidity),
-        depth_bps=p.zeta / (1 + depth_musd),
+        volatility_bps=2 * p.gamma * volatility * math.sqrt(p.horizon_s),
+        liquidity_bps=p.delta / (1 + liquidity / p.liquidity_scale_musd),
+        depth_bps=p.zeta / (1 + depth_musd / p.depth_scale_musd),
         floor_bps=p.min_half_spread_bps,
     )
 
@@ -346,49 +356,97 @@ def solve_quote(
 
 
 # ---- From market to distances, with fallback ---------------------------------------
+#
+# A strategy is a function (parameters, market, q) -> (bid_bps, ask_bps): how far from the mid to
+# bid and to offer. market has what is measured, among it the volatility, liquidity and depth_musd
+# of the base spread; q is the inventory as a share of its limit.
 
 
 class Distances(NamedTuple):
-    """How far from the mid to quote, in bps, where that comes from, and why."""
+    """How far from the mid to quote, in bps, and how that was found."""
 
     bid_bps: float
     ask_bps: float
-    source: str  # lp, last_good or default
-    reason: str = ""  # why not lp
     base_spread: BaseSpread | None = None
     solution: Solution | None = None
+    reason: str = ""  # why there is no answer, or not the strategy's own
+    source: str = ""  # the strategy's name, last_good or default
 
 
-def validate_market(q: float, sigma: float, liquidity: float, depth_musd: float) -> str:
-    """What is wrong with the market's inputs; empty if nothing is."""
-    for name, value in dict(volatility=sigma, liquidity=liquidity, depth=depth_musd).items():
+def validate_market(q: float, volatility: float, liquidity: float, depth_musd: float) -> str:
+    """What is wrong with the program's inputs; empty if nothing is."""
+    for name, value in dict(volatility=volatility, liquidity=liquidity, depth=depth_musd).items():
         if not 0 <= value < INF:
             return f"{name} is {value}"
     return "" if -1 <= q <= 1 else f"inventory is {q} of its limit"
 
 
-def choose_distances(
-    parameters: Parameters, q: float, ema_volatility: float, liquidity: float, depth_musd: float,
-    last_good: Distances | None = None, last_good_age_s: float = INF, solver: Callable = linprog,
+def quote_by_program(
+    parameters: Parameters, market: Any, q: float, solver: Callable = linprog
+) -> Distances:
+    """The strategy `lp`: the base spread, placed by the program; nan with a reason if it fails."""
+    p, inputs = parameters, (market.volatility, market.liquidity, market.depth_musd)
+    failure = validate_market(q, *inputs)
+    if failure:
+        return Distances(math.nan, math.nan, reason=failure)
+    base_spread = base_spread_function(p, *inputs)
+    S = base_spread.total_bps
+    solution = solve_quote(q, p.alpha, p.beta, p.min_half_spread_bps / S, solver)
+    bid_bps, ask_bps = solution.bid_distance * S, solution.ask_distance * S
+    return Distances(bid_bps, ask_bps, base_spread, solution, solution.failure)
+
+
+def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
+    """The strategy `fixed`, the simplest there is: default_spread_bps, shared evenly."""
+    return Distances(parameters.default_spread_bps / 2, parameters.default_spread_bps / 2)
+
+
+def quote_avellaneda_stoikov(
+    parameters: Parameters, market: Any, q: float,
+    gamma: float = 0.05, A: float = 0.55, k: float = 1.2,
 ) -> Distances:  # fmt: skip
-    """The quote's distances from the mid: by the program, or down a ladder of fallbacks."""
-    p = parameters
-    # lp: the inputs are sound, and the solver's answer is feasible.
-    failure = validate_market(q, ema_volatility, liquidity, depth_musd)
+    """The strategy `as`: Avellaneda and Stoikov (2008), in the stationary form of Gueant,
+    Lehalle and Fernandez-Tapia (2013): long, it bids further away and offers nearer.
+
+    Fills come at the rate A exp(-k d) per second at a distance d, bps; gamma is the aversion
+    to inventory, counted in orders; sigma in bps/sqrt(s). The defaults fit BTCUSDT linear.
+
+      c1 = ln(1 + gamma/k) / gamma
+      c2 = sqrt( gamma / (2 A k) * (1 + gamma/k)^(k/gamma + 1) )
+      half spread = c1 + sigma c2 / 2        skew per order = sigma c2
+    """
+    c1, sigma = math.log1p(gamma / k) / gamma, market.volatility
+    c2 = math.sqrt(gamma / (2 * A * k) * (1 + gamma / k) ** (k / gamma + 1))
+    half, orders = c1 + sigma * c2 / 2, q * parameters.max_inventory / parameters.order_qty
+    return Distances(half + orders * sigma * c2, half - orders * sigma * c2)
+
+
+STRATEGIES: dict[str, Callable] = {
+    "lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov,
+}  # fmt: skip
+
+
+def choose_distances(
+    strategy: Callable, source: str, parameters: Parameters, market: Any, q: float,
+    last_good: Distances | None = None, last_good_age_s: float = INF,
+) -> Distances:  # fmt: skip
+    """The strategy's distances, or down a ladder of fallbacks where they are no quote."""
+    try:
+        distances = answer = strategy(parameters, market, q)
+        if not isinstance(answer, Distances):
+            bid_bps, ask_bps = answer
+            distances = Distances(float(bid_bps), float(ask_bps))
+        is_quote = 0 < distances.bid_bps < INF and 0 < distances.ask_bps < INF
+        failure = "" if is_quote else distances.reason or f"{source} quotes {answer}"
+    except Exception as error:  # subtle: a strategy may be anybody's code, and raise anything
+        failure = f"{source} failed: {type(error).__name__}: {error}"
     if not failure:
-        base_spread = base_spread_function(p, ema_volatility, liquidity, depth_musd)
-        S = base_spread.total_bps
-        solution = solve_quote(q, p.alpha, p.beta, p.min_half_spread_bps / S, solver)
-        failure = solution.failure
-    if not failure:
-        bid_bps, ask_bps = solution.bid_distance * S, solution.ask_distance * S
-        return Distances(bid_bps, ask_bps, "lp", "", base_spread, solution)
+        return distances._replace(source=source)
     # last_good: the last such answer, in bps, while younger than fallback_max_age_s.
-    if last_good is not None and last_good_age_s < p.fallback_max_age_s:
+    if last_good is not None and last_good_age_s < parameters.fallback_max_age_s:
         return last_good._replace(source="last_good", reason=failure)
     # default: default_spread_bps, shared evenly.
-    half_bps = p.default_spread_bps / 2
-    return Distances(half_bps, half_bps, "default", failure)
+    return quote_fixed(parameters, market, q)._replace(source="default", reason=failure)
 
 
 def get_optimization_frequency(parameters: Parameters, ema_volatility: float) -> float:
@@ -623,12 +681,13 @@ def draw_best_of_chance(x: np.ndarray, score: Score, count: int, rng: Generator)
 
 def main() -> None:
     """python optimize.py: how the quote leans with the inventory, at default parameters."""
-    p, market = Parameters(), dict(ema_volatility=0.4, liquidity=0.5, depth_musd=0.7)
-    S = base_spread_function(p, **market).total_bps
+    p = Parameters()
+    market = SimpleNamespace(volatility=0.4, liquidity=0.5, depth_musd=0.7)
+    S = base_spread_function(p, **vars(market)).total_bps
     print(f"base spread {S:.2f} bps, at a volatility of 0.4 bps/sqrt(s)")
     print("     q   bid, bps   ask, bps    cost C   dC/dq")
     for q in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        d = choose_distances(p, q, **market)
+        d = quote_by_program(p, market, q)
         cost, slope = d.solution.cost, d.solution.inventory_price
         print(f"{q:6.2f} {d.bid_bps:10.3f} {d.ask_bps:10.3f} {cost:9.3f} {slope:7.3f}")
 

@@ -38,7 +38,7 @@ from market import (
 import feed
 from feed import ASK, BID, DELTA, MS, NEVER, NS, SNAPSHOT, Message
 from marketmaker import LOGGED, Account, Fill, MarketMaker, Session, build_arguments, main
-from optimize import FILL_MODELS, Parameters, linprog
+from optimize import FILL_MODELS, Parameters, linprog, quote_by_program
 
 LIMITS = dict(order_qty=1.0, max_inventory=10.0, max_depth_share=1.0)
 WARMING = "warming up"
@@ -47,9 +47,9 @@ WARMING = "warming up"
 class Maker(MarketMaker):
     """A market maker that hears lines, by way of a parser of its own."""
 
-    def __init__(self, log=None, exchange=None, solver=linprog, **values) -> None:
+    def __init__(self, log=None, exchange=None, strategy="lp", **values) -> None:
         parameters = Parameters(**LIMITS | values)
-        super().__init__(parameters, COIN, log, None, solver, **exchange or {})
+        super().__init__(parameters, COIN, log, None, strategy, **exchange or {})
         self.parser = feed.Parser(COIN)
 
     def hear(self, *lines) -> None:
@@ -361,6 +361,7 @@ def run(bursts: list[list[Message]], **values) -> tuple[Maker, list[str]]:
     for burst in bursts:
         maker.take(*burst)
     market = vars(maker.market) | {"book": maker.market.book.view}
+    market["parts"] = maker.market.recent_trades(COIN.tick_size)
     orders = [(o.side, o.level, o.left, o.arrival_ns) for o in maker.exchange.orders]
     memory = maker.account, market, orders, maker.exchange.counts, maker.decision, maker.due_ns
     return maker, [*log.getvalue().splitlines(), *map(repr, memory)]
@@ -424,15 +425,16 @@ def test_measures_are_those_of_a_plain_reckoning_on_the_grid_of_whole_seconds():
     assert found == pytest.approx((volatility, ema, liquidity), rel=1e-12)
 
 
-def test_a_loss_restarts_the_grid_and_keeps_the_average():
+def test_after_a_loss_the_first_whole_second_quotes_and_no_return_runs_across_the_hole():
     maker = warm()
     maker.market.ema_volatility = 0.75
-    maker.hear(lost(12_900), snapshot(20_300), *beats(21_300, 30_300))
+    maker.hear(lost(12_900), snapshot(20_300, {7: 1}, {8: 1}))
     assert maker.decision.reason == "warming up"
-    assert math.isnan(maker.market.volatility) and maker.market.ema_volatility == 0.75
-    maker.hear(delta(31_300))  # renewed at 31, last at 12: 19 s of a half-life of 30
-    assert maker.decision.source == "lp" and maker.market.volatility == 0
-    assert maker.market.ema_volatility == pytest.approx(0.75 * 0.5 ** (19 / 30), rel=1e-12)
+    maker.hear(delta(21_300))
+    assert maker.decision.source == "lp" and maker.market.ema_volatility == 0.75
+    maker.hear(delta(22_300))  # renewed at 22, last at 12: 10 s of a half-life of 30
+    assert maker.market.volatility == 0 and len(maker.market.returns_bps) == 12
+    assert maker.market.ema_volatility == pytest.approx(0.75 * 0.5 ** (10 / 30), rel=1e-12)
 
 
 # ---- 6. When a decision is made, and what forbids a quote --------------------------
@@ -447,7 +449,12 @@ MOMENTS = {  # what follows 12 s of a flat market, and (ms, reason, best bid) of
     "a loss decides at once and only once, then its end, then new parameters": (
         [lost(12_600, "a gap, they say"), lost(12_700), ticker(12_800), snapshot(12_900),
          snapshot(13_000), params(13_100, alpha=2), params(13_150, alpha=77), delta(13_200)],
-        [(12_600, "book lost", ""), (12_900, WARMING, BEST), (13_100, WARMING, BEST)]),
+        [(12_600, "book lost", ""), (12_900, WARMING, BEST), (13_000, "", BEST),
+         (13_100, "", BEST)]),
+    "a mid as far away as requote_move_bps decides, and the next only as far again": (
+        [delta(12_600, {9: 1}, {1: 0, 2: 0, 3: 0, 10: 1}), delta(12_700, {}, {10: 0, 11: 1}),
+         delta(12_800, {19: 1}, {11: 0, 20: 1})],
+        [(12_700, "", "50004.5")]),
     "a book falls silent at that very moment, though a ticker is heard": (
         [ticker(19_000), delta(19_100)],
         [(17_500, "book stale", BEST), (19_100, WARMING, BEST)]),
@@ -574,7 +581,10 @@ def test_every_rung_of_the_fallback_says_its_name_and_why():
     def quote() -> tuple:
         return maker.decision.source, maker.decision.reason, *maker.decision[4:8:2]
 
-    maker = warm(solver=solver, default_spread_bps=20, fallback_max_age_s=3)
+    def lp(*inputs):
+        return quote_by_program(*inputs, solver)
+
+    maker = warm(strategy=lp, default_spread_bps=20, fallback_max_age_s=3)
     _, _, bid, ask = quote()
     faults.append(ValueError("out of order"))
     maker.hear(delta(13_000, {-1: 0, 19: 1}, {1: 0, 2: 0, 3: 0, 21: 1}), params(13_100, alpha=2))
@@ -584,7 +594,7 @@ def test_every_rung_of_the_fallback_says_its_name_and_why():
     assert quote() == ("default", why, 49_959.5, 50_060.5)
     faults.clear()
     maker.hear(params(15_600, alpha=2))
-    assert maker.sources == dict(none=3, lp=2, last_good=1, default=1) and maker.reasons[why] == 2
+    assert maker.sources == dict(none=3, lp=2, last_good=2, default=1) and maker.reasons[why] == 3
 
 
 # ---- 8. The log --------------------------------------------------------------------

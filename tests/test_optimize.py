@@ -2,6 +2,8 @@
 
 import doctest
 import math
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -197,8 +199,17 @@ def test_failed_solve_is_not_remembered(q):
     assert others == [solve_quote(q, 1.0, 1.0, 0.25)] * 2 and solver.calls == 2
 
 
-SOUND = dict(q=0.3, ema_volatility=0.4, liquidity=3.0, depth_musd=1.0)
-INPUTS = {"ema_volatility": "volatility", "liquidity": "liquidity", "depth_musd": "depth"}
+SOUND = dict(q=0.3, volatility=0.4, liquidity=3.0, depth_musd=1.0)
+INPUTS = {"volatility": "volatility", "liquidity": "liquidity", "depth_musd": "depth"}
+
+
+def choose(p, solver=linprog, q=0.0, volatility=0.0, liquidity=0.0, depth_musd=0.0, **fallback):
+    """The strategy lp on a market of three numbers."""
+    market = SimpleNamespace(volatility=volatility, liquidity=liquidity, depth_musd=depth_musd)
+    lp = partial(optimize.quote_by_program, solver=solver)
+    return choose_distances(lp, "lp", p, market, q, **fallback)
+
+
 BEYOND = [
     (0.5, 0.5, NAN, 9, 9),
     (0.499, 0.499, 9, 9, 9),  # spread
@@ -219,25 +230,33 @@ FAILURES = [
 @pytest.mark.parametrize("market, answer, reason", FAILURES)
 def test_failure_falls_back_on_the_last_good_distances_if_young(market, answer, reason):
     p = Parameters(fallback_max_age_s=3, default_spread_bps=8)
-    last_good, default = Distances(1.5, 0.9, "lp"), (4, 4, "default", reason)
-    good = (1.5, 0.9, "last_good", reason)
+    default = (4, 4, None, None, reason, "default")
+    good = (1.5, 0.9, None, None, reason, "last_good")
     for age_s, expected in [(2.999, good), (3.0, default), (NAN, default)]:
-        fallback = dict(last_good=last_good, last_good_age_s=age_s, solver=Solver(answer))
-        assert choose_distances(p, **SOUND | market, **fallback)[:4] == expected
-    assert choose_distances(p, **SOUND | market, solver=Solver(answer))[:4] == default
+        fallback = dict(last_good=Distances(1.5, 0.9), last_good_age_s=age_s)
+        assert choose(p, Solver(answer), **SOUND | market, **fallback) == expected
+    assert choose(p, Solver(answer), **SOUND | market) == default
+
+
+@pytest.mark.parametrize("answer", [
+    (1.0, NAN), (0.0, 1.0), (-1.0, 1.0), (1.0, INF), (1.0,), None, "no", (1.0, 1.0, 1.0), (1, 2j),
+])  # fmt: skip
+def test_whatever_a_strategy_returns_that_is_no_quote_falls_back_and_says_why(answer):
+    quote = choose_distances(lambda *_: answer, "mine", Parameters(), None, 0.0)
+    assert quote[:2] == (5, 5) and quote.source == "default" and quote.reason.startswith("mine ")
 
 
 def test_program_quotes_while_all_is_sound():
-    quote = choose_distances(Parameters(), **SOUND, last_good=Distances(1.5, 0.9, "lp"))
+    quote = choose(Parameters(), **SOUND, last_good=Distances(1.5, 0.9))
     spread_bps, lean = 0.4 * math.sqrt(10) + 1 / 4 + 1 / 2, 0.3 / 1.5
-    assert quote[2:4] == ("lp", "")
+    assert quote[4:] == ("", "lp")
     assert quote.bid_bps == pytest.approx(spread_bps * (1 + lean) / 2, abs=H * spread_bps)
     assert quote.ask_bps == pytest.approx(spread_bps * (1 - lean) / 2, abs=H * spread_bps)
 
 
 def test_quote_is_never_nearer_than_the_edge():
     for q, sigma in product(QS, (0.0, 0.3, 3.0)):
-        quote = choose_distances(Parameters(alpha=5), q, sigma, 50.0, 50.0)
+        quote = choose(Parameters(alpha=5), linprog, q, sigma, 50.0, 50.0)
         assert quote.source == "lp" and min(quote[:2]) >= 0.5 * (1 - 1e-9)
 
 
@@ -249,6 +268,8 @@ def test_each_coefficient_of_the_base_spread_counts_in_its_own_term_above_a_floo
     terms = optimize.base_spread_function(p, 0.25, liquidity=0.5, depth_musd=4.0)
     assert terms == (3, 2, 2, 2.5) and terms.total_bps == 7  # 2*2*0.25*3, 3/1.5, 10/5
     assert optimize.base_spread_function(p, 0.0, 9.0, 9.0).total_bps == 2.5  # not 0.3 + 1
+    p = replace(p, liquidity_scale_musd=0.25, depth_scale_musd=1.0)
+    assert optimize.base_spread_function(p, 0.25, 0.5, 4.0) == (3, 1, 2, 2.5)  # 3/(1 + 2)
 
 
 def test_cost_is_inventory_risk_plus_price_risk():
