@@ -909,12 +909,6 @@ def judge_search(
     }  # fmt: skip
 
 
-def in_words(changes: Mapping[str, Any]) -> str:
-    """alpha 4, gamma 0.5"""
-    values = {n: changes[n] for n in FIELDS if n in changes}
-    return ", ".join(f"{n} {'off' if v is None else format(v, 'g')}" for n, v in values.items())
-
-
 PRICE = """
 The price of having searched
   deflated Sharpe ratio {deflated_sharpe:.3f}: the confidence that the best's true ratio is above
@@ -931,8 +925,8 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
         "{minutes:,} minutes: chosen by {objective} on the first {split:,}, judged on the other "
         "{judged:,}".format(**r),
         "{trials:,} trials: {on_grid:,} on the grid, {around:,} around its best".format(**r),
-        f"  best       {in_words(r['best'])}",
-        f"  as given   {in_words({name: given[name] for name in r['best']})}\n",
+        f"  best       {opt.in_words(r['best'])}",
+        f"  as given   {opt.in_words({name: given[name] for name in r['best']})}\n",
         format_bootstrap(r["in_sample"], "In sample, where it was chosen") + "\n",
         format_bootstrap(r["out_of_sample"], "Out of sample"),
         PRICE.format(**r) + ("it may be luck" if is_luck else "luck alone would rarely do this"),
@@ -968,7 +962,7 @@ def walk_forward(
         choice, run = trials[best_of(trials, objective, past)]
         begin_ns = setting.data.minutes_ns.item(past.stop)
         windows.append((begin_ns, choice, run[NET, past].mean()))
-        notes.append((begin_ns, {"event": "params", "parameters": choice, "is_final": True}))
+        notes.append((begin_ns, {"event": "params", "overrides": {**setting.given, **choice}}))
     # The minutes that count begin with the first choice.
     result = play(setting, notes, stop=stop)
     span = slice(LOOK_BACK * length, (LOOK_BACK + count) * length)
@@ -982,7 +976,7 @@ def format_walk(walk: Walk, joined: Mapping[str, Any]) -> str:
     for k, (begin_ns, choice, inside) in enumerate(walk.windows):
         net, fills = walk.traded[:, k * length : (k + 1) * length]
         nets = [f"{inside:+.3f}", f"{net.mean():+.3f}"]
-        rows.append([clock_text(begin_ns), *nets, f"{fills.sum():,.0f}", in_words(choice)])
+        rows.append([clock_text(begin_ns), *nets, f"{fills.sum():,.0f}", opt.in_words(choice)])
     changed = sum(a[1] != b[1] for a, b in zip(walk.windows, walk.windows[1:]))
     return "\n".join([
         f"Walk-forward: {count} windows of {length} minutes, traded with what was best in the "
@@ -1328,7 +1322,7 @@ def build_arguments() -> argparse.ArgumentParser:
         help="intervals from N resamples of the minutes (a search takes 1000)")  # fmt: skip
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
     add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py",
-        help="lp (default), fixed (default_spread_bps), as (Avellaneda-Stoikov), or several")
+        help=f"{mm.STRATEGY_HELP}; or several")
     add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
         help="share of what is left of a trade that fills us, 0.01 to 1 (default 1)")  # fmt: skip
     add("--impact-bps", type=number(0.0, 1e4), default=0.0, metavar="X",

@@ -80,6 +80,7 @@ from optimize import INF, Distances, Parameters
 
 NAN = math.nan  # not known, or none
 MINUTE_NS = 60 * NS
+DEFAULTS = asdict(Parameters())
 WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # of 1 s before a quote: some 11 s after each loss or silence
 LOOK_AHEAD = 512  # messages, for the next one that is due
@@ -620,7 +621,8 @@ class MarketMaker:
                  overrides: Mapping[str, Any] | None = None, strategy: str | Callable = "lp",
                  **frictions: Any) -> None:  # fmt: skip
         self.parameters, self.instrument, self.log = parameters, instrument, log
-        self.overrides = dict(overrides or {})  # parameters that a recording cannot change
+        self.overrides = dict(overrides or {})  # the user's parameters, before a recording's
+        self.recorded = {n: v for n, v in asdict(parameters).items() if n not in self.overrides}
         self.strategy, self.strategy_name = load_strategy(strategy)
         self.market, self.account = Market(), Account()
         exchange = parameters, instrument, self.market, self.account
@@ -740,16 +742,18 @@ class MarketMaker:
             self.decide(now_ns)
 
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
-        """Parameters of a control line, unless they are unsound; whether they are in force."""
+        """Parameters of a control line, unless they are unsound; whether they are in force. Those
+        under "overrides" are the user's, and replace all that he gave before.
+        """
         try:
-            final = note["parameters"] if note.get("is_final") else {}
-            changes = {**note["parameters"], **self.overrides, **final}
-            min_order = self.instrument.min_order
+            recorded = {**self.recorded, **note.get("parameters", {})}
+            overrides = {**note.get("overrides", self.overrides)}
+            changes, min_order = DEFAULTS | recorded | overrides, self.instrument.min_order
             p = opt.change_parameters(self.parameters, changes, min_order, running=True)
-        except (KeyError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             logging.warning("parameters in the recording are refused: %s", error)
             return False
-        self.overrides |= final  # no recording takes it back
+        self.recorded, self.overrides = recorded, overrides
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
         return True
 
@@ -926,6 +930,7 @@ ACCOUNT = """\
 Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills} fills{last_fill}
 Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
                gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
+               a round trip costs {round_trip_bps:g} bps, twice the maker fee
 """
 SCREEN = """\
 {title}   {now} UTC
@@ -935,13 +940,14 @@ Market         bid {bid:,.{digits}f}   ask {ask:,.{digits}f}   \
 last {view.last_price:,.{digits}f}   mark {view.mark_price:,.{digits}f} USDT
                depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
                volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s)
-               liquidity {d.liquidity:.2f} M USDT per bp
+               liquidity {d.liquidity:.2f} M USDT per bp   last trades {trades}
 Our quote      bid {d.bid_price:,.{digits}f} x {d.bid_qty:g}, {bid_bps:.2f} bps away
                ask {d.ask_price:,.{digits}f} x {d.ask_qty:g}, {ask_bps:.2f} bps away
                source {d.source}   {d.reason}   {market.lost}
 Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
 liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
                at least {p.min_half_spread_bps:g}: no quote nearer to the mid
+Parameters     {changed}
 At the margin  {margin}
 """ + ACCOUNT + """\
 Feed           {feed}{maker.messages:,} messages   {counts[gaps]} gaps   \
@@ -1102,7 +1108,7 @@ class Session:
         self.options, self.maker, self.title = options, maker, title
         self.parser, self.source, self.stream = parser, source, sys.stdout
         self.files = [file for file in (maker.log, source and source.recorder) if file]
-        self.accepted = read_parameters(options.params)  # of --params
+        self.given = given_parameters(options)  # as last accepted
         self.next_look_s = self.next_show_s = 0.0
         self.has_begun = False
         self.notice = "Ctrl-C ends the run with a summary" if self.stream.isatty() else ""
@@ -1137,9 +1143,10 @@ class Session:
         for file in self.files:
             if file.failure:
                 self.notice = f"DISK: {file.failure}"
+        if self.options.params and self.options.speed != INF:
+            self.read_edits()
         if self.source:
             self.source.tend()
-            self.read_edits()
             if market.book.view.fault and not market.lost:
                 self.source.cut(f"resync: {market.book.view.fault}")
         if now_s >= self.next_show_s:
@@ -1147,18 +1154,27 @@ class Session:
             self.show()
 
     def read_edits(self) -> None:
-        """A sound edit of --params becomes a line of the session; another gives a notice."""
-        path, maker = self.options.params, self.maker
+        """A sound edit of --params becomes a message of the session; another gives a notice. What
+        is taken out of the file goes back to what it was without it.
+        """
+        maker, min_order = self.maker, self.maker.instrument.min_order
         try:
-            values = read_parameters(path)
-            edits = {n: v for n, v in values.items() if self.accepted.get(n, INF) != v}
-            if edits:
-                min_order = maker.instrument.min_order
-                p = opt.change_parameters(maker.parameters, edits, min_order, running=True)
+            given = given_parameters(self.options)
+            if given == self.given:
+                return
+            before, values = maker.parameters, DEFAULTS | given
+            if not self.source:
+                values = DEFAULTS | maker.recorded | given
+            p = opt.change_parameters(before, values, min_order, running=True)
+            if self.source:
                 self.source.emit(feed.control_line("params", parameters=asdict(p)))
-                self.accepted, self.notice = values, f"parameters changed: {edits}"
+            else:  # a file is a slower exchange: the edit comes at the receive time of now
+                note, view = {"event": "params", "overrides": given}, maker.market.book.view
+                maker.take(feed.Message(feed.CONTROL, maker.last_ns, note=note, view=view))
+            changed = {n: v for n, v in asdict(p).items() if v != getattr(before, n)}
+            self.given, self.notice = given, f"parameters changed: {opt.in_words(changed)}"
         except (UserError, ValueError, TypeError) as error:
-            self.notice = f"edit of {path} refused: {error}"
+            self.notice = f"edit of {self.options.params} refused: {error}"
 
     def describe(self, template: str) -> str:
         """A template from above, filled in; "-" stands for what is not known."""
@@ -1181,6 +1197,9 @@ class Session:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
             feed_text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
             feed_text += f"{source.reconnects} reconnects   "
+        trades = [f"{'bought' if t.side == BID else 'sold'} {t.size:g}"
+                  for t in market.recent_trades(maker.instrument.tick_size)[-3:]]  # fmt: skip
+        changed = opt.in_words(opt.differing(maker.parameters))
         lag_ns = market.book_recv_ns - market.book.exch_ns - maker.exchange.offset_ns
         problem = "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
         if parser.problem:
@@ -1195,7 +1214,9 @@ class Session:
             first=clock_text(maker.first_ns), now=clock_text(maker.last_ns),
             sources=list_counts(maker.sources), reasons=list_counts(maker.reasons),
             orders=list_counts(maker.exchange.counts), feed=feed_text, counts=parser.counts,
-            lag_ms=lag_ns / MS, problem=problem,
+            lag_ms=lag_ns / MS, problem=problem, trades=", ".join(trades) or "none",
+            changed=changed or "all at their defaults",
+            round_trip_bps=2 * maker.parameters.maker_fee_bps,
         )  # fmt: skip
         return re.sub(r"\bnan\b", "-", text)
 
@@ -1268,7 +1289,8 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     if not path:
         where, market = options.url or "Bybit", (options.symbol, options.category)
         instrument = feed.find_instrument(*market, *steps, ask=not options.url)
-        parameters, overrides = choose_parameters(given, {}, instrument), {}
+        start, overrides = {}, {}
+        parameters = choose_parameters(given, start, instrument)
         try:
             source = feed.open_feed(
                 instrument, options.depth or feed.DEPTHS[0], options.url, options.record,
@@ -1286,21 +1308,28 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     # A recording; what the user gave, its control lines do not change.
     if not source:
         recording = feed.Recording(path, *steps, options.depth)
-        parser, overrides = recording.parser, given
-        parameters = choose_parameters(given, recording.start, parser.instrument)
+        parser, overrides, start = recording.parser, given, recording.start
+        parameters = choose_parameters(given, start, parser.instrument)
         pace = "" if speed == INF else f" at {speed:g} x"
         label += f"{pace} of {'SYNTHETIC data' if recording.is_synthetic else path.name}"
 
     # From here on both are the same.
     log = feed.GrowingFile(options.log) if options.log else None
-    maker = MarketMaker(parameters, parser.instrument, log, overrides)
+    maker = MarketMaker(parameters, parser.instrument, log, overrides, options.strategy)
+    maker.recorded |= start.get("parameters", {})
     title = f"{parser.instrument.symbol} {parser.instrument.category}   {label}"
+    if options.params and speed == INF:
+        title += "   --params is read once at --speed max"
     session = Session(options, maker, title, parser, source)
     session.run(live_messages(session, source) if source
                 else replayed_messages(recording, speed, options.duration))  # fmt: skip
 
 
 # ---- Command line ------------------------------------------------------------------
+
+STRATEGY_HELP = "lp (the program, default), fixed (default_spread_bps), as (Avellaneda-Stoikov), \
+or a file's quote(parameters, market, q)"
+
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
@@ -1331,6 +1360,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--record", type=Path, metavar="FILE", help="record the live session")
     add("--log", type=Path, metavar="FILE", help="every decision as CSV")
     add("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
+    add("--strategy", default="lp", metavar="NAME|FILE.py", help=STRATEGY_HELP)
     feed.add_market_flags(parser)
     add_parameter_flags(parser)
     return parser

@@ -78,7 +78,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import product
 from types import SimpleNamespace
@@ -209,6 +209,19 @@ def change_parameters(
         if running and FIELDS[name].metadata["fixed"] and value != getattr(parameters, name):
             raise ValueError(f"{name} cannot change while running: restart with the new value")
     return validate_parameters(replace(parameters, **changes), lot_size)
+
+
+def in_words(changes: Mapping[str, Any]) -> str:
+    """alpha 4, gamma 0.5"""
+    values = {n: changes[n] for n in FIELDS if n in changes}
+    words = (f"{n} {format(v, 'g') if isinstance(v, float | int) else v or 'off'}"
+             for n, v in values.items())  # fmt: skip
+    return ", ".join(words)
+
+
+def differing(parameters: Parameters) -> dict[str, Any]:
+    """Those that are not at their default."""
+    return {n: v for n, v in asdict(parameters).items() if v != FIELDS[n].default}
 
 
 # ---- Base spread and cost ----------------------------------------------------------

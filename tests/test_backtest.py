@@ -355,6 +355,18 @@ def test_strategies_are_set_side_by_side_and_each_is_as_it_is_alone():
     assert quote["source"] == "as" and quote["bid_price"] < "50000" < quote["ask_price"]
 
 
+def test_a_file_of_ones_own_is_a_strategy_and_what_is_no_quote_falls_back():
+    market, code = write(Path("market.gz"), FOUR, **CALM), "def quote(parameters, market, q):\n"
+    for body, source, reason in (
+        (" return 1.0 + market.depths[1] / market.depths[-1], 1 - q", "mine", ""),
+        (" return 1.0, 0.0", "default", "mine quotes (1.0; 0.0)"),
+        (" return parameters.gone", "default", "mine failed: AttributeError"),
+    ):
+        Path("mine.py").write_text(code + body)
+        row = play(market, "--strategy", "mine.py").log[-1]
+        assert row["source"] == source and row["reason"].startswith(reason)
+
+
 # ---- 6. The command line -----------------------------------------------------------
 
 FAULTS = """\

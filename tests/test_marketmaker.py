@@ -437,6 +437,15 @@ def test_after_a_loss_the_first_whole_second_quotes_and_no_return_runs_across_th
     assert maker.market.ema_volatility == pytest.approx(0.75 * 0.5 ** (10 / 30), rel=1e-12)
 
 
+def test_recent_trades_are_those_of_the_last_minute_with_time_side_price_and_size():
+    maker = warm()
+    maker.hear(trades(13_000, (BID, 3, 1)), trades(20_000, (ASK, -2, 2), (BID, 1, 0.5)))
+    maker.take(*messages([trades(79_000, (BID, 1, 4))], maker.parser))
+    assert maker.market.recent_trades(COIN.tick_size) == [
+        (ns(20_000), -1, 49_999, 2), (ns(20_000), 1, 50_000.5, 0.5), (ns(79_000), 1, 50_000.5, 4),
+    ]  # fmt: skip
+
+
 # ---- 6. When a decision is made, and what forbids a quote --------------------------
 
 BEST = "49999.5"  # the mids of seconds 1 to 10 are 9 returns, and 10 are asked for
@@ -671,6 +680,8 @@ FAULTS = """\
 --record x.gz: --record, leave it out
 --tick-size 0.3: multiple of the tick 0.3, --tick-size
 --plot none/x.png: none/x.png, cannot be written
+--strategy absent.py: --strategy absent.py, No such file, lp
+--strategy list.json: --strategy list.json, 'quote', quote(parameters
 --log none/x.csv: none/x.csv, cannot be written
 --replay absent.gz: absent.gz, No such file"""
 
@@ -708,6 +719,26 @@ def test_without_a_network_the_sample_is_replayed_unless_live_data_are_asked_for
     else:
         assert (status, os.listdir()) == (0, ["log.csv"]) and "synthetic sample" in err
         assert "OFFLINE REPLAY" in out and "SYNTHETIC" in out
+
+
+def test_an_edit_of_params_in_a_replay_obeys_flag_file_recording_default_in_this_order(tmp_path):
+    path, maker = tmp_path / "p.json", warm()
+    options = build_arguments().parse_args(["--params", str(path), "--alpha", "4"])
+    path.write_text('{"alpha": 2, "gamma": 2, "zeta": 2}')
+    session = Session(options, maker, "REPLAY", maker.parser)
+    maker.overrides = session.given
+    maker.hear(params(13_000, gamma=1, zeta=3, delta=5))
+    for text, notice, *expected in (
+        (path.read_text(), "", 4, 2, 2, 5),
+        ('{"alpha": 1, "gamma": 3}', "changed: gamma 3, zeta 3", 4, 3, 3, 5),
+        ('{"gamma": 99}', "refused: gamma = 99", 4, 3, 3, 5),
+        ("{}", "changed: gamma 1", 4, 1, 3, 5),
+    ):
+        path.write_text(text)
+        session.read_edits()
+        p = maker.parameters
+        assert [p.alpha, p.gamma, p.zeta, p.delta] == expected and notice in session.notice
+    assert maker.decision.time_ns == ns(13_000) and maker.sources["lp"] == 4
 
 
 FACTS = {  # by whether there is a terminal
