@@ -66,7 +66,7 @@ from scipy.special import stdtrit
 import feed
 import marketmaker as mm
 import optimize as opt
-from feed import NS, Tape, UserError, clock_text
+from feed import NEVER, NS, Tape, UserError, clock_text
 from optimize import FIELDS, Parameters
 
 MINUTE_NS = 60 * NS
@@ -92,9 +92,22 @@ class Data(NamedTuple):
 
     @property
     def minutes_ns(self) -> np.ndarray:
-        """The whole minutes (UTC) from the first message to the last."""
-        first_ns = -(-self.tapes[0].recv_ns.item(0) // MINUTE_NS) * MINUTE_NS
-        return np.arange(first_ns, self.tapes[-1].recv_ns.item(-1) + 1, MINUTE_NS)
+        """Where the whole minutes (UTC) begin, without those that touch a hole."""
+        first_ns, last_ns = self.tapes[0].recv_ns.item(0), self.tapes[-1].recv_ns.item(-1)
+        begins = np.arange(-(-first_ns // MINUTE_NS), last_ns // MINUTE_NS) * MINUTE_NS
+        is_whole = np.full(len(begins), True)
+        for begin_ns, end_ns in self.holes:
+            is_whole &= (begins + MINUTE_NS <= begin_ns) | (begins >= end_ns)
+        return begins[is_whole]
+
+    @property
+    def holes(self) -> list[tuple[int, int]]:
+        """Where no book is known for more than a minute: from the last message of the book to the
+        next, receive time. What is said of minutes and of time leaves them out.
+        """
+        book_ns = np.concatenate([tape.recv_ns[tape.is_book] for tape in self.tapes])
+        after = (np.diff(book_ns) > MINUTE_NS).nonzero()[0]
+        return [*zip(book_ns[after].tolist(), book_ns[after + 1].tolist())]
 
 
 @lru_cache(maxsize=1)
@@ -226,7 +239,7 @@ class Result:
     fills: list[mm.Fill]
     columns: dict[str, np.ndarray]  # of the decisions: see mm.History
     sent: list[int]  # decisions at which an order was sent or cancelled
-    minutes_ns: np.ndarray  # the whole minutes that were played
+    minutes_ns: np.ndarray  # where the whole minutes that were played begin
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
 
 
@@ -273,7 +286,7 @@ def play(
     # The end: one row more, with the account as the last message leaves it.
     maker.finish()
     columns = maker.history.columns()
-    minutes_ns = data.minutes_ns[data.minutes_ns <= columns["time_ns"][-1]]
+    minutes_ns = data.minutes_ns[data.minutes_ns + MINUTE_NS <= columns["time_ns"][-1]]
     title = data.title + ("" if setting.strategy == "lp" else f"   strategy {setting.strategy}")
     title += "   STOPPED EARLY" if stop and stop.is_set else ""
     return Result(setting, title, maker, fills, columns, sent, minutes_ns, np.concatenate(markouts))
@@ -309,7 +322,7 @@ def measure_markouts(fills: list[mm.Fill], book_ns: np.ndarray, mids: np.ndarray
     """side (mid at fill time + h - price) / price x 1e4, bps: (fills, HORIZONS_S).
 
     That mid is the one after the last book message up to then, exchange time; nan before the
-    first and beyond the last. Bought at 100, mid 99.9 after 1 s: markout -10, run over.
+    first, in a hole and beyond the last. Bought at 100, mid 99.9 after 1 s: -10, run over.
     """
     side = np.array([fill.side for fill in fills])[:, None]
     price = np.array([fill.price for fill in fills])[:, None]
@@ -318,6 +331,7 @@ def measure_markouts(fills: list[mm.Fill], book_ns: np.ndarray, mids: np.ndarray
     row = np.searchsorted(book_ns, until_ns, "right")  # 0: before the first
     mid = np.append(np.nan, mids)[row]
     mid[until_ns > book_ns.max(initial=0)] = np.nan
+    mid[np.diff(book_ns, prepend=book_ns[:1], append=book_ns[-1:])[row] > MINUTE_NS] = np.nan
     return side * (mid / price - 1) * 1e4
 
 
@@ -325,22 +339,27 @@ def measure_markouts(fills: list[mm.Fill], book_ns: np.ndarray, mids: np.ndarray
 
 YEAR_MINUTES = 365 * 1440  # the market never closes
 ANNUAL_FROM_S = 3 * 86_400  # a shorter span says nothing of a year
-NORMAL_95 = 1.96
 NET, FILLS = 0, 1  # rows of a run by the minute
 TINY = 1e-9  # USDT or base coin: less is rounding
-SOURCES = ("lp", "last_good", "default", "none", "fixed", "as")
 SIDES_OF = {"both": (1, -1), "bought": (1,), "sold": (-1,)}
 HORIZONS = ["0 s", *(f"{h:g} s" for h in HORIZONS_S)]  # at 0 s the effective half spread
+AFTER_1_S = HORIZONS.index("1 s")
+FEW_FILLS = 30  # below, nothing can be said of them
 FRICTIONS = ["fill_model", "maker_fee_bps", "taker_fee_bps", "order_latency_ms", "clock_offset_ms"]
 
 
 def cut_into_minutes(result: Result) -> np.ndarray:
-    """Net, USDT, and number of fills of each whole minute: (2, n). Both ends are left out."""
-    at_ns, c = result.minutes_ns, result.columns
-    net = np.diff(values_at(at_ns, c["time_ns"], c["equity"]))
-    minute = np.searchsorted(at_ns, [fill.recv_ns for fill in result.fills], "right")
-    fills = np.bincount(minute, minlength=len(at_ns) + 1)[1 : len(at_ns)]  # 0: before the first
+    """Net, USDT, and number of fills of each whole minute: (2, n)."""
+    heard_ns = np.sort([fill.recv_ns for fill in result.fills])
+    fills = change_by_minute(result, heard_ns, np.arange(1, len(heard_ns) + 1))
+    net = change_by_minute(result, result.columns["time_ns"], result.columns["equity"])
     return np.array([net, fills])
+
+
+def change_by_minute(result: Result, time_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """By how much a value that begins with 0 changes in each whole minute: (n,)."""
+    begins = result.minutes_ns
+    return values_at(begins + MINUTE_NS, time_ns, values) - values_at(begins, time_ns, values)
 
 
 def values_at(at_ns: np.ndarray, time_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -391,20 +410,17 @@ def resting_fills(result: Result) -> dict[str, np.ndarray]:
 
 
 def measure_sharpe(net: np.ndarray, span_s: float) -> dict[str, Any]:
-    """Sharpe ratio per minute, mean / standard deviation, with a 95 % interval.
-
-    Its error (`optimize.sharpe_error`) takes the minutes as independent; where they are
-    not, use --bootstrap. Annualised, times sqrt(365 x 1440), only from three days on.
+    """Sharpe ratio per minute, mean / standard deviation, with a 95 % interval from
+    `optimize.sharpe_error`. Annualised, times sqrt(365 x 1440), only from three days on.
     """
-    n, sharpe, error = len(net), math.nan, math.nan
-    if n > 2 and net.std() > TINY:
-        sharpe = net.mean() / net.std(ddof=1)
-        error = opt.sharpe_error(sharpe, n, *opt.shape_of(net))
+    n, error = len(net), opt.sharpe_error(net)
+    sharpe = net.mean() / net.std(ddof=1) if n > 2 and net.std() > TINY else math.nan
     year = math.sqrt(YEAR_MINUTES) if span_s >= ANNUAL_FROM_S else math.nan
     measures: dict[str, Any] = {"sharpe_minutes": n}
     for name, periods in (("minute", 1.0), ("year", year)):
-        for bound, sign in (("", 0), ("_low", -1), ("_high", 1)):
-            measures[f"sharpe_per_{name}{bound}"] = periods * (sharpe + sign * NORMAL_95 * error)
+        measures[f"sharpe_per_{name}"] = periods * sharpe
+        measures[f"sharpe_per_{name}_low"] = periods * (sharpe - opt.PARTS_95 * error)
+        measures[f"sharpe_per_{name}_high"] = periods * (sharpe + opt.PARTS_95 * error)
     return measures
 
 
@@ -490,7 +506,11 @@ def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix."""
     maker, account, c = result.maker, result.maker.account, result.columns
     fills, net = resting_fills(result), cut_into_minutes(result)[NET]
-    t_s, span_s = (c["time_ns"] - c["time_ns"][0]) / NS, (maker.last_ns - maker.first_ns) / NS
+    # Time stands still in a hole.
+    holes = result.setting.data.holes
+    in_holes = [np.clip(c["time_ns"] - begin, 0, end - begin) for begin, end in holes]
+    t_s = (c["time_ns"] - maker.first_ns - sum(in_holes)) / NS
+    span_s, hours = t_s[-1], t_s[-1] / 3600
 
     # net = gross - fees = spread captured + revaluation - fees + residual, each in USDT, and
     # in bps of the turnover, beside which a fee in bps can be read. Fees below 0: a rebate.
@@ -499,6 +519,7 @@ def measure(result: Result) -> dict[str, Any]:
         "spread_captured": account.spread_captured, "revaluation": account.revaluation,
     }  # fmt: skip
     scale = 1e4 / account.turnover if account.turnover else math.nan
+    limit_usdt = maker.parameters.max_inventory * account.mid_price
 
     # Markouts by side and horizon. The fills of one minute are one cluster: a move that runs
     # over one quote runs over the next. At 60 s neighbouring minutes overlap, and the
@@ -508,6 +529,13 @@ def measure(result: Result) -> dict[str, Any]:
         is_side = np.isin(fills["side"], sides)
         columns = fills["markouts"][is_side].T
         markouts[name] = {h: estimate_mean(x, minute[is_side]) for h, x in zip(HORIZONS, columns)}
+
+    # Who hit us: the fills by the rule that made them, and where the mid went within 1 s.
+    rules, sources = {}, (maker.strategy_name, "last_good", "default", "none")
+    for rule in mm.RULES[:-1]:
+        is_rule = fills["rule"] == rule
+        markout = estimate_mean(fills["markouts"][is_rule, AFTER_1_S], minute[is_rule])
+        rules[rule] = {"fills": int(is_rule.sum()), "markout": markout}
 
     # What each outage cost: net and fills from its first decision to the one after it.
     outages = []
@@ -523,17 +551,21 @@ def measure(result: Result) -> dict[str, Any]:
         "first_event_utc": clock_text(maker.first_ns),
         "last_event_utc": clock_text(maker.last_ns),
         "span_s": span_s,
+        "holes": len(holes),
+        "holes_s": sum(end_ns - begin_ns for begin_ns, end_ns in holes) / NS,
         "events": sum(map(len, result.setting.data.tapes)),
         **{f"{name}_usdt": usdt for name, usdt in money.items()},
         **{f"{name}_bps": usdt * scale for name, usdt in money.items()},
         "residual_usdt": account.residual,
         "turnover_usdt": account.turnover,
+        "turnover_rate": account.turnover / hours / limit_usdt if hours else math.nan,
         **measure_sharpe(net, span_s),
         **measure_drawdown(t_s, c["equity"]),
         "markouts": markouts,
+        "rules": rules,
         **measure_orders(result, fills),
         **measure_quotes(c, t_s, maker.parameters),
-        "decisions": {name: maker.sources[name] for name in SOURCES},
+        "decisions": {name: maker.sources[name] for name in sources},
         "reasons": {name: n for name, n in maker.reasons.items() if name},
         "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | result.setting.exchange,
         "outages": outages,
@@ -546,7 +578,8 @@ def measure(result: Result) -> dict[str, Any]:
 # name metrics and their formats. {coin} is the base coin.
 
 TABLE = """{title}
-{first_event_utc} to {last_event_utc} UTC, {events:,} events
+{first_event_utc} to {last_event_utc} UTC, {events:,} events, \
+{holes} holes of {holes_s:,.0f} s left out
 
 Result, USDT
 spread captured | {spread_captured_usdt:+,.2f} | {spread_captured_bps:.2f} bps of turnover
@@ -554,14 +587,14 @@ inventory revaluation | {revaluation_usdt:+,.2f} | {revaluation_bps:.2f} bps: by
 = gross | {gross_usdt:+,.2f} | {gross_bps:.2f} bps
 fees paid (below 0: received) | {fees_usdt:,.2f} | {fees_bps:.2f} bps
 = net | {net_usdt:+,.2f} | {net_bps:.2f} bps; the sum is off by {residual_usdt:.0e} USDT
-turnover | {turnover_usdt:,.2f}
+turnover | {turnover_usdt:,.2f} | an hour {turnover_rate:.1f} times the inventory limit
 
-Risk (intervals of 95 %, the minutes taken as independent)
+Risk (intervals of 95 %, from the scatter of ten parts of the time)
 Sharpe ratio per minute | {sharpe_per_minute:.4f} | \
 {sharpe_per_minute_low:.4f} to {sharpe_per_minute_high:.4f} from {sharpe_minutes} minutes
 Sharpe ratio per year | {sharpe_per_year:.2f} | \
 {sharpe_per_year_low:.2f} to {sharpe_per_year_high:.2f}, x sqrt(365 x 1440); from three days on
-deepest drawdown of net, USDT | {max_drawdown_usdt:,.2f} | below its peak so far
+deepest drawdown of net, USDT | {max_drawdown_usdt:,.2f} | below its peak so far, at decisions
 it lasted, s | {max_drawdown_s:,.1f} | recovered: {max_drawdown_recovered}
 
 Orders and fills
@@ -578,7 +611,8 @@ median; {queue_at_fill_excluded} left out; above 0: price went through
 Quotes and inventory, averages over time
 time with a bid | {bid_uptime:.1%}
 time with an ask | {ask_uptime:.1%}
-quoted spread, bps | {quoted_spread_bps:.2f} | while both sides are quoted
+quoted spread, bps | {quoted_spread_bps:.2f} | to be set against a round trip's \
+{round_trip_bps:g}, twice the maker fee
 base spread, bps | {base_spread_bps:.2f} | volatility {volatility_spread_bps:.2f} + \
 liquidity {liquidity_spread_bps:.2f} + depth {depth_spread_bps:.2f}
 inventory, {coin} | {inventory_mean:+.4f} | standard deviation {inventory_std:.4f}, \
@@ -609,6 +643,7 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
     """The metrics to read: label with unit, value, what it means."""
     refused = ", ".join(f"{n} {why}" for why, n in metrics["refused"].items())
     names = {"title": result.title, "coin": result.maker.instrument.base_coin, "refused": refused}
+    names["round_trip_bps"] = 2 * result.maker.parameters.maker_fee_bps
     lines = []
 
     def add(label: str, value: str = "", note: str = "") -> None:
@@ -621,6 +656,13 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
         cells = [metrics["markouts"][side][horizon] for side in SIDES_OF]
         rows.append([horizon, *(f"{e} ({e.n})" for e in cells), cells[0].excluded])
     lines += align(rows)
+    add("\nWho hit us: fills by rule (queue and touch: a trade at our price; through: one beyond\n"
+        "it; book: the other side reached it without a trade), and their markout after 1 s")
+    for rule, r in metrics["rules"].items():
+        share = r["fills"] / max(metrics["fills"] - metrics["taker_fills"], 1)
+        add(rule, f"{r['fills']:,}", f"{share:.0%}   {r['markout']} bps ({r['markout'].n})")
+    if metrics["fills"] < FEW_FILLS:
+        add(f"WARNING: from fewer than {FEW_FILLS} fills nothing can be said of such figures")
 
     # Sections whose rows are not always the same.
     for section in ("decisions", "reasons", "frictions"):
@@ -644,7 +686,7 @@ FEW_PERIODS = 500  # below, resampled intervals are too narrow
 MEASURES = {  # of optimize.measure_paths: label and format in the tables
     "net_usdt": ("net, USDT", "{:+.2f} ({:+.2f} to {:+.2f})"),
     "sharpe": ("Sharpe a minute", "{:+.3f} ({:+.3f} to {:+.3f})"),
-    "max_drawdown_usdt": ("drawdown, USDT", "{:+.2f} ({:+.2f} to {:+.2f})"),
+    "max_drawdown_usdt": ("drawdown by minute", "{:+.2f} ({:+.2f} to {:+.2f})"),
 }
 
 
@@ -662,6 +704,10 @@ def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict
         values, samples = (np.append(a, a[:1] - a[1:2], axis=0) for a in both)
         for name, value, sample in zip([*runs, "difference"], values, samples):
             measures.setdefault(name, {})[measure] = (float(value), *opt.interval_of(sample))
+    for name, run in runs.items():  # of one ratio there is one interval, here and in the table
+        ratio = measure_sharpe(run[NET], 0)
+        bounds = (ratio[f"sharpe_per_minute{bound}"] for bound in ("", "_low", "_high"))
+        measures[name]["sharpe"] = tuple(bounds)
     fills = {name: int(run[FILLS].sum()) for name, run in runs.items()}
     return {
         "periods": len(x), "resamples": count, "block": opt.common_block_length(x), "fills": fills,
@@ -680,6 +726,8 @@ def format_bootstrap(b: Mapping[str, Any], title: str) -> str:
     lines = [title + head.format(**b), *align(rows)]
     if b["periods"] < FEW_PERIODS:
         lines.append(f"  WARNING: below {FEW_PERIODS} minutes such intervals are too narrow")
+    if min(b["fills"].values()) < FEW_FILLS:
+        lines.append(f"  WARNING: fewer than {FEW_FILLS} fills say next to nothing")
     return "\n".join(lines)
 
 
@@ -713,15 +761,15 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     Of the mid every 5 s: root mean square of the log returns over sqrt(5 s); and
     |sum of returns| / sum of |returns|, 1 for a straight move, near 0 for there and back.
     """
-    at_ns, parts = result.minutes_ns, MINUTE_NS // (GRID_S * NS)
+    begins, parts = result.minutes_ns, MINUTE_NS // (GRID_S * NS)
     time_ns, mid = result.columns["time_ns"], result.columns["mid_price"]
     is_known = np.isfinite(mid)
-    grid_ns = np.arange(at_ns[0], at_ns[-1] + 1, GRID_S * NS) if len(at_ns) else at_ns
+    grid_ns = begins[:, None] + np.arange(parts + 1) * (GRID_S * NS)
     mids = values_at(grid_ns, time_ns[is_known], mid[is_known])
 
     # A row of returns for each minute; there are none before the first mid (0).
     with np.errstate(divide="ignore", invalid="ignore"):
-        returns = (np.diff(np.log(mids)) * 1e4).reshape(-1, parts)
+        returns = np.diff(np.log(mids)) * 1e4
         returns[~np.isfinite(returns)] = np.nan
         volatility = np.sqrt((returns**2).mean(axis=1) / GRID_S)
         direct = np.abs(returns.sum(axis=1)) / np.abs(returns).sum(axis=1)
@@ -731,9 +779,11 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
 def summarize_regimes(result: Result) -> Regimes:
     """Result, fills and markouts of the minutes of each regime."""
     # What each minute brought, and into which minute each fill falls.
-    at_ns, c, fills = result.minutes_ns, result.columns, resting_fills(result)
-    net, fees = (np.diff(values_at(at_ns, c["time_ns"], c[n])) for n in ("equity", "fees_paid"))
-    minute_of = np.searchsorted(at_ns, fills["recv_ns"], "right") - 1
+    begins, c, fills = result.minutes_ns, result.columns, resting_fills(result)
+    net, fees = (change_by_minute(result, c["time_ns"], c[n]) for n in ("equity", "fees_paid"))
+    minute_of = np.searchsorted(begins, fills["recv_ns"], "right") - 1
+    is_in = fills["recv_ns"] < np.append(0, begins + MINUTE_NS)[minute_of + 1]
+    minute_of = np.where(is_in, minute_of, -1)  # in none, or in a hole
 
     # Which minutes are in a regime: that is told at their end, from the minutes before them.
     volatility, direct = describe_minutes(result)
@@ -894,8 +944,8 @@ def judge_search(
     scatter = float(sharpes.var(ddof=1)) if len(trials) > 1 else 0.0
     deflated = math.nan
     if x[:, k].std() > TINY:
-        shape = opt.shape_of(x[:, k])
-        deflated = opt.deflated_sharpe(sharpes[k], scatter, len(trials), split, *shape)
+        error = opt.sharpe_error(x[:, k])
+        deflated = opt.deflated_sharpe(sharpes[k], error, scatter, len(trials))
     _, low, _ = in_sample["measures"]["best"][SCORES[objective]]
     return {
         "objective": objective, "minutes": minutes, "split": split, "judged": minutes - split,
@@ -906,13 +956,21 @@ def judge_search(
         "deflated_sharpe": deflated,
         "sharpe_by_luck": opt.best_sharpe_by_luck(scatter, len(trials)),
         "luck_probability": (1 + as_good) / (1 + count),
+        "at_edge": [name for name, value in changes.items() if is_at_edge(name, value, trials)],
     }  # fmt: skip
+
+
+def is_at_edge(name: str, value: float, trials: list[Trial]) -> bool:
+    """Whether a value is the last that was tried, though the parameter could go further."""
+    tried, rule = {changes[name] for changes, _ in trials}, FIELDS[name].metadata
+    is_last = value in (min(tried), max(tried)) and len(tried) > 1
+    return is_last and rule["low"] < value < rule["high"]
 
 
 PRICE = """
 The price of having searched
   deflated Sharpe ratio {deflated_sharpe:.3f}: the confidence that the best's true ratio is above
-  {sharpe_by_luck:.3f} a minute, to be expected of the best of {trials:,} that only luck sets apart
+  {sharpe_by_luck:.3f} a minute, which the best of {trials:,} as scattered as these shows by luck
   plateau: {plateau:,} trials inside the best's interval above
   In plain words: {luck_probability:.1%} of searches through these configurations, had they no
   skill, would find a best that looks at least as good: """
@@ -927,6 +985,8 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
         "{trials:,} trials: {on_grid:,} on the grid, {around:,} around its best".format(**r),
         f"  best       {opt.in_words(r['best'])}",
         f"  as given   {opt.in_words({name: given[name] for name in r['best']})}\n",
+        *(f"  {name} lies at the edge of the grid: widen it with --grid {name}=..."
+          for name in r["at_edge"]),
         format_bootstrap(r["in_sample"], "In sample, where it was chosen") + "\n",
         format_bootstrap(r["out_of_sample"], "Out of sample"),
         PRICE.format(**r) + ("it may be luck" if is_luck else "luck alone would rarely do this"),
@@ -971,18 +1031,26 @@ def walk_forward(
 
 def format_walk(walk: Walk, joined: Mapping[str, Any]) -> str:
     """Each window: what was chosen, net a minute in sample and out of it."""
-    rows = [["from, UTC", "in sample", "out of it", "fills", "chosen"]]
+    rows = [["from, UTC", "in sample", "out of it", "fills", "carried in", "chosen"]]
     count, length = len(walk.windows), walk.traded.shape[1] // len(walk.windows)
+    c, begins_ns = walk.result.columns, [begin_ns for begin_ns, _, _ in walk.windows]
+    held = values_at(np.array(begins_ns), c["time_ns"], c["inventory"])
+    is_known = np.isfinite(c["mid_price"])
+    times_ns, mids = c["time_ns"][is_known], c["mid_price"][is_known]
+    mids = values_at(np.array([*begins_ns, NEVER]), times_ns, mids)
+    carried = held * np.diff(mids)  # USDT: what it brings if it is held through the window
     for k, (begin_ns, choice, inside) in enumerate(walk.windows):
         net, fills = walk.traded[:, k * length : (k + 1) * length]
         nets = [f"{inside:+.3f}", f"{net.mean():+.3f}"]
-        rows.append([clock_text(begin_ns), *nets, f"{fills.sum():,.0f}", opt.in_words(choice)])
+        cells = f"{fills.sum():,.0f}", f"{carried[k]:+.2f}", opt.in_words(choice)
+        rows.append([clock_text(begin_ns), *nets, *cells])
     changed = sum(a[1] != b[1] for a, b in zip(walk.windows, walk.windows[1:]))
     return "\n".join([
         f"Walk-forward: {count} windows of {length} minutes, traded with what was best in the "
         f"{LOOK_BACK * length} before it; net a minute",
         *align(rows),
-        f"  the choice changed {changed} of {count - 1} times\n",
+        f"  the choice changed {changed} of {count - 1} times; carried in: what the inventory of",
+        "  before the window, which no choice of it bought, brings by its end, USDT\n",
         format_bootstrap(joined, "Out of sample, windows joined"),
     ])  # fmt: skip
 
@@ -1090,12 +1158,18 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     is_search = bool(options.tune or options.walk_forward)
     if is_search and (options.log or len(options.strategy) > 1):
         raise UserError("--log, or a second --strategy, does not go with a search: leave it out")
+    others = ("tune", "walk_forward", "bootstrap", "regimes", "plot", "log", "out")
+    if options.each and any(getattr(options, name) for name in others):
+        raise UserError("--each prints a line for each file, and no more: leave the others out")
     if options.grid and not is_search:
         raise UserError("--grid needs --tune or --walk-forward: give one of them")
-    setting = make_setting(options)
+    if options.each:
+        run_each(options)
+        return
+    setting = make_setting(options, options.data)
 
     # Both parts of a split, and every window, must be long enough to say something.
-    minutes = max(len(setting.data.minutes_ns) - 1, 0)
+    minutes = len(setting.data.minutes_ns)
     least = LEAST_MINUTES * max(3, (options.walk_forward or 0) + LOOK_BACK)
     if minutes < least and (is_search or options.bootstrap):
         raise UserError(f"{minutes} minutes of data are fewer than the {least} that --bootstrap, "
@@ -1108,11 +1182,11 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
         run_once(options, setting)
 
 
-def make_setting(options: argparse.Namespace) -> Setting:
-    """What the flags say of data, parameters and frictions."""
+def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
+    """What the flags say of parameters and frictions, for some files of data."""
     frictions = ("participation", "impact_bps", "peer_rules")
     setting = Setting(
-        stamps=tuple(map(stamp_file, options.data)),
+        stamps=tuple(map(stamp_file, files)),
         steps=(options.tick_size, options.lot_size, options.depth),
         given=mm.given_parameters(options),
         strategy=options.strategy[0],
@@ -1121,6 +1195,42 @@ def make_setting(options: argparse.Namespace) -> Setting:
     _ = setting.parameters  # raises what is wrong with them
     outages = draw_outages(options.outages, setting.data.tapes, default_rng(options.seed))
     return dataclasses.replace(setting, outages=outages)
+
+
+EACH = {  # of measure: label, format
+    "net_usdt": ("net", "+.2f"), "gross_usdt": ("gross", "+.2f"), "fees_usdt": ("fees", ".2f"),
+    "fills": ("fills", ".0f"), "spread_captured_usdt": ("captured", "+.2f"),
+    "inventory_std": ("inventory_sd", ".4f"), "max_drawdown_usdt": ("drawdown", ".2f"),
+}  # fmt: skip
+
+
+def run_each(options: argparse.Namespace) -> None:
+    """Every file on its own, a line for each, and below the mean with its standard error; of
+    several strategies a block each, and what the first has more than the second, file by file.
+    """
+    stop, measured = feed.StopSignal(), {name: [] for name in options.strategy}
+    for path in options.data:
+        setting = make_setting(options, [path])
+        for name in options.strategy:
+            metrics = measure(play(dataclasses.replace(setting, strategy=name), stop=stop))
+            measured[name].append([metrics[measure] for measure in EACH])
+        if stop.is_set:
+            raise UserError("stopped: nothing is said of a part of the files")
+    tables = {name: np.array(rows, float) for name, rows in measured.items()}
+    for name, other in zip(options.strategy, options.strategy[1:2]):
+        tables[f"{name} - {other}"] = tables[name] - tables[other]
+
+    formats = [form for _, form in EACH.values()]
+    for name, values in tables.items():
+        rows = [[f"{name}, USDT", *(label for label, _ in EACH.values())]]
+        error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+        lines = dict(zip([path.name for path in options.data], values))
+        lines["mean"] = values.mean(axis=0)
+        lines["± standard error"] = values[0] * math.nan if error is None else error
+        for label, numbers in lines.items():
+            signs = (form.strip("+") if label[0] == "±" else form for form in formats)
+            rows.append([label, *(format(x, form) for x, form in zip(numbers, signs))])
+        tell("\n".join(align(rows)) + "\n")
 
 
 def run_once(options: argparse.Namespace, setting: Setting) -> None:
@@ -1320,6 +1430,7 @@ def build_arguments() -> argparse.ArgumentParser:
         help="processes of a search (default: all cores)")  # fmt: skip
     add("--bootstrap", type=number(100, 1e6), metavar="N",
         help="intervals from N resamples of the minutes (a search takes 1000)")  # fmt: skip
+    add("--each", action="store_true", help="play each file of --data on its own, line by line")
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
     add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py",
         help=f"{mm.STRATEGY_HELP}; or several")

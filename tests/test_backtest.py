@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from market import MID, calm, delta, ns, params, rough_session, snapshot, trades, write
+from market import MID, busy_market, calm, delta, ns, params, rough_session, snapshot, trades, write
 from test_marketmaker import BUSY, LIMITS
 
 import backtest
@@ -353,6 +353,22 @@ def test_strategies_are_set_side_by_side_and_each_is_as_it_is_alone():
     assert together == "\n".join(alone) and len(set(alone)) == 3
     quote = play(market, "--strategy", "as").log[-1]
     assert quote["source"] == "as" and quote["bid_price"] < "50000" < quote["ask_price"]
+
+
+def test_each_file_is_played_alone_with_mean_standard_error_and_the_paired_difference():
+    names = [write(Path(f"{seed}.gz"), busy_market(seed, 60), **ROUGH) for seed in (1, 2, 3)]
+    table = run("--each", "--data", *names, "--strategy", "lp", "fixed")[1].split("\n\n")
+    nets = [[play(name, "--strategy", s).metrics["net_usdt"] for name in names]
+            for s in ("lp", "fixed")]  # fmt: skip
+    nets.append([a - b for a, b in zip(*nets)])
+    for block, title, values in zip(table, ("lp", "fixed", "lp - fixed"), nets, strict=True):
+        shown = [row.split()[-7] for row in block.splitlines()]
+        assert block.split(",")[0].strip() == title and shown[0] == "net"
+        expected = [*values, np.mean(values), np.std(values, ddof=1) / 3**0.5]
+        assert [*map(float, shown[1:])] == pytest.approx(expected, abs=0.006)
+    assert len(set(nets[2])) == 3
+    status, _, err = run("--each", "--data", *names, "--tune")
+    assert status == 2 and "--each" in err and "leave" in err
 
 
 def test_a_file_of_ones_own_is_a_strategy_and_what_is_no_quote_falls_back():

@@ -3,11 +3,12 @@
 import json
 import math
 import re
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
-from market import WALL, busy_market, calm, delta, trades, write
+from market import FAR, WALL, beats, busy_market, calm, delta, lost, snapshot, trades, write
 from test_backtest import CALM, FOUR, ROUGH, folder, near, play, play_fixed  # noqa: F401
 
 import backtest
@@ -71,7 +72,7 @@ def test_orders_quotes_and_risk_are_those_on_paper(four):
         max_drawdown_usdt=20.9999, max_drawdown_s=18.4,  # from 11.5 to the end
     ).items():  # fmt: skip
         assert four[name] == near(value), name
-    assert four["decisions"] == dict.fromkeys(backtest.SOURCES, 0) | dict(fixed=4, none=3)
+    assert four["decisions"] == dict(fixed=4, last_good=0, default=0, none=3)
     assert (four["reasons"], four["refused"], four["outages"]) == ({"warming up": 3}, {}, [])
     assert four["sharpe_per_minute"] is four["sharpe_per_year"] is None
     assert four["max_drawdown_recovered"] is four["is_synthetic"] is False
@@ -145,13 +146,35 @@ def test_the_interval_of_single_values_is_the_textbook_one():
 
 
 def test_sharpe_and_its_interval_follow_the_formula():
-    # mean 1, deviations -1 -1 -1 3: sr = 1 / sqrt(12 / 3); with the variance 12 / 4 = 3,
-    # skew (-3 + 27) / 4 / 3^1.5 = 2 / sqrt(3), raw kurtosis (3 + 81) / 4 / 9 = 7 / 3
-    m = measure_sharpe(np.array([0.0, 0.0, 0.0, 4.0]), 240)
-    error = math.sqrt((1 - 2 / math.sqrt(3) * 0.5 + (7 / 3 - 1) / 4 * 0.5**2) / 3)
-    bounds = [m[f"sharpe_per_minute{bound}"] for bound in ("", "_low", "_high")]
-    assert bounds == pytest.approx([0.5, 0.5 - 1.96 * error, 0.5 + 1.96 * error])
-    assert m["sharpe_minutes"] == 4
+    # mean 0, variance (9 + 1 + 1 + 9) / 4 = 5; the means of the ten parts are 1 and -1 by turns,
+    # in deviations +-1/sqrt(5), with a standard deviation of sqrt(10/9) that: SE = 1/sqrt(45)
+    for shift, sharpe in ((0, 0), (1, 1 / math.sqrt(4 * 20 / 19))):
+        net = np.array([3.0, -1.0, 1.0, -3.0] * 5) if not shift else np.array([3.0, -1.0] * 10)
+        m = measure_sharpe(net, 240)
+        half = 0 if shift else 2.262 / math.sqrt(45)  # parts that are alike leave no doubt
+        bounds = [m[f"sharpe_per_minute{bound}"] for bound in ("", "_low", "_high")]
+        assert bounds == pytest.approx([sharpe, sharpe - half, sharpe + half])
+    assert m["sharpe_minutes"] == 20
+
+
+def play_two(*files) -> dict:
+    """The metrics of files played one after the other, with a fixed spread."""
+    return play(files[0], "--data", *files, "--strategy", "fixed").metrics
+
+
+def test_the_minutes_of_a_hole_do_not_exist():
+    """Two files of 5 minutes, three days apart; one more whose book is lost for 3 minutes."""
+    day, later = write(Path("a.gz"), calm(300_000), **CALM), 3 * 86_400_000
+    after = [snapshot(later + 500, WALL, FAR), *beats(later + 1500, later + 300_000)]
+    two = play_two(day, write(Path("b.gz"), after, **CALM))
+    assert (two["sharpe_minutes"], two["holes"]) == (8, 1) and two["sharpe_per_year"] is None
+    assert two["span_s"] == near(2 * 299) and two["bid_uptime"] == near((288 + 298) / 598)
+    hit, gone = trades(100_000, (ASK, -9, 1)), lost(101_000)
+    lines = calm(101_000, hit, gone, snapshot(280_500, WALL, FAR), *beats(281_500, 500_000))
+    one = play_two(write(Path("c.gz"), lines, **CALM))
+    assert (one["sharpe_minutes"], one["holes"], one["holes_s"]) == (3, 1, 180)
+    known = [cell["n"] for cell in one["markouts"]["bought"].values()]
+    assert known == [1, 1, 0, 0, 0]  # at 0 and 0.1 s; the others lie in the hole
 
 
 def test_sharpe_is_annualised_from_three_days_on():
@@ -240,9 +263,10 @@ def test_the_table_holds_every_number_of_the_metrics():
         is_told = not is_number or any(abs(value - x) <= half for x, half in numbers)
         return set() if is_told else {name}
 
-    for side in ("bought", "sold"):  # what is left out of a mean is told of both together
-        for cell in metrics["markouts"][side].values():
-            del cell["excluded"]
+    told_of_all = [metrics["markouts"][side].values() for side in ("bought", "sold")]
+    told_of_all.append(rule["markout"] for rule in metrics["rules"].values())
+    for cell in chain(*told_of_all):  # what is left out of a mean is told of all together
+        del cell["excluded"]
     assert missing("", metrics) == {" span_s"}  # it is told as two times of day
 
 

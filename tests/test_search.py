@@ -248,27 +248,29 @@ def test_paths_are_measured_as_by_hand():
 def test_deflated_sharpe_ratio_is_the_published_one(trials, skew, kurtosis, reference, confidence):
     sharpe, variance = 2.5 / math.sqrt(250), 0.5 / 250  # a year's 2.5 and 1/2, a day
     assert reference in (None, round(optimize.best_sharpe_by_luck(variance, trials), 4))
-    dsr = optimize.deflated_sharpe(sharpe, variance, trials, 1250, skew, kurtosis)
-    assert round(dsr, 4) == confidence
+    error = math.sqrt((1 - skew * sharpe + (kurtosis - 1) / 4 * sharpe**2) / 1249)  # Mertens'
+    assert round(optimize.deflated_sharpe(sharpe, error, variance, trials), 4) == confidence
 
 
-def test_probabilistic_sharpe_ratio_is_the_closed_form_for_the_normal_shape():
-    for sharpe, n in product((-0.3, 0.01, 0.2, 0.5), (30, 101, 5000)):
-        psr = NormalDist().cdf(sharpe * math.sqrt(n - 1) / math.sqrt(1 + sharpe**2 / 2))
-        assert optimize.probabilistic_sharpe(sharpe, 0, n, 0, 3) == pytest.approx(psr)
-        assert optimize.deflated_sharpe(sharpe, 0.1, 1, n, 0, 3) == pytest.approx(psr)
-    assert optimize.probabilistic_sharpe(0.2, 0.2, 101, 1, 9) == 0.5
-
-
-def test_shape_is_skew_and_raw_kurtosis():
-    # once in four: (1 - 2p)/sqrt(pq) = 2/sqrt(3), 1/(pq) - 3 = 7/3
-    assert optimize.shape_of(np.array([0, 0, 0, 1.0])) == pytest.approx((2 / math.sqrt(3), 7 / 3))
+def test_the_deflated_ratio_of_a_single_trial_is_the_probability_that_the_ratio_is_above_0():
+    for sharpe, error in product((-0.3, 0.01, 0.2), (0.05, 0.5)):
+        psr = NormalDist().cdf(sharpe / error)
+        assert optimize.probabilistic_sharpe(sharpe, 0, error) == pytest.approx(psr)
+        assert optimize.deflated_sharpe(sharpe, error, 0.1, 1) == pytest.approx(psr)
 
 
 def test_error_of_the_sharpe_ratio_is_what_skewed_samples_show():
-    x = 1.5 - rng_of(7).exponential(size=(400, 3000))  # mean 1/2, variance 1, skew -2
+    x = 1.5 - rng_of(7).exponential(size=(400, 1000))  # mean 1/2, variance 1, skew -2
     sharpe = sharpe_score(x.mean(axis=0), x.var(axis=0, ddof=1))
-    assert sharpe.std() == pytest.approx(optimize.sharpe_error(0.5, 400, -2, 9), rel=0.05)
+    errors = np.array([optimize.sharpe_error(column) for column in x.T])
+    assert sharpe.std() == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.06)
+
+
+def test_the_interval_of_the_sharpe_ratio_covers_95_percent_though_minutes_go_together():
+    x = noise(rng_of(3), 200, 600) - 0.3
+    sharpe = x.mean(axis=0) / x.std(axis=0, ddof=1)
+    errors = np.array([optimize.sharpe_error(column) for column in x.T])
+    assert 0.92 < (np.abs(sharpe + 0.3) < optimize.PARTS_95 * errors).mean() < 0.98
 
 
 @pytest.mark.parametrize("trials", [10, 100, 1000])
@@ -284,8 +286,8 @@ def search(x, rng):
     """The best of 960 periods: its column, DSR, and how often luck does as well."""
     sharpe = sharpe_score(x.mean(axis=0), x.var(axis=0, ddof=1))
     best = int(sharpe.argmax())
-    variance, shape = sharpe.var(ddof=1), optimize.shape_of(x[:, best])
-    dsr = optimize.deflated_sharpe(sharpe[best], variance, x.shape[1], len(x), *shape)
+    error, variance = optimize.sharpe_error(x[:, best]), sharpe.var(ddof=1)
+    dsr = optimize.deflated_sharpe(sharpe[best], error, variance, x.shape[1])
     luck = draw_best_of_chance(x, sharpe_score, 200, rng)
     return best, dsr, (luck >= sharpe[best]).mean()
 

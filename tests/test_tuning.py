@@ -300,8 +300,8 @@ def test_the_walk_chooses_by_its_two_windows_and_trades_the_next_in_one_piece(
     make_up(monkeypatch, lambda changes: nets[changes.get("default_spread_bps", 1.0)])
     flags = ["--strategy", "fixed", "--grid", "default_spread_bps=0.3,0.6,1,1.5"]
     out = search(place, tmp_path, "--walk-forward", "3", *flags)
-    row = r"  2023-11-14 (22:\d\d:00) +([-+.\d]+) +([-+.\d]+) +\d+ +default_spread_bps (\S+)"
-    clock, promised, earned, choices = zip(*re.findall(row, out))
+    row = r"  2023-11-14 (\S+) +([-+.\d]+) +([-+.\d]+) +\d+ +(\S+) +default_spread_bps (\S+)"
+    clock, promised, earned, carried, choices = zip(*re.findall(row, out))
     assert [*map(float, choices)] == chosen and "changed 1 of 2 times" in out
     assert clock == ("22:34:00", "22:44:00", "22:54:00")
     assert [*map(float, promised)] == pytest.approx([(5 + 0.006) / 2, 0.015, 0.015], abs=1e-3)
@@ -313,6 +313,10 @@ def test_the_walk_chooses_by_its_two_windows_and_trades_the_next_in_one_piece(
     search(place, tmp_path, "--strategy", "fixed", "--data", noted)
     asked = np.diff(equity_at(tmp_path, *times_ms)) / 10
     assert [*map(float, earned)] == pytest.approx(asked, abs=6e-4) and len(set(earned)) == 3
+    held = equity_at(tmp_path, *times_ms[:3], name="inventory")
+    mids = equity_at(tmp_path, *times_ms[:3], 10**9, name="mid_price")
+    worth = np.array(held) * np.diff(mids)
+    assert [*map(float, carried)] == pytest.approx(worth, abs=6e-3) and any(worth)
 
 
 # ---- 5. Intervals, and the price of a search ---------------------------------------
@@ -346,8 +350,9 @@ def test_luck_and_the_deflated_ratio_are_those_of_the_formulas_for_the_trials(
     shown = json.loads((tmp_path / "search.json").read_text())
     x = np.array([net[:SPLIT] for changes, (net, _) in trials_in(tmp_path) if changes]).T
     sharpes = x.mean(axis=0) / x.std(axis=0, ddof=1)
-    k, spread, shape = sharpes.argmax(), sharpes.var(ddof=1), optimize.shape_of
-    sure = optimize.deflated_sharpe(sharpes[k], spread, x.shape[1], SPLIT, *shape(x[:, k]))
+    k, spread = sharpes.argmax(), sharpes.var(ddof=1)
+    error = optimize.sharpe_error(x[:, k])
+    sure = optimize.deflated_sharpe(sharpes[k], error, spread, x.shape[1])
     luck = optimize.draw_best_of_chance(x, optimize.sharpe_score, 4000, rng)
     assert shown["deflated_sharpe"] == near(sure)
     assert shown["sharpe_by_luck"] == near(optimize.best_sharpe_by_luck(spread, x.shape[1]))
