@@ -815,14 +815,36 @@ def run_info(options: argparse.Namespace) -> None:
         if len(values):
             low, middle, high = np.percentile(values, [1, 50, 99])
             facts.append((label, f"median {middle:g}, 1 % {low:g}, 99 % {high:g}"))
-    # Returns of the mid, from the last message of a second to that of the next that has one.
-    second, mid = recv_ns[is_sound] // NS, (bid + ask)[is_sound] / 2
-    last = np.diff(second, append=NEVER).nonzero()[0]
-    if len(last) > 2:
-        returns_bps = 1e4 * np.diff(np.log(mid[last]))
-        volatility = math.sqrt(np.mean(returns_bps**2 / np.diff(second[last])))
-        facts.append(("volatility, bps/sqrt(s)", f"{volatility:.3f}"))
+    facts += measure_scales(tape, parser.instrument.tick_size)
     print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
+
+
+def measure_scales(tape: Tape, tick_size: float) -> list[tuple[str, str]]:
+    """What is usual here: volatility, and the medians of liquidity and depth, as flags."""
+    book, mids, depths, musd = Book(), [], [], 1e-6 * tick_size
+    seconds_ns = np.arange(tape.recv_ns[:1].sum() // NS + 1, tape.recv_ns[-1:].sum() // NS + 1) * NS
+    stops = np.searchsorted(tape.recv_ns, seconds_ns).tolist()
+    for start, stop in zip([0, *stops], stops):
+        for m in (tape.kind[start:stop] == SNAPSHOT).nonzero()[0] + start:
+            book.clear()
+            start = int(m)
+        book.apply(tape, start, stop)
+        mids.append(book.view.mid_ticks)
+        depths.append((book.depth(BID, 1.0) + book.depth(ASK, 1.0)) / 2 * mids[-1] * musd)
+    if np.isfinite(mids).sum() < 3:
+        return []
+    # Of each second: the return, and the turnover; of each minute, or all: their ratio.
+    returns_bps = 1e4 * np.diff(np.log(mids))
+    first = tape.first_trade[stops]
+    volume = np.append(0.0, np.cumsum(np.abs(tape.trade_level) * tape.trade_size)) * musd
+    window = np.ones(min(60, len(returns_bps)))
+    moved_bps = np.convolve(np.nan_to_num(np.abs(returns_bps)), window, "valid")
+    turnover = np.convolve(np.diff(volume[first]), window, "valid")
+    tick_bps = 1e4 / np.nanmedian(mids)  # at least a tick is moved
+    liquidity = np.median(turnover / np.maximum(moved_bps, tick_bps))
+    return [("volatility, bps/sqrt(s)", f"{np.sqrt(np.nanmean(returns_bps**2)):.3f}"),
+            ("median liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
+            ("median depth within 1 bp, M USDT", f"--depth-scale-musd {np.nanmedian(depths):.3g}")]
 
 
 def clock_text(time_ns: int) -> str:

@@ -357,7 +357,7 @@ def test_strategies_are_set_side_by_side_and_each_is_as_it_is_alone():
 
 def test_each_file_is_played_alone_with_mean_standard_error_and_the_paired_difference():
     names = [write(Path(f"{seed}.gz"), busy_market(seed, 60), **ROUGH) for seed in (1, 2, 3)]
-    table = run("--each", "--data", *names, "--strategy", "lp", "fixed")[1].split("\n\n")
+    table = run("--each", "--data", *names, "--strategy", "lp", "fixed")[1].strip().split("\n\n")
     nets = [[play(name, "--strategy", s).metrics["net_usdt"] for name in names]
             for s in ("lp", "fixed")]  # fmt: skip
     nets.append([a - b for a, b in zip(*nets)])
