@@ -603,7 +603,7 @@ def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
     quote(parameters, market, q) -> (bid_bps, ask_bps), named as the file is.
     """
     if callable(strategy):
-        return strategy, strategy.__name__
+        return strategy, getattr(strategy, "__name__", "a function")
     if strategy in opt.STRATEGIES:
         return opt.STRATEGIES[strategy], strategy
     try:
