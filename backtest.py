@@ -434,7 +434,7 @@ def measure_drawdown(t_s: np.ndarray, net: np.ndarray) -> dict[str, Any]:
     worst = int((peak - net).argmax())
     depth = peak[worst] - net[worst]
     if depth <= TINY:
-        return {"max_drawdown_usdt": 0.0, "max_drawdown_s": 0.0, "max_drawdown_recovered": None}
+        return {"max_drawdown_usdt": 0.0, "max_drawdown_s": 0.0, "max_drawdown_recovered": True}
     # From the peak before the worst moment to the first moment back at it.
     is_at_peak = net >= peak[worst] - TINY
     before, after = np.flatnonzero(is_at_peak[:worst]), np.flatnonzero(is_at_peak[worst:])
@@ -537,7 +537,7 @@ def measure(result: Result) -> dict[str, Any]:
         markout = estimate_mean(fills["markouts"][is_rule, AFTER_1_S], minute[is_rule])
         rules[rule] = {"fills": int(is_rule.sum()), "markout": markout}
 
-    # What each outage cost: net and fills from its first decision to the one after it.
+    # What each outage cost: net and fills from the last decision before it to that at its end.
     outages = []
     for begin_ns, end_ns in result.setting.outages:
         begin, end = np.searchsorted(c["time_ns"], [begin_ns, end_ns], "right") - 1
@@ -553,7 +553,7 @@ def measure(result: Result) -> dict[str, Any]:
         "span_s": span_s,
         "holes": len(holes),
         "holes_s": sum(end_ns - begin_ns for begin_ns, end_ns in holes) / NS,
-        "events": sum(map(len, result.setting.data.tapes)),
+        "events": maker.messages,
         **{f"{name}_usdt": usdt for name, usdt in money.items()},
         **{f"{name}_bps": usdt * scale for name, usdt in money.items()},
         "residual_usdt": account.residual,
@@ -624,17 +624,21 @@ Markouts, bps: bought, how far the mid then stood above our price; sold, below
 SOUND = {"book", "trades", "tickers", "acks", "pongs", "ignored", "block trades"}  # no defects
 
 
-def tell(text: str) -> None:
-    """Print, with a dash where nothing can be said."""
-    print(re.sub(r"[+-]?\b(nan|inf)\b%?", "-", text), flush=True)
+tell = partial(print, flush=True)
+
+
+def dash(cell: Any) -> str:
+    """A cell's text, with a dash where nothing can be said."""
+    return re.sub(r"[+-]?\b(nan|inf)\b%?", "-", str(cell))
 
 
 def align(rows: Sequence[Sequence[Any]]) -> list[str]:
     """Lines with the first column to the left and the others to the right."""
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    rows = [[*map(dash, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for label, *others in rows:
-        cells = [f"{cell!s:>{width}}" for cell, width in zip(others, widths[1:])]
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
         lines.append("  ".join([f"  {label:<{widths[0]}}", *cells]).rstrip())
     return lines
 
@@ -647,7 +651,8 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
     lines = []
 
     def add(label: str, value: str = "", note: str = "") -> None:
-        lines.append(f"  {label:<32}{value:>14}   {note}".rstrip() if value else label)
+        row = f"  {label:<32}{dash(value):>14}   {dash(note)}".rstrip()
+        lines.append(row if value else label)
 
     for line in TABLE.splitlines():
         add(*(cell.format(**metrics | names).rstrip() for cell in line.split(" | ")))
@@ -785,7 +790,7 @@ def summarize_regimes(result: Result) -> Regimes:
     is_in = fills["recv_ns"] < np.append(0, begins + MINUTE_NS)[minute_of + 1]
     minute_of = np.where(is_in, minute_of, -1)  # in none, or in a hole
 
-    # Which minutes are in a regime: that is told at their end, from the minutes before them.
+    # Which minutes are in a regime: told at their end, by their rank among those before them.
     volatility, direct = describe_minutes(result)
     members = {"all": np.full(len(net), True)}
     for names, values in ((VOLATILITIES, volatility), (DIRECTIONS, direct)):
@@ -836,7 +841,7 @@ IN_SAMPLE = 2 / 3  # of the minutes
 LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
 RESAMPLES = 1000  # where --bootstrap gives no number
-LUCK = 0.05  # a search without skill ends as well less often than this: it may be skill
+LUCK = 0.05  # if luck does as well at least this often, the report says that it may be luck
 Trial = tuple[dict[str, float], np.ndarray]  # what was changed, and the run by the minute
 
 
@@ -898,7 +903,7 @@ def try_all(
                 kept[frozenset(missing[k].items())] = run
                 file.write("\n" + json.dumps([missing[k], run.tolist()]))
                 file.flush()
-                if done * 10 // total > (done - 1) * 10 // total:  # every tenth
+                if done * 10 // total > (done - 1) * 10 // total:  # at each tenth of them
                     print(f"{done:,} of {total:,} trials", file=sys.stderr, flush=True)
         except BrokenExecutor:
             what = f"a worker was killed, perhaps for want of memory; {path} keeps what was played"
@@ -967,11 +972,12 @@ def is_at_edge(name: str, value: float, trials: list[Trial]) -> bool:
     return is_last and rule["low"] < value < rule["high"]
 
 
+LUCK_WORDS = {True: "it may be luck", False: "luck alone would rarely do this"}
 PRICE = """
 The price of having searched
   deflated Sharpe ratio {deflated_sharpe:.3f}: the confidence that the best's true ratio is above
   {sharpe_by_luck:.3f} a minute, which the best of {trials:,} as scattered as these shows by luck
-  plateau: {plateau:,} trials inside the best's interval above
+  plateau: {plateau:,} trials not below the best's interval in sample
   In plain words: {luck_probability:.1%} of searches through these configurations, had they no
   skill, would find a best that looks at least as good: """
 
@@ -989,7 +995,7 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
           for name in r["at_edge"]),
         format_bootstrap(r["in_sample"], "In sample, where it was chosen") + "\n",
         format_bootstrap(r["out_of_sample"], "Out of sample"),
-        PRICE.format(**r) + ("it may be luck" if is_luck else "luck alone would rarely do this"),
+        dash(PRICE.format(**r)) + LUCK_WORDS[is_luck],
     ])  # fmt: skip
 
 
@@ -1023,7 +1029,7 @@ def walk_forward(
         begin_ns = setting.data.minutes_ns.item(past.stop)
         windows.append((begin_ns, choice, run[NET, past].mean()))
         notes.append((begin_ns, {"event": "params", "overrides": {**setting.given, **choice}}))
-    # The minutes that count begin with the first choice.
+    # One run, as given until the first choice; the minutes that count begin there.
     result = play(setting, notes, stop=stop)
     span = slice(LOOK_BACK * length, (LOOK_BACK + count) * length)
     return Walk(windows, cut_into_minutes(result)[:, span], given[:, span], result)
@@ -1220,16 +1226,15 @@ def run_each(options: argparse.Namespace) -> None:
     for name, other in zip(options.strategy, options.strategy[1:2]):
         tables[f"{name} - {other}"] = tables[name] - tables[other]
 
-    formats = [form for _, form in EACH.values()]
     for name, values in tables.items():
         rows = [[f"{name}, USDT", *(label for label, _ in EACH.values())]]
-        error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
         lines = dict(zip([path.name for path in options.data], values))
         lines["mean"] = values.mean(axis=0)
-        lines["± standard error"] = values[0] * math.nan if error is None else error
+        if len(values) > 1:
+            lines["standard error"] = values.std(axis=0, ddof=1) / math.sqrt(len(values))
         for label, numbers in lines.items():
-            signs = (form.strip("+") if label[0] == "±" else form for form in formats)
-            rows.append([label, *(format(x, form) for x, form in zip(numbers, signs))])
+            forms = (form for _, form in EACH.values())
+            rows.append([label, *(format(x, form) for x, form in zip(numbers, forms))])
         tell("\n".join(align(rows)) + "\n")
 
 
@@ -1242,7 +1247,7 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         result = play(setting, log=log, stop=stop)
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
     tell(format_table(metrics, result))
-    for name in options.strategy[1:]:
+    for name in options.strategy[1:] if not stop.is_set else ():
         other = play(dataclasses.replace(setting, strategy=name), stop=stop)
         runs[name] = cut_into_minutes(other)
         tell("\n" + format_table(measure(other), other))
@@ -1343,8 +1348,9 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
         tell(format_report(r, dataclasses.asdict(setting.parameters)))
-        write_json(folder / "best.json", setting.given | r["best"])
-        write_json(folder / "search.json", r)
+        if not stop.is_set:  # a part of a search replaces no whole one
+            write_json(folder / "best.json", setting.given | r["best"])
+            write_json(folder / "search.json", r)
         runs = [run for _, run in trials], [run for _, run in finer], [given], [r["run"]]
         groups = dict(zip(("grid", "around its best", "as given", "best"), runs))
         rows.append((4.4, [partial(plot_trials, groups=groups, split=r["split"])]))
@@ -1356,7 +1362,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         tell("\n" + format_walk(walk, resample(runs, count, default_rng(options.seed))))
         rows.append((HEIGHT, [partial(plot_walk, walk=walk)]))
     if options.regimes and not stop.is_set:
-        best = options.tune and play(setting.change(r["best"]), stop=stop)
+        best = options.tune and play(setting.change(r["best"]))
         regimes = summarize_regimes(best or walk.result)
         whose = "of the best" if options.tune else "of the walk-forward"
         tell("\n" + format_regimes(regimes, whose + ", all minutes"))
@@ -1377,7 +1383,7 @@ def start_workers(count: int) -> Iterator[Executor]:
     # Each begins with Ctrl-C blocked, as we have it now: to answer it is for us alone.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for _ in range(count):
-        pool.submit(int)
+        pool.submit(int)  # nothing to do: it starts now
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield pool

@@ -179,8 +179,8 @@ def jump(pool: ProcessPoolExecutor) -> None:
             made[name][step] = maker.decision.base_spread_bps / 2
     rows = [[f"{s:+d}", *(f"{of[1200 + 10 * s]:.2f}" for of in made.values())]
             for s in (-1, 0, 1, 2, 5, 10, 30, 59, 62)]  # fmt: skip
-    show("5. A jump of 50 bps: half the base spread, bps, seconds after it, with the volatility of\n"
-         "now and with its average", ["seconds", *made], rows)
+    show("5. A jump of 50 bps: half the base spread, bps, seconds after it, from\n"
+         "the volatility of now and from its average", ["seconds", *made], rows)
 
 
 def who_hit_me(pool: ProcessPoolExecutor) -> None:

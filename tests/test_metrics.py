@@ -192,7 +192,7 @@ def test_too_few_minutes_or_none_that_differ_have_no_sharpe_ratio(net):
     ([0, 5, 4, 5, 1, 2, 5, 6], 4, 30, True),  # from the last moment at the peak to the first back
     ([0, 3, -1, 1], 4, 20, False),  # to the end of the data
     ([-2, -1, 0, 1], 2, 20, True),  # a loss from the start is one from 0
-    ([0, 1, 1, 2], 0, 0, None),
+    ([0, 1, 1, 2], 0, 0, True),
 ])  # fmt: skip
 def test_the_deepest_drawdown_and_how_long_it_lasted(net, depth, lasted_s, is_back):
     assert measure_drawdown(np.arange(len(net)) * 10.0, np.array(net, float)) == {

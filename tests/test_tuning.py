@@ -218,8 +218,7 @@ def test_a_search_that_ends_early_says_so_and_the_same_command_goes_on(
     assert "Traceback" not in err and 1 < len(kept) < len(trials_in(whole.folder))
     if what == "Ctrl-C":
         assert process.returncode == 0 and "stopped: the same command goes on" in out
-        best, _ = max(kept[1:], key=lambda trial: sum(trial[1][0][:SPLIT]))
-        assert json.loads((tmp_path / "best.json").read_text()) == best
+        assert not (tmp_path / "best.json").exists()  # of a part of the trials
     elif what == "a worker is killed":
         (line,) = [line for line in err.splitlines() if line.startswith("error")]
         assert process.returncode == 2 and "a worker was killed" in line and out == ""
