@@ -341,6 +341,7 @@ class Order:
     queue_ahead: float = INF  # base coin; inf where nothing can be seen
     queue_at_arrival: float = INF
     eaten: float = 0.0  # of the queue, by trades
+    due: float = 0.0  # base coin, our share of what trades left, below a lot so far
     next_message: int = 0  # of the tape
 
     def see_row(self, shown: float, exch_ns: int) -> None:
@@ -552,7 +553,9 @@ class PaperExchange:
                 rest, lot = size - order.queue_ahead, self.instrument.lot_size
                 order.eaten += size
                 if rest >= lot / 2:
-                    share = floor_to_lot(rest * self.participation, lot)
+                    order.due += rest * self.participation
+                    share = floor_to_lot(order.due, lot)
+                    order.due -= share
                     qty = order.left if self.peer_rules else min(order.left, share)
                     self._fill(order, qty, exch_ns, "queue")
                 order.queue_ahead = max(-rest, 0.0)
@@ -803,6 +806,7 @@ class MarketMaker:
         account, limit = self.account, self.parameters.max_drawdown_usdt
         mid_ticks = view.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
         account.mark(mid_ticks * self.instrument.tick_size)
+        account.peak_equity = max(account.peak_equity, account.equity)
         if limit is not None and account.peak_equity - account.equity > limit:
             self.is_stopped = True  # for good
         return mid_ticks
@@ -833,7 +837,6 @@ class MarketMaker:
         view, tick_size = market.book.view, self.instrument.tick_size
 
         # Mark the inventory, and measure the depth of a book that can be trusted.
-        account.peak_equity = max(account.peak_equity, account.equity)
         mid_ticks = self._mark(view, time_ns)
         move = NAN if self.is_cut_off else p.requote_move_bps * 1e-4
         self.mid_ticks, self.band_ticks = view.mid_ticks, view.mid_ticks * move

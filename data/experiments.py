@@ -13,7 +13,6 @@ The market maker is marketmaker.py at its defaults, but for what an experiment s
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +37,7 @@ SEEDS, HOURS = range(1, 9), 2
 PATHS = [FOLDER / f"seed-{seed}.jsonl.gz" for seed in SEEDS]
 TOUCH = {"default_spread_bps": 0.02, "min_half_spread_bps": 0.01}  # a quote at the best prices
 Runs = list[dict[str, Any]]  # the metrics of a setting, path by path
+Column = Callable[[Runs], str]  # of a table
 
 
 # ---- Paths and runs ----------------------------------------------------------------
@@ -53,29 +52,24 @@ def make_paths(pool: ProcessPoolExecutor) -> None:
         for seed, path in zip(SEEDS, PATHS) if not path.exists()
     ]  # fmt: skip
     for k, _ in enumerate(pool.map(partial(subprocess.run, check=True), commands), 1):
-        progress(f"{k} of {len(commands)} paths simulated")
-
-
-def progress(text: str) -> None:
-    """How far we are, on stderr."""
-    print(f"  {text}", file=sys.stderr, flush=True)
+        print(f"  {k} of {len(commands)} paths simulated", file=sys.stderr, flush=True)
 
 
 def play_one(path: Path, strategy: str | Callable, exchange: dict, given: dict) -> dict[str, Any]:
     """What a worker does: the metrics of one run."""
-    stamps = (backtest.stamp_file(path),)
-    setting = backtest.Setting(stamps, (None, None, None), given, strategy, exchange)
+    stamps, steps = (backtest.stamp_file(path),), (None, None, None)
+    setting = backtest.Setting(stamps, steps, given, strategy, exchange)
     return backtest.measure(backtest.play(setting))
 
 
 def play(pool: ProcessPoolExecutor, strategy: str | Callable | Sequence = "lp",
          exchange: dict | None = None, **given: Any) -> Runs:  # fmt: skip
     """One setting on every path; strategy and parameters may be one for each path."""
-    def of_path(k: int) -> tuple:
-        mine = {n: v[k] if isinstance(v, list) else v for n, v in given.items()}
-        return strategy[k] if isinstance(strategy, list) else strategy, exchange or {}, mine
-
-    waiting = [pool.submit(play_one, path, *of_path(k)) for k, path in enumerate(PATHS)]
+    waiting = []
+    for k, path in enumerate(PATHS):
+        of_path = [v[k] if isinstance(v, list) else v for v in (strategy, *given.values())]
+        mine = dict(zip(given, of_path[1:]))
+        waiting.append(pool.submit(play_one, path, of_path[0], exchange or {}, mine))
     return [future.result() for future in waiting]
 
 
@@ -84,128 +78,124 @@ def values(runs: Runs, name: str) -> np.ndarray:
     return np.array([run[name] for run in runs], float)
 
 
-def mean_text(x: np.ndarray, digits: int = 2) -> str:
+def with_error(x: np.ndarray) -> str:
     """Mean ± standard error over the paths."""
-    return f"{x.mean():+.{digits}f} ± {x.std(ddof=1) / math.sqrt(len(x)):.{digits}f}"
+    return f"{x.mean():+.2f} ± {x.std(ddof=1) / math.sqrt(len(x)):.2f}"
 
 
-def markout(runs: Runs, rule: str | None = None) -> str:
-    """The markout after 1 s, over the paths that have fills."""
+def mean(name: str, form: str) -> Column:
+    """A column: the plain mean over the paths."""
+    return lambda runs: format(values(runs, name).mean(), form)
+
+
+def error(name: str) -> Column:
+    """A column: mean ± standard error."""
+    return lambda runs: with_error(values(runs, name))
+
+
+def per_turnover(name: str) -> Column:
+    """A column: bps of the turnover."""
+    return lambda runs: with_error(values(runs, name) / values(runs, "turnover_usdt") * 1e4)
+
+
+def less(name: str, others: Runs) -> Column:
+    """A column: what there is more of than in other runs on the same paths."""
+    return lambda runs: with_error(values(runs, name) - values(others, name))
+
+
+def markout(runs: Runs, rule: str = "") -> str:
+    """A column: the markout after 1 s, over the paths that have fills."""
     cells = [run["rules"][rule]["markout"] if rule else run["markouts"]["both"]["1 s"]
              for run in runs]  # fmt: skip
     known = np.array([cell.mean for cell in cells if cell.n])
-    return mean_text(known) if len(known) > 1 else "-"
+    return with_error(known) if len(known) > 1 else "-"
 
 
-def show(title: str, head: list[str], rows: list[list[Any]]) -> None:
+GROSS, NET = error("gross_usdt"), error("net_usdt")
+FILLS, WIDTH = mean("fills", ",.0f"), mean("quoted_spread_bps", ".2f")
+
+
+def show(title: str, head: str, rows: list[list[Any]]) -> None:
     """A table with its title."""
-    print(f"\n{title}", *backtest.align([head, *rows]), sep="\n", flush=True)
+    print(f"\n{title}", *backtest.align([head.split(" | "), *rows]), sep="\n", flush=True)
+
+
+def compare(title: str, what: str, runs: dict[Any, Runs], columns: dict[str, Column]) -> None:
+    """A table of settings, a line each."""
+    rows = [[name, *(column(of) for column in columns.values())] for name, of in runs.items()]
+    show(title, " | ".join([what, *columns]), rows)
 
 
 # ---- The experiments ---------------------------------------------------------------
 
 
 def control_inventory(pool: ProcessPoolExecutor) -> None:
-    rows, free = [], play(pool, alpha=0.0)
-    for alpha in (0.0, 0.25, 1.0, 4.0):
-        runs = play(pool, alpha=alpha)
-        gross = values(runs, "gross_usdt")
-        rows.append([f"{alpha:g}", f"{values(runs, 'inventory_std').mean():.4f}",
-                     mean_text(gross), f"{gross.std(ddof=1):.2f}",
-                     mean_text(gross - values(free, "gross_usdt")),
-                     mean_text(values(runs, "max_drawdown_usdt"))])  # fmt: skip
-    show("1. Inventory control: what does the lean do?",
-         ["alpha", "sd of inventory", "gross", "sd over paths", "more than at 0", "drawdown"], rows)
+    runs = {alpha: play(pool, alpha=alpha) for alpha in (0.0, 0.25, 1.0, 4.0)}
+    compare("1. Inventory control: what does the lean do?", "alpha", runs, {
+        "sd of inventory": mean("inventory_std", ".4f"), "gross": GROSS,
+        "sd over paths": lambda runs: f"{values(runs, 'gross_usdt').std(ddof=1):.2f}",
+        "more than at 0": less("gross_usdt", runs[0.0]), "drawdown": error("max_drawdown_usdt"),
+    })  # fmt: skip
 
 
 def pay_the_fee(pool: ProcessPoolExecutor) -> None:
-    rows = []
-    for half in (0.5, 1.0, 2.0, 3.0, 4.0):
-        runs = play(pool, min_half_spread_bps=half)
-        even = values(runs, "gross_usdt") / values(runs, "turnover_usdt") * 1e4
-        rows.append([f"{half:g}", f"{values(runs, 'fills').mean():.0f}",
-                     mean_text(values(runs, "gross_usdt")), mean_text(values(runs, "fees_usdt")),
-                     mean_text(values(runs, "net_usdt")), mean_text(even)])  # fmt: skip
-    show("2. The fee, 2 bps a fill: which edge earns it, and at which fee would each break even?",
-         ["min_half_spread", "fills", "gross", "fees", "net", "break-even fee"], rows)
+    runs = {half: play(pool, min_half_spread_bps=half) for half in (0.5, 1.0, 2.0, 3.0, 4.0)}
+    compare("2. The fee, 2 bps a fill: which edge earns it, and at which fee does each break even?",
+            "min_half_spread", runs, {
+        "fills": FILLS, "gross": GROSS, "fees": error("fees_usdt"), "net": NET,
+        "break-even fee, bps": per_turnover("gross_usdt"),
+    })  # fmt: skip
 
 
 def choose_a_width(pool: ProcessPoolExecutor) -> None:
-    rows = []
-    for gamma in (0.0, 0.25, 0.5, 1.0, 2.0):
-        runs = play(pool, gamma=gamma)
-        rows.append([f"{gamma:g}", f"{values(runs, 'quoted_spread_bps').mean():.2f}",
-                     f"{values(runs, 'fills').mean():.0f}", markout(runs),
-                     mean_text(values(runs, "gross_usdt")),
-                     mean_text(values(runs, "net_usdt"))])  # fmt: skip
-    show("3. Width: what does a spread that follows volatility buy?",
-         ["gamma", "quoted spread", "fills", "markout 1 s", "gross", "net"], rows)
+    runs = {gamma: play(pool, gamma=gamma) for gamma in (0.0, 0.25, 0.5, 1.0, 2.0)}
+    compare("3. Width: what does a spread that follows volatility buy?", "gamma", runs, {
+        "quoted spread": WIDTH, "fills": FILLS, "markout 1 s": markout, "gross": GROSS, "net": NET,
+    })  # fmt: skip
 
 
 def grow_stale(pool: ProcessPoolExecutor) -> None:
-    rows = []
-    for move in (0.25, 0.5, 1.0, 2.0, 5.0):
-        runs = play(pool, requote_move_bps=move)
-        captured = values(runs, "spread_captured_usdt") / values(runs, "turnover_usdt") * 1e4
-        rows.append([f"{move:g}", f"{values(runs, 'orders_sent').mean():,.0f}",
-                     f"{values(runs, 'fills').mean():.0f}", mean_text(captured),
-                     f"{values(runs, 'quoted_spread_bps').mean() / 2:.2f}",
-                     mean_text(values(runs, "gross_usdt"))])  # fmt: skip
-    show("4. Staleness: a quote that waits for a larger move of the mid",
-         ["requote_move", "orders", "fills", "captured, bps", "half spread", "gross"], rows)
+    runs = {move: play(pool, requote_move_bps=move) for move in (0.25, 0.5, 1.0, 2.0, 5.0)}
+    compare("4. Staleness: a quote that waits for a larger move of the mid", "requote_move", runs, {
+        "orders": mean("orders_sent", ",.0f"), "fills": FILLS, "quoted spread": WIDTH,
+        "captured, bps": per_turnover("spread_captured_usdt"), "gross": GROSS,
+    })  # fmt: skip
 
 
 def jump(pool: ProcessPoolExecutor) -> None:
-    """A market that rests within a tick, and jumps by 50 bps after two minutes."""
-    instrument, sigma_of = feed.Instrument(), {"now": "volatility", "average": "ema_volatility"}
-    made: dict[str, dict[int, float]] = {}
-    for name, attribute in sigma_of.items():
-        def quote(p: Any, market: Any, q: float, attribute: str = attribute) -> opt.Distances:
-            known = SimpleNamespace(volatility=getattr(market, attribute),
-                                    liquidity=market.liquidity, depth_musd=market.depth_musd)
-            return opt.quote_by_program(p, known, q)
-
-        maker = marketmaker.MarketMaker(opt.Parameters(), instrument, strategy=quote)
-        parser, rng, made[name] = feed.Parser(instrument), np.random.default_rng(1), {}
-        for step in range(1850):
-            tick = 650_000 + int(rng.integers(2)) + 3250 * (step >= 1200)
-            sides = [[[f"{(tick - side * k - (side > 0)) / 10:.1f}", "2"] for k in range(60)]
-                     for side in (1, -1)]  # fmt: skip
-            data = dict(s="BTCUSDT", b=sides[0], a=sides[1], u=step + 1, seq=step)
-            line = dict(topic="orderbook.200.BTCUSDT", type="snapshot", data=data)
-            time_ms = 1_767_225_600_000 + 100 * step
-            text = json.dumps(line | dict(ts=time_ms, cts=time_ms))
-            maker.take(parser.parse(time_ms * feed.MS, text))
-            made[name][step] = maker.decision.base_spread_bps / 2
-    rows = [[f"{s:+d}", *(f"{of[1200 + 10 * s]:.2f}" for of in made.values())]
-            for s in (-1, 0, 1, 2, 5, 10, 30, 59, 62)]  # fmt: skip
-    show("5. A jump of 50 bps: half the base spread, bps, seconds after it, from\n"
-         "the volatility of now and from its average", ["seconds", *made], rows)
+    market, rows, p = marketmaker.Market(), [], opt.Parameters()
+    for second in range(-90, 70):
+        mid_price = 65_000 * (1 + 50e-4 * (second >= 0)) + 2 * (second % 2)
+        market.measure_second(second * feed.NS, mid_price, 0.3, 0.1, p.half_life_s)
+        known = market.liquidity, 1.0
+        halves = (opt.base_spread_function(p, sigma, *known).total_bps / 2
+                  for sigma in (market.volatility, market.ema_volatility))  # fmt: skip
+        rows.append([f"{second:+d}", *(f"{half:.2f}" for half in halves)])
+    show("5. A jump of 50 bps: half the base spread, bps, seconds after it, from",
+         "seconds | the volatility of now | its average",
+         [rows[90 + k] for k in (-1, 0, 1, 2, 5, 10, 30, 59, 60)])  # fmt: skip
 
 
 def who_hit_me(pool: ProcessPoolExecutor) -> None:
     rows, kinds = [], {"our defaults": play(pool), "at the touch": play(pool, "fixed", **TOUCH)}
     for name, runs in kinds.items():
-        total = values(runs, "fills").sum()
         for rule in marketmaker.RULES[:3]:
             count = sum(run["rules"][rule]["fills"] for run in runs)
-            rows.append([name, rule, count, f"{count / total:.0%}", markout(runs, rule)])
+            share = count / values(runs, "fills").sum()
+            rows.append([name, rule, f"{count:,}", f"{share:.0%}", markout(runs, rule)])
     show("6. Who hit me: fills by the rule that made them",
-         ["quote", "rule", "fills", "share", "markout 1 s"], rows)
+         "quote | rule | fills | share | markout 1 s", rows)
 
 
 def wait_in_the_queue(pool: ProcessPoolExecutor) -> None:
-    rows, settings = [], [(m, {}, {"fill_model": m}) for m in opt.FILL_MODELS]
-    settings += [("queue, 5 ms", {}, {"order_latency_ms": 5.0}),
-                 ("queue, 500 ms", {}, {"order_latency_ms": 500.0}),
-                 ("queue, a fifth of the rest", {"participation": 0.2}, {})]  # fmt: skip
-    for name, exchange, given in settings:
-        runs = play(pool, "fixed", exchange, **TOUCH, **given)
-        rows.append([name, f"{values(runs, 'fills').mean():.0f}", markout(runs),
-                     mean_text(values(runs, "gross_usdt")),
-                     mean_text(values(runs, "net_usdt"))])  # fmt: skip
-    show("7. The queue at the touch: what a fill model makes of the same quotes",
-         ["fills by", "fills", "markout 1 s", "gross", "net"], rows)
+    runs = {m: play(pool, "fixed", **TOUCH, fill_model=m) for m in opt.FILL_MODELS}
+    for ms in (5.0, 500.0):
+        runs[f"queue, {ms:g} ms"] = play(pool, "fixed", **TOUCH, order_latency_ms=ms)
+    runs["queue, a fifth"] = play(pool, "fixed", {"participation": 0.2}, **TOUCH)
+    compare("7. The queue at the touch: what fill model, latency and share of the rest make of it",
+            "fills by", runs, {
+        "fills": FILLS, "markout 1 s": markout, "gross": GROSS, "net": NET,
+    })  # fmt: skip
 
 
 def overfit(pool: ProcessPoolExecutor) -> None:
@@ -216,9 +206,9 @@ def overfit(pool: ProcessPoolExecutor) -> None:
     best = grid[int(np.argmax(nets))]
     gain = values(play(pool, **best), "gross_usdt") - values(play(pool), "gross_usdt")
     rows = [["on the path where it was chosen", f"{gain[0]:+.2f}"],
-            ["on the seven others", mean_text(gain[1:])]]  # fmt: skip
+            ["on the seven others", with_error(gain[1:])]]  # fmt: skip
     show(f"8. Overfitting: the best of {len(grid)} by gross on path 1 ({opt.in_words(best)}),\n"
-         "against the defaults", ["", "gross, more than the defaults"], rows)
+         "against the defaults", " | gross, more than the defaults", rows)
 
 
 def with_fee(quote: Callable, p: opt.Parameters, market: Any, q: float) -> opt.Distances:
@@ -238,7 +228,7 @@ def compare_strategies(pool: ProcessPoolExecutor) -> None:
             for d, r in zip(distances, rates)]  # fmt: skip
     show("9. Strategies. First the fit for Avellaneda-Stoikov: fills at fixed distances\n"
          f"A = {np.exp(levels).mean():.3f} a second, k = {-slopes.mean():.2f} per bp (means)",
-         ["distance, bps", "fills in 1000 s", "A exp(-k d)"], rows)  # fmt: skip
+         "distance, bps | fills in 1000 s | A exp(-k d)", rows)
 
     lp = play(pool)
     width = values(lp, "quoted_spread_bps")
@@ -250,33 +240,28 @@ def compare_strategies(pool: ProcessPoolExecutor) -> None:
         "as, fitted": play(pool, fitted),
         "as, fitted, and the fee": play(pool, [partial(with_fee, quote) for quote in fitted]),
     }
-    rows = []
-    for name, runs in others.items():
-        rows.append([name, f"{values(runs, 'quoted_spread_bps').mean():.2f}",
-                     f"{values(runs, 'fills').mean():.0f}",
-                     f"{values(runs, 'inventory_std').mean():.4f}",
-                     mean_text(values(runs, "gross_usdt")), mean_text(values(runs, "net_usdt")),
-                     mean_text(values(lp, "net_usdt") - values(runs, "net_usdt"))])  # fmt: skip
-    show("and what each earns on the same paths",
-         ["strategy", "spread", "fills", "sd of inventory", "gross", "net", "lp's net - its"], rows)
+    compare("and what each earns on the same paths", "strategy", others, {
+        "spread": WIDTH, "fills": FILLS, "sd of inventory": mean("inventory_std", ".4f"),
+        "gross": GROSS, "net": NET, "net, more than lp": less("net_usdt", lp),
+    })  # fmt: skip
 
 
-EXPERIMENTS = [control_inventory, pay_the_fee, choose_a_width, grow_stale, jump, who_hit_me,
-               wait_in_the_queue, overfit, compare_strategies]  # fmt: skip
+EXPERIMENTS = (
+    control_inventory, pay_the_fee, choose_a_width, grow_stale, jump, who_hit_me,
+    wait_in_the_queue, overfit, compare_strategies,
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(description="Experiments on SYNTHETIC paths.")
-    parser.add_argument("numbers", type=int, nargs="*", help="which of 1 to 9 (default: all)")
-    numbers = parser.parse_args(arguments).numbers or range(1, 10)
-    if not set(numbers) <= set(range(1, 10)):
-        parser.error(f"{[*numbers]}: there are the experiments 1 to 9: name some of them")
+    parser.add_argument("numbers", type=int, nargs="*", choices=range(1, 10), default=range(1, 10))
+    numbers = parser.parse_args(arguments).numbers
     with ProcessPoolExecutor() as pool:
         make_paths(pool)
         print(f"SYNTHETIC data: {len(PATHS)} paths of {HOURS} h; mean ± standard error over them")
         for number in numbers:
-            progress(f"experiment {number}")
+            print(f"  experiment {number}", file=sys.stderr, flush=True)
             EXPERIMENTS[number - 1](pool)
     return 0
 

@@ -282,8 +282,9 @@ STORIES = {
     "what is left of trades fills us bit by bit and never beyond the order": story(
         [O2, trade(200, -2, 3), trade(201, -2, 1.5), trade(202, -2, 0.25), trade(203, -2, 50),
          trade(204, -2, 50)], [(201, -2, 0.5), (202, -2, 0.25), (203, -2, 0.25)]),
-    "participation bounds our share of what is left": story(
-        [O2, trade(200, -2, 4.5)], [(200, -2, 0.25)], exchange=dict(participation=0.5)),
+    "participation bounds our share of what is left, and what is below a lot adds up": story(
+        [O2, trade(200, -2, 4.5), trade(210, -2, 0.125), trade(220, -2, 0.125)],
+        [(200, -2, 0.25), (220, -2, 0.125)], exchange=dict(participation=0.5)),
     "a trade that the displayed size already knows does not eat the queue": story(
         [O2, book(200, {-2: 4}), trade(200, -2, 4), trade(211, -2, 4.5)], [(211, -2, 0.5)]),
     "only the opposite aggressor meets us": story(
@@ -539,6 +540,17 @@ def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good(
     assert maker.decision.reason == "drawdown limit" and len(maker.account.fills) == 4
     assert maker.account.inventory == 0
     assert all(order.cancel_ns < NEVER for order in maker.exchange.orders)
+
+
+def test_the_peak_of_the_equity_is_its_highest_mark_at_whole_seconds_too():
+    maker = warm(max_drawdown_usdt=2.5)
+    maker.account.inventory, maker.account.cash = 1.0, 4 - 50_000.0
+    maker.hear(delta(12_600, {5: 1}, {1: 0, 2: 0, 3: 0, 7: 1}))  # by 3 USDT: equity 7
+    maker.hear(delta(13_200, {5: 0}, {7: 0, 1: 1}))  # and back
+    maker.hear(delta(13_900))
+    assert maker.account.peak_equity == 7 and not maker.is_stopped
+    maker.hear(delta(14_100))
+    assert maker.is_stopped and maker.account.equity == 4
 
 
 # ---- 7. The quote ------------------------------------------------------------------
