@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
+import math
 import re
 import shlex
 import shutil
@@ -11,7 +14,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import experiments
+import numpy as np
 import pytest
+from scipy.optimize import linprog
 
 import backtest
 import feed
@@ -22,6 +28,7 @@ ROOT = Path(feed.__file__).parent
 MODULES = ("feed", "optimize", "marketmaker", "backtest")
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+WORDS = ("source", "reason")
 COMMANDS = [line for kind, text in FENCES if kind == "sh" for line in text.splitlines()]
 NEEDS_THE_NET = [line for kind, text in FENCES if kind == "console" for line in text.splitlines()]
 
@@ -32,6 +39,7 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for path in (*ROOT.glob("*.py"), ROOT / "data"):
         (folder / path.name).symlink_to(path)
+    (folder / "mine.py").write_text(next(text for kind, text in FENCES if "def quote" in text))
     return folder
 
 
@@ -85,9 +93,55 @@ def test_results_of_baselines_and_frictions_are_those_of_the_readme(tmp_path):
         assert shown == [cell.replace("\u2212", "-") for cell in (fills, gross, net)], options
 
 
+def chords(low: float, high: float, step: float) -> list[tuple[float, float]]:
+    """u + v and u v of the chords that cover low to high."""
+    grid = step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
+    return [(u + v, u * v) for u, v in itertools.pairwise(grid)]
+
+
+@cache
+def distances(q: float, d_min: float) -> list[float]:
+    """d_b and d_a by the program, for q from 0 on and alpha = beta = 1."""
+    rows = [([-1, -1, 0, 0, 0], -1)]
+    rows += [([-k, k, -1, 0, 0], uv - k * q) for k, uv in chords(-1, 1, 1 / 32 / math.sqrt(2))]
+    rows += [([k, 0, 0, -1, 0], uv) for k, uv in chords(0, 2, 1 / 32)]
+    rows += [([0, k, 0, 0, -1], uv) for k, uv in chords(0, 2, 1 / 32)]
+    bounds = [(d_min, 2)] * 2 + [(0, None)] * 3
+    return linprog([0, 0, 1, 1, 1], *zip(*rows), bounds=bounds).x[:2].tolist()
+
+
+def test_every_quote_of_the_sample_follows_from_the_formulas_of_the_readme_alone(workplace):
+    (command,) = (line for line in COMMANDS if "--log backtest-decisions.csv" in line)
+    run(command, workplace)
+    with open(workplace / "backtest-decisions.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "lp"]
+    for row in rows:
+        r = {name: float(text or "nan") for name, text in row.items() if name not in WORDS}
+        mid, depth = r["mid_price"], (r["bid_depth"] + r["ask_depth"]) / 2
+        S = max(0.5, 2 * 0.5 * r["volatility"] * math.sqrt(10)
+                + 1 / (1 + r["liquidity"]) + 1 / (1 + depth * mid * 1e-6))  # fmt: skip
+        steps = round(r["inventory"] / 0.1 * 200)
+        d_min = min(math.ceil(0.5 / S * 64 - 1e-9) / 64, 1)
+        d_b, d_a = distances(abs(steps) / 200, d_min)[:: 1 if steps >= 0 else -1]
+        bid = math.floor(mid * (1 - d_b * S * 1e-4) / 0.1 + 1e-9)
+        ask = math.ceil(mid * (1 + d_a * S * 1e-4) / 0.1 - 1e-9)
+        bid = min(bid, round(r["best_ask"] / 0.1) - 1)
+        ask = max(ask, round(r["best_bid"] / 0.1) + 1)
+        assert S == pytest.approx(r["base_spread_bps"], rel=1e-7)
+        for price, ours in ((r["bid_price"], bid), (r["ask_price"], ask)):
+            assert math.isnan(price) or round(price / 0.1) == ours, row["time_ns"]
+    assert len(rows) > 1000
+
+
+def test_the_jump_of_the_readme_is_that_of_the_experiment(capsys):
+    experiments.jump(None)
+    printed = capsys.readouterr().out.strip()
+    assert printed in README
+
+
 def test_files_named_in_the_readme_exist():
     for name in re.findall(r"`([\w/]+\.(?:py|md|png|txt|gz))`", README):
-        assert (ROOT / name).exists(), name
+        assert (ROOT / name).exists() or name == "mine.py", name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists(), picture
 
