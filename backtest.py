@@ -202,6 +202,7 @@ def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
 
 HORIZONS_S = np.array([0.1, 1, 10, 60])  # of markouts
 OUTAGE_S = (5.0, 60.0)  # shortest and longest
+FRICTIONLESS = {"participation": 1.0, "impact_bps": 0.0, "peer_rules": False}
 
 
 @dataclass(frozen=True)
@@ -287,8 +288,12 @@ def play(
     maker.finish()
     columns = maker.history.columns()
     minutes_ns = data.minutes_ns[data.minutes_ns + MINUTE_NS <= columns["time_ns"][-1]]
-    title = data.title + ("" if setting.strategy == "lp" else f"   strategy {setting.strategy}")
-    title += "   STOPPED EARLY" if stop and stop.is_set else ""
+    is_stopped = bool(stop and stop.is_set)
+    differing = opt.in_words(opt.differing(setting.parameters)) or "parameters at their defaults"
+    words = [f"strategy {maker.strategy_name}", differing]
+    words += [f"{n} {v:g}" for n, v in setting.exchange.items() if v != FRICTIONLESS[n]]
+    words += [f"{len(setting.outages)} outages"] if setting.outages else []
+    title = f"{data.title}{'   STOPPED EARLY' * is_stopped}\n{', '.join(words)}"
     return Result(setting, title, maker, fills, columns, sent, minutes_ns, np.concatenate(markouts))
 
 
@@ -547,6 +552,10 @@ def measure(result: Result) -> dict[str, Any]:
             outages.append(dict(start_ns=begin_ns, end_ns=end_ns, net_usdt=cost, fills=inside))
 
     return {
+        "title": result.title,
+        "data": [path for path, *_ in result.setting.stamps],
+        "strategy": result.setting.strategy,
+        "parameters": opt.differing(maker.parameters),
         "is_synthetic": result.setting.data.is_synthetic,
         "first_event_utc": clock_text(maker.first_ns),
         "last_event_utc": clock_text(maker.last_ns),
@@ -646,7 +655,7 @@ def align(rows: Sequence[Sequence[Any]]) -> list[str]:
 def format_table(metrics: dict[str, Any], result: Result) -> str:
     """The metrics to read: label with unit, value, what it means."""
     refused = ", ".join(f"{n} {why}" for why, n in metrics["refused"].items())
-    names = {"title": result.title, "coin": result.maker.instrument.base_coin, "refused": refused}
+    names = {"coin": result.maker.instrument.base_coin, "refused": refused}
     names["round_trip_bps"] = 2 * result.maker.parameters.maker_fee_bps
     lines = []
 
@@ -1190,13 +1199,12 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
 
 def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
     """What the flags say of parameters and frictions, for some files of data."""
-    frictions = ("participation", "impact_bps", "peer_rules")
     setting = Setting(
         stamps=tuple(map(stamp_file, files)),
         steps=(options.tick_size, options.lot_size, options.depth),
         given=mm.given_parameters(options),
         strategy=options.strategy[0],
-        exchange={name: getattr(options, name) for name in frictions},
+        exchange={name: getattr(options, name) for name in FRICTIONLESS},
     )
     _ = setting.parameters  # raises what is wrong with them
     outages = draw_outages(options.outages, setting.data.tapes, default_rng(options.seed))
@@ -1281,25 +1289,22 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
     write_json(folder / "metrics.json", metrics)
     c, digits = result.columns, result.maker.instrument.digits
 
-    def cells(*values: float) -> str:
-        return ",".join("" if x != x else f"{x:.9g}" for x in values)
-
     quotes = ["time_ns,bid_price,bid_qty,ask_price,ask_qty"]
     columns = [c[name][result.sent].tolist() for name in quotes[0].split(",")]
     for time_ns, bid, bid_qty, ask, ask_qty in zip(*columns):
-        orders = [f"{p:.{digits}f},{cells(qty)}" if p == p else ","
+        orders = [f"{p:.{digits}f},{mm.plain(qty)}" if p == p else ","
                   for p, qty in ((bid, bid_qty), (ask, ask_qty))]  # fmt: skip
         quotes.append(f"{time_ns},{','.join(orders)}")
 
     fills = ["time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead,rule"]
     for f in result.fills:
-        side, numbers = "buy" if f.side == feed.BID else "sell", cells(*f[3:8])
+        side, numbers = "buy" if f.side == feed.BID else "sell", ",".join(map(mm.plain, f[3:8]))
         fills.append(f"{f.time_ns},{f.recv_ns},{side},{numbers},{f.rule}")
 
     equity, gross = ["time_ns,mid_price,inventory,gross,fees,net"], c["equity"] + c["fees_paid"]
     table = (c["time_ns"], c["mid_price"], c["inventory"], gross, c["fees_paid"], c["equity"])
     for time_ns, *values in zip(*(column.tolist() for column in table)):
-        equity.append(f"{time_ns},{cells(*values)}")
+        equity.append(",".join([str(time_ns), *map(mm.plain, values)]))
 
     for name, lines in (("quotes", quotes), ("fills", fills), ("equity", equity)):
         write_text(folder / f"{name}.csv", "\n".join(lines))

@@ -277,6 +277,12 @@ LOGGED = Decision._fields[: Decision._fields.index("fees_paid")] + ("source", "r
 NUMBERS = Decision._fields[1 : Decision._fields.index("source")]
 
 
+def plain(value: float) -> str:
+    """A number in 9 significant digits, never with an exponent; empty for nan."""
+    text = "" if value != value else f"{value:.9g}"
+    return np.format_float_positional(float(text), trim="-") if "e" in text else text
+
+
 def log_row(decision: Decision, digits: int) -> str:
     """A line of the log; empty where nothing is known. digits: decimals of a price."""
     price = f".{digits}f"
@@ -286,7 +292,8 @@ def log_row(decision: Decision, digits: int) -> str:
     for name in LOGGED[:-2]:
         value = getattr(decision, name)
         is_missing = value != value or (name.endswith("_qty") and not value)
-        cells.append("" if is_missing else format(value, forms.get(name, ".9g")))
+        text = format(value, forms[name]) if name in forms else plain(value)
+        cells.append("" if is_missing else text)
     reason = decision.reason.replace(",", ";").replace("\n", " ")
     return ",".join([*cells, decision.source, reason]) + "\n"
 
@@ -1134,7 +1141,9 @@ class Session:
         print(self.describe(SUMMARY), end="", file=self.stream)
         if self.options.plot and maker.messages:
             rows = plot_rows(maker, maker.history.columns())
-            title = f"{self.title}\nminutes since {clock_text(maker.first_ns)} UTC"
+            words = opt.in_words(opt.differing(maker.parameters)) or "parameters at their defaults"
+            title = f"{self.title}   {maker.strategy_name}, {words}\n"
+            title += f"minutes since {clock_text(maker.first_ns)} UTC"
             draw_figure(rows, title, self.options.plot, shared=len(rows))
 
     def look(self) -> None:
