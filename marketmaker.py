@@ -587,15 +587,11 @@ class PaperExchange:
         account, p, side = self.account, self.parameters, order.side
         price = side * order.level * self.instrument.tick_size
         fee = price * qty * (p.taker_fee_bps if rule == "taker" else p.maker_fee_bps) * 1e-4
-        # The account may be marked to a later second already: back to the fill's mid, settle,
-        # and on to where it was. The sum of the revaluations stays true.
-        marked = account.mid_price
         account.mark(self.mid_price * (1 + self.shift_bps(self.recv_ns) * 1e-4))
         account.settle(Fill(
             exch_ns, max(self.recv_ns, self.back_ns), side, price, qty, fee, account.mid_price,
             order.queue_ahead, order.queue_at_arrival, order.arrival_ns, rule,
         ))  # fmt: skip
-        account.mark(marked)
         order.left = round(order.left - qty, 9)
         if order.left <= 0:
             self.orders.remove(order)
@@ -649,7 +645,7 @@ class MarketMaker:
         self.band_ticks = NAN
         self.second_ns = 0  # the next whole second of receive time
         self.tape = feed.build_tape([])
-        self.heard = self.matched = 0  # its first message not yet heard; not yet matched
+        self.heard = 0  # its first message not yet heard
         self.turnover = np.zeros(0)  # of each trade of the tape, ticks x base coin
         self.traded: list[float] = []  # the turnover heard of in this second
         self.first_ns = self.last_ns = self.messages = 0
@@ -665,7 +661,7 @@ class MarketMaker:
 
     def follow(self, tape: Tape) -> None:
         """Hear messages until something is due; decide; go on."""
-        self.tape, self.heard, self.matched = tape, 0, 0
+        self.tape, self.heard = tape, 0
         self.turnover = np.abs(tape.trade_level) * tape.trade_size
         mids = tape.mid_ticks
         self.messages += len(tape)
@@ -702,12 +698,11 @@ class MarketMaker:
                 self._hear(m + 1)
                 self.decide(now_ns)
                 m += 1
-        self.flush()
         self.exchange.end(tape)
         self.last_ns = max(self.last_ns, tape.recv_ns.item(-1))
 
     def _hear(self, stop: int) -> None:
-        """Messages before `stop` of the tape have come."""
+        """Messages before `stop` have come: our orders meet them, and the book shows them."""
         first, last = self.tape.first_trade.item(self.heard), self.tape.first_trade.item(stop)
         if last > first:
             self.traded += self.turnover[first:last].tolist()
@@ -715,20 +710,14 @@ class MarketMaker:
             parts.append((self.tape, first, last))
             while parts[0][0].trade_ns[parts[0][2] - 1] < newest_ns - MINUTE_NS - LATE_NS:
                 parts.popleft()
+        self.exchange.match(self.tape, self.heard, stop)
         self.heard = stop
         book = self.tape.last_book.item(stop - 1) if stop else -1
         if book >= 0:
             self.market.book_recv_ns = self.tape.recv_ns.item(book)
 
-    def flush(self) -> None:
-        """Match what was heard; the book then shows it. A snapshot begins a slice."""
-        if self.matched < self.heard:
-            self.exchange.match(self.tape, self.matched, self.heard)
-            self.matched = self.heard
-
     def _change_rules(self, m: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
-        self.flush()
         self._hear(m + 1)
         market, note, is_due = self.market, self.tape.notes.get(m, {}), True
         if self.tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
@@ -794,10 +783,7 @@ class MarketMaker:
 
     def _pass_second(self, second_ns: int) -> None:
         """The mid after the last message before this second is a point of the grid."""
-        if self.parameters.max_drawdown_usdt is not None or self.exchange.impact_bps:
-            self.flush()  # the account of now is needed, and not only the mid
-        is_behind = self.matched < self.heard
-        view = self.tape.view(self.heard - 1) if is_behind else self.market.book.view
+        view = self.market.book.view
         self._mark(view, second_ns)
         tick_size, mid_price = self.instrument.tick_size, self.account.mid_price
         turnover_musd = math.fsum(self.traded) * tick_size * 1e-6  # subtle: exact in any order
@@ -839,7 +825,6 @@ class MarketMaker:
         """Measure, choose, quote, log; the next decision is due an interval later."""
         if self.is_cut_off and self.last_guard == "outage":
             return
-        self.flush()
         p, market, account = self.parameters, self.market, self.account
         view, tick_size = market.book.view, self.instrument.tick_size
 
