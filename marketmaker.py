@@ -1066,20 +1066,15 @@ def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path,
 # ---- Running -----------------------------------------------------------------------
 
 
-def read_parameters(path: Path | None) -> dict[str, Any]:
-    """The values in FILE.json of --params; UserError unless it holds a JSON object."""
+def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """What the user set: the flags, before the values in FILE.json of --params."""
+    path, flags = options.params, {name: getattr(options, name) for name in opt.FIELDS}
     try:
-        return {**json.loads(path.read_text())} if path else {}
+        values = {**json.loads(path.read_text())} if path else {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         rule = 'it must hold one JSON object such as {"alpha": 2}'
         raise UserError(f"--params {path}: {error}: {rule}") from None
-
-
-def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
-    """What the user set: the flags before the file."""
-    flags = {name: getattr(options, name) for name in opt.FIELDS}
-    given = {name: value for name, value in flags.items() if value is not None}
-    return {**read_parameters(options.params), **given}
+    return values | {name: value for name, value in flags.items() if value is not None}
 
 
 def choose_parameters(given: Mapping[str, Any], start: Mapping[str, Any],
