@@ -604,22 +604,6 @@ class PaperExchange:
 # ---- The market maker ---------------------------------------------------------------
 
 
-def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
-    """A strategy and its name: a function, a name of optimize.STRATEGIES, or a file that defines
-    quote(parameters, market, q) -> (bid_bps, ask_bps), named as the file is.
-    """
-    if callable(strategy):
-        return strategy, getattr(strategy, "__name__", "a function")
-    if strategy in opt.STRATEGIES:
-        return opt.STRATEGIES[strategy], strategy
-    try:
-        return runpy.run_path(strategy)["quote"], Path(strategy).stem
-    except Exception as error:  # subtle: it is anybody's code, and may raise anything
-        names = ", ".join(opt.STRATEGIES)
-        raise UserError(f"--strategy {strategy}: {type(error).__name__}: {error}: give {names}, or "
-                        "a Python file with quote(parameters, market, q)") from None  # fmt: skip
-
-
 class MarketMaker:
     """Messages in, decisions out. Holds market, account, exchange and log."""
 
@@ -1075,6 +1059,22 @@ def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
         rule = 'it must hold one JSON object such as {"alpha": 2}'
         raise UserError(f"--params {path}: {error}: {rule}") from None
     return values | {name: value for name, value in flags.items() if value is not None}
+
+
+def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
+    """A strategy and its name: a function, a name of optimize.STRATEGIES, or a file that defines
+    quote(parameters, market, q) -> (bid_bps, ask_bps), named as the file is.
+    """
+    if callable(strategy):
+        return strategy, getattr(strategy, "__name__", "a function")
+    if strategy in opt.STRATEGIES:
+        return opt.STRATEGIES[strategy], strategy
+    try:
+        return runpy.run_path(strategy)["quote"], Path(strategy).stem
+    except Exception as error:  # subtle: it is anybody's code, and may raise anything
+        names = ", ".join(opt.STRATEGIES)
+        raise UserError(f"--strategy {strategy}: {type(error).__name__}: {error}: give {names}, or "
+                        "a Python file with quote(parameters, market, q)") from None  # fmt: skip
 
 
 def choose_parameters(given: Mapping[str, Any], start: Mapping[str, Any],
