@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: run test bench lint clean
+.PHONY: run test bench pictures lint clean
 run: $(VENV)/ready
 	$(PY) marketmaker.py
 
@@ -14,6 +14,12 @@ test: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(PY) tests/bench.py
+
+pictures: $(VENV)/ready
+	$(PY) marketmaker.py --replay data/sample.jsonl.gz --speed max --duration 1200 --plot data/session.png
+	$(PY) backtest.py --plot data/backtest.png
+	$(PY) backtest.py --tune --grid gamma=0.5,1,2,4 --grid delta=0,1,4 --walk-forward --regimes --plot data/search.png
+	$(PY) data/pictures.py
 
 lint: $(VENV)/ready
 	$(PY) -m pip install --quiet ruff && $(VENV)/bin/ruff check .

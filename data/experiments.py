@@ -162,18 +162,26 @@ def grow_stale(pool: ProcessPoolExecutor) -> None:
     })  # fmt: skip
 
 
-def jump(pool: ProcessPoolExecutor) -> None:
-    market, rows, p = marketmaker.Market(), [], opt.Parameters()
-    for second in range(-90, 70):
+def follow_jump(seconds: range) -> np.ndarray:
+    """Half the base spread around a jump of 50 bps at second 0: (seconds, 2), bps, by the
+    volatility of now and by its average.
+    """
+    market, halves, p = marketmaker.Market(), [], opt.Parameters()
+    for second in seconds:
         mid_price = 65_000 * (1 + 50e-4 * (second >= 0)) + 2 * (second % 2)
         market.measure_second(second * feed.NS, mid_price, 0.3, 0.1, p.half_life_s)
-        known = market.liquidity, 1.0
-        halves = (opt.base_spread_function(p, sigma, *known).total_bps / 2
-                  for sigma in (market.volatility, market.ema_volatility))  # fmt: skip
-        rows.append([f"{second:+d}", *(f"{half:.2f}" for half in halves)])
+        sigmas = market.volatility, market.ema_volatility
+        halves.append([opt.base_spread_function(p, sigma, market.liquidity, 1.0).total_bps / 2
+                       for sigma in sigmas])  # fmt: skip
+    return np.array(halves)
+
+
+def jump(pool: ProcessPoolExecutor) -> None:
+    halves = follow_jump(range(-90, 70))
+    rows = [[f"{k:+d}", *(f"{half:.2f}" for half in halves[90 + k])]
+            for k in (-1, 0, 1, 2, 5, 10, 30, 59, 60)]  # fmt: skip
     show("5. A jump of 50 bps: half the base spread, bps, seconds after it, from",
-         "seconds | the volatility of now | its average",
-         [rows[90 + k] for k in (-1, 0, 1, 2, 5, 10, 30, 59, 60)])  # fmt: skip
+         "seconds | the volatility of now | its average", rows)
 
 
 def who_hit_me(pool: ProcessPoolExecutor) -> None:
