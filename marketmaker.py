@@ -906,7 +906,7 @@ class MarketMaker:
 # ---- Display -----------------------------------------------------------------------
 
 ACCOUNT = """\
-Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills} fills{last_fill}
+Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills}{last_fill}
 Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
                gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
                a round trip costs {round_trip_bps:g} bps, twice the maker fee
@@ -1188,6 +1188,7 @@ class Session:
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
             feed_text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
+            feed_text = "ENDED   " if source.stopping.is_set() else feed_text
             feed_text += f"{source.reconnects} reconnects   "
         trades = [f"{'bought' if t.side == BID else 'sold'} {t.size:g}"
                   for t in market.recent_trades(maker.instrument.tick_size)[-3:]]  # fmt: skip
@@ -1200,7 +1201,8 @@ class Session:
         text = template.format(
             maker=maker, d=decision, a=account, p=maker.parameters, view=view, bid=bid, ask=ask,
             title=self.title, notice=self.notice, coin=maker.instrument.base_coin, market=market,
-            digits=digits, mid_digits=digits + 1, fills=len(account.fills), last_fill=last_fill,
+            digits=digits, mid_digits=digits + 1, last_fill=last_fill,
+            fills=f"{len(account.fills)} fill{'s' * (len(account.fills) != 1)}",
             bid_bps=1e4 * (1 - decision.bid_price / decision.mid_price),
             ask_bps=1e4 * (decision.ask_price / decision.mid_price - 1), margin=margin,
             first=clock_text(maker.first_ns), now=clock_text(maker.last_ns),

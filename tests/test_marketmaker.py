@@ -673,7 +673,7 @@ def test_a_replay_ends_with_a_summary_a_log_and_a_picture(recording, capsys):
     written = Path("log.csv").read_text()
     last = decisions(io.StringIO(written))[-1]
     assert (last["ms"], last["source"], last["inventory"]) == (16_500, "lp", "1")
-    for fact in ("REPLAY of short.gz", "24 messages", "+1 COIN", "1 fills", "net -6.00"):
+    for fact in ("REPLAY of short.gz", "24 messages", "+1 COIN", "1 fill ", "net -6.00"):
         assert fact in out, fact
     assert err == "" and Path("plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert replay("--log", "log.csv") == 2 and Path("log.csv").read_text() == written
@@ -755,7 +755,7 @@ def test_an_edit_of_params_in_a_replay_obeys_flag_file_recording_default_in_this
 
 FACTS = {  # by whether there is a terminal
     True: "COINUSDT linear   REPLAY, no order is ever sent, bid 49 999.5, mark 50 001.2, 0 gaps, "
-    "1 fills, bought 1 at 49 999.0, Base spread, lp, +1 COIN, net -9.00, gross +1.00",
+    "1 fill, bought 1 at 49 999.0, Base spread, lp, +1 COIN, net -9.00, gross +1.00",
     False: "COINUSDT linear   REPLAY, 2023-11-14 22:13:37, 50 000.00, lp, net -9.00",
 }
 
