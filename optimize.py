@@ -280,16 +280,17 @@ class Program(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The answer in units of S, and what its constraints cost (multipliers)."""
+    """The answer in units of S, and its multipliers: by how much C grows per unit more of a limit
+    (C is made of straight pieces: where two of them meet, the slope of one, or between them).
+    """
 
-    bid_distance: float = math.nan
-    ask_distance: float = math.nan
-    cost: float = math.nan  # C, the program's own piecewise cost
-    spread_price: float = math.nan  # dC per unit more of required spread
-    bid_edge_price: float = math.nan  # dC per unit more of d_min, bid
-    ask_edge_price: float = math.nan  # the same, ask
-    inventory_price: float = math.nan  # dC per unit more of q
-    failure: str = ""  # why there is no answer: trouble is data
+    bid_distance: float
+    ask_distance: float
+    cost: float  # C, the program's own piecewise cost
+    spread_price: float  # of the required spread
+    bid_edge_price: float  # of d_min, for the bid
+    ask_edge_price: float  # for the ask
+    inventory_price: float  # of q
 
 
 def _chords(low: float, high: float, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -314,20 +315,17 @@ def build_program(q: float, alpha: float, beta: float, d_min: float) -> Program:
 
 
 def solve_program(program: Program, solver: Callable = linprog) -> Solution:
-    """Solve one program; never raises: trouble comes back as Solution(failure=...)."""
+    """Solve one program; RuntimeError without a sound answer, and whatever the solver raises."""
     c, A_ub, b_ub, bounds = program
-    try:
-        result = solver(c, A_ub, b_ub, bounds=bounds)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        return Solution(failure=f"solver raised {type(error).__name__}: {error}")
+    result = solver(c, A_ub, b_ub, bounds=bounds)
     if result.status != 0:
-        return Solution(failure=f"solver status {result.status}: {result.message}")
+        raise RuntimeError(f"solver status {result.status}: {result.message}")
     # Check the answer against every row and bound; nan is neither within nor beyond.
     x = result.x
     low, high = bounds.T
     is_within = (low - FEASIBILITY <= x) & (x <= high + FEASIBILITY)
     if not (is_within.all() and (A_ub @ x <= b_ub + FEASIBILITY).all()):
-        return Solution(failure="the solver's answer breaks a constraint")
+        raise RuntimeError("the solver's answer breaks a constraint")
     # A multiplier says how the least cost changes with the limit of its row: dC/db_ub. The
     # limits of the inventory rows, which hold an r, move with q: by -k, as d_b is weighted.
     row_prices = result.ineqlin.marginals  # never positive
@@ -345,7 +343,7 @@ def solve_program(program: Program, solver: Callable = linprog) -> Solution:
 
 @lru_cache(maxsize=2048)
 def _remembered(steps: int, alpha: float, beta: float, d_min: float, solver: Callable) -> Solution:
-    """The answer at q = steps x Q_STEP, not below 0."""
+    """The answer at q = steps x Q_STEP, not below 0. What raises is not remembered."""
     return solve_program(build_program(steps * Q_STEP, alpha, beta, d_min), solver)
 
 
@@ -358,16 +356,11 @@ def solve_quote(
     steps = round(q / Q_STEP)
     d_min = min(math.ceil(d_min / D_MIN_STEP - 1e-9) * D_MIN_STEP, 1.0)
     solution = _remembered(abs(steps), alpha, beta, d_min, solver)
-    if solution.failure:
-        _remembered.cache_clear()  # a concession to simplicity: good answers go as well
-        return solution
     if steps < 0:
-        bid, ask, cost, spread_price, bid_price, ask_price, inventory_price, _ = solution
+        bid, ask, cost, spread_price, bid_price, ask_price, inventory_price = solution
         return Solution(ask, bid, cost, spread_price, ask_price, bid_price, -inventory_price)
-    if steps == 0:
-        # A kink of the cost: of its slopes take the middle, which favours no side.
-        return solution._replace(inventory_price=0.0)
-    return solution
+    # At 0 the cost has a kink: of its slopes take the middle, which favours no side.
+    return solution if steps else solution._replace(inventory_price=0.0)
 
 
 # ---- From market to distances, with fallback ---------------------------------------
@@ -384,31 +377,24 @@ class Distances(NamedTuple):
     ask_bps: float
     base_spread: BaseSpread | None = None
     solution: Solution | None = None
-    reason: str = ""  # why there is no answer, or not the strategy's own
+    reason: str = ""  # why they are not the strategy's own
     source: str = ""  # the strategy's name, last_good or default
-
-
-def validate_market(q: float, volatility: float, liquidity: float, depth_musd: float) -> str:
-    """What is wrong with the program's inputs; empty if nothing is."""
-    for name, value in dict(volatility=volatility, liquidity=liquidity, depth=depth_musd).items():
-        if not 0 <= value < INF:
-            return f"{name} is {value}"
-    return "" if -1 <= q <= 1 else f"inventory is {q} of its limit"
 
 
 def quote_by_program(
     parameters: Parameters, market: Any, q: float, solver: Callable = linprog
 ) -> Distances:
-    """The strategy `lp`: the base spread, placed by the program; nan with a reason if it fails."""
+    """The strategy `lp`: the base spread, placed by the program. It raises where it cannot."""
     p, inputs = parameters, (market.volatility, market.liquidity, market.depth_musd)
-    failure = validate_market(q, *inputs)
-    if failure:
-        return Distances(math.nan, math.nan, reason=failure)
+    for name, value in zip(("volatility", "liquidity", "depth_musd"), inputs):
+        if not 0 <= value < INF:
+            raise ValueError(f"{name} is {value}")
+    if not -1 <= q <= 1:
+        raise ValueError(f"inventory is {q} of its limit")
     base_spread = base_spread_function(p, *inputs)
     S = base_spread.total_bps
     solution = solve_quote(q, p.alpha, p.beta, p.min_half_spread_bps / S, solver)
-    bid_bps, ask_bps = solution.bid_distance * S, solution.ask_distance * S
-    return Distances(bid_bps, ask_bps, base_spread, solution, solution.failure)
+    return Distances(solution.bid_distance * S, solution.ask_distance * S, base_spread, solution)
 
 
 def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
@@ -445,18 +431,17 @@ def choose_distances(
     strategy: Callable, source: str, parameters: Parameters, market: Any, q: float,
     last_good: Distances | None = None, last_good_age_s: float = INF,
 ) -> Distances:  # fmt: skip
-    """The strategy's distances, or down a ladder of fallbacks where they are no quote."""
+    """The strategy's distances; where they are no quote, down a ladder of fallbacks."""
     try:
         distances = answer = strategy(parameters, market, q)
         if not isinstance(answer, Distances):
             bid_bps, ask_bps = answer
             distances = Distances(float(bid_bps), float(ask_bps))
-        is_quote = 0 < distances.bid_bps < INF and 0 < distances.ask_bps < INF
-        failure = "" if is_quote else distances.reason or f"{source} quotes {answer}"
+        if 0 < distances.bid_bps < INF and 0 < distances.ask_bps < INF:
+            return distances._replace(source=source)
+        failure = f"{source} quotes {answer}"
     except Exception as error:  # subtle: a strategy may be anybody's code, and raise anything
         failure = f"{source} failed: {type(error).__name__}: {error}"
-    if not failure:
-        return distances._replace(source=source)
     # last_good: the last such answer, in bps, while younger than fallback_max_age_s.
     if last_good is not None and last_good_age_s < parameters.fallback_max_age_s:
         return last_good._replace(source="last_good", reason=failure)
