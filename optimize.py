@@ -583,13 +583,10 @@ def draw_positions(n: int, block: float, count: int, rng: Generator) -> Iterator
 
 def draw_means(x: np.ndarray, block: float, count: int, rng: Generator) -> np.ndarray:
     """The mean of every column in every resample: (count, N)."""
-    n, means = len(x), []
-    for positions in draw_positions(n, block, count, rng):
-        # Count how often each row draws each period: the mean needs no more.
-        offsets = np.arange(len(positions))[:, None] * n
-        times = np.bincount((positions + offsets).ravel(), minlength=positions.size)
-        means.append(times.reshape(positions.shape).astype(float) @ x / n)
-    return np.concatenate(means)
+    draws, columns = draw_positions(len(x), block, count, rng), np.ascontiguousarray(x.T)
+    # One column at a time: a chunk of all columns would be large.
+    means = [[column[positions].mean(axis=1) for column in columns] for positions in draws]
+    return np.concatenate(means, axis=1).T
 
 
 def measure_paths(x: np.ndarray) -> dict[str, np.ndarray]:
