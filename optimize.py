@@ -103,15 +103,16 @@ CHUNK = 200_000  # positions drawn at a time
 PARTS = 10  # of the minutes, for the error of a Sharpe ratio
 PARTS_95 = 2.262  # Student's t with PARTS - 1 degrees of freedom, 95 %
 Number = float | np.ndarray
+Grid = Mapping[str, Sequence[Any]]  # the values to try, by name
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of mean and variance of a period
 
 
 # ---- Parameters --------------------------------------------------------------------
 
 
-def _number(default: float | None, low: float, high: float, help: str, fixed: bool = False) -> Any:
+def _number(default: Any, low: Any, high: Any, help: str, fixed: bool = False, **more: Any) -> Any:
     """A parameter and its limits; without an upper one (INF), 0 itself is refused."""
-    return field(default=default, metadata=dict(low=low, high=high, help=help, fixed=fixed))
+    return field(default=default, metadata=dict(low=low, high=high, help=help, fixed=fixed, **more))
 
 
 _fixed = partial(_number, fixed=True)  # it cannot change while the program runs
@@ -146,10 +147,7 @@ class Parameters:
     fallback_max_age_s: float = _number(5.0, 0, 60, "last good quote serves so long, s")
     max_mark_gap_bps: float = _number(50.0, 1, 1000, "mid to mark that pulls, bps")
     max_drawdown_usdt: float | None = _number(None, 0, INF, "loss from the peak that stops, USDT")
-    fill_model: str = field(
-        default="queue",
-        metadata=dict(choices=FILL_MODELS, help="how paper orders fill", fixed=True),
-    )
+    fill_model: str = _fixed("queue", None, None, "how paper orders fill", choices=FILL_MODELS)
 
 
 FIELDS = {parameter.name: parameter for parameter in fields(Parameters)}
@@ -159,43 +157,39 @@ def validate_parameters(parameters: Parameters, lot_size: float = 0.0) -> Parame
     """The same parameters, or a ValueError that names each wrong value, rule and remedy.
     An order must be of at least one lot (lot_size in base coin; 0: not checked).
     """
-    p = parameters
-    faults = [fault for name in FIELDS if (fault := _fault(name, getattr(p, name)))]
+    p, half = parameters, parameters.min_half_spread_bps
+    faults = {name: fault for name, value in vars(p).items() if (fault := _fault(name, value))}
     if not faults:
         # Each value is sound by itself. Do they fit each other, and the lot?
-        for name, least, why in (
-            ("default_spread_bps", 2 * p.min_half_spread_bps,
-             f"twice min_half_spread_bps = {p.min_half_spread_bps:g}: raise --default-spread-bps"),
-            ("max_inventory", p.order_qty,
-             f"order_qty = {p.order_qty:g}: raise --max-inventory or lower --order-qty"),
-            ("order_qty", lot_size * (1 - 1e-9), f"one lot of {lot_size:g}: raise --order-qty"),
-        ):  # fmt: skip
+        for name, least, what in (
+            ("default_spread_bps", 2 * half, f"twice min_half_spread_bps = {half:g}"),
+            ("max_inventory", p.order_qty, f"order_qty = {p.order_qty:g}"),
+            ("order_qty", lot_size * (1 - 1e-9), f"one lot of {lot_size:g}"),
+        ):
             if getattr(p, name) < least:
-                faults.append(f"{name} = {getattr(p, name):g} must be at least {why}")
+                faults[name] = f"must be at least {what}: raise"
     if faults:
-        raise ValueError("; ".join(faults))
+        words = (f"{name} = {getattr(p, name)!r} {fault} --{name.replace('_', '-')}"
+                 for name, fault in faults.items())  # fmt: skip
+        raise ValueError("; ".join(words))
     return parameters
 
 
 def _fault(name: str, value: Any) -> str:
-    """What is wrong with one value by itself; empty if nothing is."""
-    default, rule = FIELDS[name].default, FIELDS[name].metadata
-    flag = "--" + name.replace("_", "-")
-    is_off = value is None and default is None
-    if is_off or value in rule.get("choices", ()):
+    """The rule that a value by itself breaks, and the remedy; empty if it breaks none."""
+    rule = FIELDS[name].metadata
+    choices, low, high = rule.get("choices", ()), rule["low"], rule["high"]
+    if value is FIELDS[name].default or value in choices:
         return ""
-    if "choices" in rule:
-        choices = ", ".join(rule["choices"])
-        return f"{name} = {value!r} is none of {choices}: set {flag} to one of them"
+    if choices:
+        return f"is none of {', '.join(choices)}: set"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and abs(value) <= LARGEST):
-        return f"{name} = {value!r} is not a finite number: set {flag} to one"
-    low, high = rule["low"], rule["high"]
+        return "is not a finite number: set"
     if high == INF and value <= 0:
-        return f"{name} = {value:g} must be above 0: raise {flag}"
+        return "must be above 0: raise"
     if not low <= value <= high:
-        remedy = "raise" if value < low else "lower"
-        return f"{name} = {value:.12g} must lie in {low:.12g} to {high:.12g}: {remedy} {flag}"
+        return f"must lie in {low:.12g} to {high:.12g}: {'raise' if value < low else 'lower'}"
     return ""
 
 
@@ -215,10 +209,8 @@ def change_parameters(
 
 def in_words(changes: Mapping[str, Any]) -> str:
     """alpha 4, gamma 0.5"""
-    values = {n: changes[n] for n in FIELDS if n in changes}
-    words = (f"{n} {format(v, 'g') if isinstance(v, float | int) else v or 'off'}"
-             for n, v in values.items())  # fmt: skip
-    return ", ".join(words)
+    words = {n: f"{v:g}" if isinstance(v, float | int) else v or "off" for n, v in changes.items()}
+    return ", ".join(f"{name} {words[name]}" for name in FIELDS if name in words)
 
 
 def differing(parameters: Parameters) -> dict[str, Any]:
@@ -243,14 +235,13 @@ class BaseSpread(NamedTuple):
 
 
 def base_spread_function(
-    parameters: Parameters, volatility: float, liquidity: float, depth_musd: float
+    p: Parameters, volatility: float, liquidity: float, depth_musd: float
 ) -> BaseSpread:
     """The terms of S: a nervous, illiquid or thin market is quoted wider.
 
     >>> base_spread_function(Parameters(horizon_s=4), 0.5, liquidity=1, depth_musd=3)
     BaseSpread(volatility_bps=1.0, liquidity_bps=0.5, depth_bps=0.25, floor_bps=0.5)
     """
-    p = parameters
     return BaseSpread(
         volatility_bps=2 * p.gamma * volatility * math.sqrt(p.horizon_s),
         liquidity_bps=p.delta / (1 + liquidity / p.liquidity_scale_musd),
@@ -259,12 +250,9 @@ def base_spread_function(
     )
 
 
-def cost_function(
-    bid_distance: Number, ask_distance: Number, q: Number, alpha: float, beta: float
-) -> Number:
+def cost_function(d_b: Number, d_a: Number, q: Number, alpha: float, beta: float) -> Number:
     """The cost C of a quote, quadratic as at the top of this file; scalars or arrays."""
-    lean = bid_distance - ask_distance
-    return alpha * (q - lean) ** 2 + beta * (bid_distance**2 + ask_distance**2)
+    return alpha * (q - (d_b - d_a)) ** 2 + beta * (d_b**2 + d_a**2)
 
 
 # ---- The linear program ------------------------------------------------------------
@@ -306,8 +294,8 @@ def build_program(q: float, alpha: float, beta: float, d_min: float) -> Program:
     A_ub = np.vstack((  # columns d_b, d_a, r, p_b, p_a
         [-1, -1, 0, 0, 0],  # spread
         np.outer(k_r, [-1, 1, 0, 0, 0]) + [0, 0, -1, 0, 0],  # inventory
-        np.outer(k_p, [1, 0, 0, 0, 0]) + [0, 0, 0, -1, 0],  # bid price
-        np.outer(k_p, [0, 1, 0, 0, 0]) + [0, 0, 0, 0, -1],  # ask price
+        np.outer(k_p, [1, 0, 0, 0, 0]) + [0, 0, 0, -1, 0],  # bid risk
+        np.outer(k_p, [0, 1, 0, 0, 0]) + [0, 0, 0, 0, -1],  # ask risk
     ))  # fmt: skip
     b_ub = np.concatenate(([-1], uv_r - k_r * q, uv_p, uv_p))
     bounds = np.array([[d_min, D_MAX]] * 2 + [[0, INF]] * 3)
@@ -461,16 +449,14 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
 # ---- Searching: a grid, then a finer one around its best point ---------------------
 
 
-def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def expand_grid(grid: Grid) -> list[dict[str, Any]]:
     """Every combination of the values; those of the last name change fastest."""
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
 
-def finer_grid(
-    grid: Mapping[str, Sequence[float]], best: Mapping[str, float], limits: Mapping[str, tuple]
-) -> dict[str, list[float]]:
+def finer_grid(grid: Grid, best: Mapping[str, float], limits: Mapping[str, tuple]) -> Grid:
     """The best point of a grid and those half the way to its neighbours, rounded to 4 digits
-    and kept within the limits. A parameter with one value keeps it.
+    and kept within the limits (a limit of 0 may itself be refused). One value stays alone.
 
     >>> finer_grid({"alpha": [1, 2, 4]}, {"alpha": 4}, {"alpha": (0, 10)})
     {'alpha': [3.0, 4, 5.0]}
@@ -479,7 +465,7 @@ def finer_grid(
     for name in grid:
         values, centre = sorted(set(grid[name])), best[name]
         if len(values) > 1:
-            # One point more at each end, as far away as the last, so that there is no edge.
+            # One point more at each end, as far away as the last, so that all have neighbours.
             longer = [2 * values[0] - values[1], *values, 2 * values[-1] - values[-2]]
             k = longer.index(centre)
             halves = [float(f"{(centre + longer[j]) / 2:.4g}") for j in (k - 1, k + 1)]
@@ -488,10 +474,8 @@ def finer_grid(
     return finer
 
 
-def run_trials(
-    play: Callable[[Any], Any], configurations: Sequence[Any], executor: Executor,
-    is_stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[int, Any]]:  # fmt: skip
+def run_trials(play: Callable[[Any], Any], configurations: Sequence[Any], executor: Executor,
+               is_stopped: Callable = lambda: False) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """(k, play(configurations[k])) as they come, played by any executor's workers. What play
     raises is raised here, and BrokenExecutor if a worker dies. Once is_stopped, nothing
     more is waited for, and what has not begun is cancelled.
@@ -519,7 +503,7 @@ def net_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 def sharpe_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Sharpe ratio of a period; 0 where nothing changes: nothing earned, nothing risked."""
+    """Sharpe ratio of a period; 0 where nothing changes, be it a constant gain."""
     deviation = np.sqrt(np.maximum(variance, 0))
     is_flat = deviation <= 1e-6 * np.abs(mean) + 1e-12  # no more than rounding
     return np.where(is_flat, 0.0, mean / np.where(is_flat, 1.0, deviation))
@@ -632,11 +616,6 @@ def sharpe_error(x: np.ndarray) -> float:
     return float(np.std(means, ddof=1)) / math.sqrt(PARTS)
 
 
-def probabilistic_sharpe(sharpe: float, reference: float, error: float) -> float:
-    """PSR = Phi((SR - SR0) / SE): the confidence that the true ratio is above SR0."""
-    return float(ndtr((sharpe - reference) / error))
-
-
 def best_sharpe_by_luck(variance: float, trials: float) -> float:
     """SR0 = sqrt(V) ((1 - E) Phi^-1(1 - 1/N) + E Phi^-1(1 - 1/(N e))): the Sharpe ratio to
     expect of the best of N trials without skill. V variance of their ratios, E = 0.5772.
@@ -647,16 +626,16 @@ def best_sharpe_by_luck(variance: float, trials: float) -> float:
 
 
 def deflated_sharpe(sharpe: float, error: float, variance: float, trials: float) -> float:
-    """DSR = PSR(SR0): the confidence that the true ratio is above what the best of as many trials,
-    as scattered as these, shows by luck. No ratio is annualised. Bailey and Lopez de Prado
-    (2014); their example, with skew -3 and kurtosis 10 over 1250 days:
+    """DSR = Phi((SR - SR0) / SE): the confidence that the true ratio is above what the best of as
+    many trials, as scattered as these, shows by luck. No ratio is annualised. Bailey and Lopez
+    de Prado (2014); their example, with skew -3 and kurtosis 10 over 1250 days:
 
     >>> daily = 2.5 / math.sqrt(250)
     >>> error = math.sqrt((1 + 3 * daily + (10 - 1) / 4 * daily**2) / 1249)
     >>> round(deflated_sharpe(daily, error, variance=0.5 / 250, trials=100), 4)
     0.9004
     """
-    return probabilistic_sharpe(sharpe, best_sharpe_by_luck(variance, trials), error)
+    return float(ndtr((sharpe - best_sharpe_by_luck(variance, trials)) / error))
 
 
 def draw_best_of_chance(x: np.ndarray, score: Score, count: int, rng: Generator) -> np.ndarray:
