@@ -1,11 +1,10 @@
-"""What a quote should cost: the parameters, the base spread, and a linear program. In the
-second half: the search for parameters, and what it costs to have searched.
+"""What a quote should cost, by a linear program; the search for parameters, and its price.
 
-The problem. A market maker bids below the mid price and offers above it. Far from the
-mid it is rarely hit; close by it is hit by those who know more. Holding inventory is a
-risk, so it leans: long, it bids further away and offers nearer, to be rid of it. How wide
-to quote at least is read from the market (base spread S); where to put bid and ask, at
-least S apart and neither inside its edge, is decided by a linear program.
+The problem. A market maker bids below the mid price and offers above it. Far from the mid it is
+rarely hit; close by it is hit by those who know more. Holding inventory is a risk, so it leans:
+long, it bids further away and offers nearer, to be rid of it. How wide to quote at least is read
+from the market (base spread S); where to put bid and ask, at least S apart and neither nearer to
+the mid than its edge, is decided by a linear program.
 
 Symbols (the README repeats this table, nothing else does):
 
@@ -20,7 +19,7 @@ Symbols (the README repeats this table, nothing else does):
   d_b, d_a  bid/ask_distance     distance of the quote from the mid           S
   s         d_b - d_a            lean: positive = would rather sell           S
   d_min     d_min                edge: min_half_spread_bps / S                S
-  r, p_b, p_a                    epigraph variables of the three squares      -
+  r, p_b, p_a                    stand for the three squares of the cost      -
   h         STEP                 step of the piecewise-linear squares         S
   alpha, beta                    weight of inventory risk, of price risk      -
   gamma, delta, zeta             spread per volatility, liquidity, depth      -, bps
@@ -36,42 +35,37 @@ Cost of a quote:
 alpha leans the quote towards s = q and no further; beta resists, as a lean takes one quote away
 from the mid. Only alpha/beta matters, and nothing at q = 0. The width stays S unless an edge
 binds: s = alpha q / (alpha + beta/2), clipped there, and the program agrees within 0.015 S. Why
-then a program? It was asked for; and limits, edges and multipliers come with it: what else a
-quote must obey is one row more.
+then a program? It was asked for; and it gives multipliers, and takes any further rule as a row.
 
-The linear program. Each square is replaced by its chords: x^2 between neighbouring
-grid points u and v becomes (u + v) x - u v, exact at the grid points and never below
-the square. The largest chord is convex, so "r is at least every chord" is a set of
-rows. In the standard form of scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
+The linear program. Each square is replaced by its chords: x^2 between neighbouring grid points u
+and v becomes (u + v) x - u v, exact at the grid points and never below the square. The largest
+chord is convex, so "r is at least every chord" is a set of rows. In the standard form of
+scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
 
   minimise    c x           c = (0, 0, alpha, beta, beta)
   subject to  A_ub x <= b_ub, rows in this order:
     spread     1 row        -d_b - d_a                <= -1
     inventory  92 rows      -k d_b + k d_a - r        <= u v - k q      k = u + v
-    bid price  64 rows      k d_b - p_b               <= u v
-    ask price  64 rows      k d_a - p_a               <= u v
+    bid risk   64 rows      k d_b - p_b               <= u v
+    ask risk   64 rows      k d_a - p_a               <= u v
   bounds      d_min <= d_b, d_a <= 2,   r, p_b, p_a >= 0
 
-The inventory chords cover -1 <= q - s <= 1, enough since 0 <= s <= q at the minimum for
-every q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: an
-irrational ratio, so for every rational alpha/beta no slopes of the two terms tie, and the
-minimum is a single point. S is factored out: one program serves every price and spread.
+The inventory chords cover -1 <= q - s <= 1, enough since 0 <= s <= q at the minimum for every
+q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: an irrational ratio,
+so for every rational alpha/beta no slopes of the two terms tie, and the minimum is a single
+point. S is factored out: one program serves every price and spread.
 
-Worked example: long a quarter of the limit, nothing else binding. The quadratic cost
-has its minimum at s* = alpha q / (alpha + beta/2) = 1/6, d = (1 +- s*)/2; the program
-comes within one step of it:
+Worked example: long a quarter of the limit, so that s = 1/6 and d = (1 +- s)/2 = 0.583, 0.417:
 
 >>> solution = solve_quote(q=0.25, alpha=1.0, beta=1.0, d_min=0.125)
 >>> round(solution.bid_distance, 3), round(solution.ask_distance, 3)
 (0.581, 0.419)
 
-The search plays every combination of a few values, then a finer grid around the best. The
-best of many looks good even where none is, hence the statistics at the end. They read x,
+The best of a search looks good even where none is, hence the statistics at the end. They read x,
 the net of n periods (rows) in N configurations (columns); SR is the Sharpe ratio of a period.
 
-What this module does not do: it knows no exchange, no clock and no state but a memory of answers.
-No paper was found that quotes by a linear program. The lean in inventory goes back to Ho and
-Stoll (1981) and Avellaneda and Stoikov (2008).
+This module knows no exchange, no clock, no state but a memory of answers. No paper was found that
+quotes by a linear program; the lean is that of Ho and Stoll (1981), Avellaneda and Stoikov (2008).
 """
 
 import difflib
@@ -104,7 +98,6 @@ PARTS = 10  # of the minutes, for the error of a Sharpe ratio
 PARTS_95 = 2.262  # Student's t with PARTS - 1 degrees of freedom, 95 %
 Number = float | np.ndarray
 Grid = Mapping[str, Sequence[Any]]  # the values to try, by name
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of mean and variance of a period
 
 
 # ---- Parameters --------------------------------------------------------------------
@@ -154,9 +147,7 @@ FIELDS = {parameter.name: parameter for parameter in fields(Parameters)}
 
 
 def validate_parameters(parameters: Parameters, lot_size: float = 0.0) -> Parameters:
-    """The same parameters, or a ValueError that names each wrong value, rule and remedy.
-    An order must be of at least one lot (lot_size in base coin; 0: not checked).
-    """
+    """The same; ValueError that names each wrong value, rule and remedy. lot_size in base coin."""
     p, half = parameters, parameters.min_half_spread_bps
     faults = {name: fault for name, value in vars(p).items() if (fault := _fault(name, value))}
     if not faults:
@@ -183,8 +174,7 @@ def _fault(name: str, value: Any) -> str:
         return ""
     if choices:
         return f"is none of {', '.join(choices)}: set"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and abs(value) <= LARGEST):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return "is not a finite number: set"
     if high == INF and value <= 0:
         return "must be above 0: raise"
@@ -193,9 +183,8 @@ def _fault(name: str, value: Any) -> str:
     return ""
 
 
-def change_parameters(
-    parameters: Parameters, changes: Mapping[str, Any], lot_size: float = 0.0, running: bool = False
-) -> Parameters:
+def change_parameters(parameters: Parameters, changes: Mapping[str, Any], lot_size: float = 0.0,
+                      running: bool = False) -> Parameters:  # fmt: skip
     """Parameters with some values changed; ValueError as above, and for a fixed one if running."""
     for name, value in changes.items():
         if name not in FIELDS:
@@ -234,9 +223,8 @@ class BaseSpread(NamedTuple):
         return max(self.floor_bps, self.volatility_bps + self.liquidity_bps + self.depth_bps)
 
 
-def base_spread_function(
-    p: Parameters, volatility: float, liquidity: float, depth_musd: float
-) -> BaseSpread:
+def base_spread_function(p: Parameters, volatility: float, liquidity: float,
+                         depth_musd: float) -> BaseSpread:  # fmt: skip
     """The terms of S: a nervous, illiquid or thin market is quoted wider.
 
     >>> base_spread_function(Parameters(horizon_s=4), 0.5, liquidity=1, depth_musd=3)
@@ -268,14 +256,12 @@ class Program(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The answer in units of S, and its multipliers: by how much C grows per unit more of a limit
-    (C is made of straight pieces: where two of them meet, the slope of one, or between them).
-    """
+    """The answer in units of S, and its multipliers: slopes of C, at a kink one of several."""
 
     bid_distance: float
     ask_distance: float
     cost: float  # C, the program's own piecewise cost
-    spread_price: float  # of the required spread
+    spread_price: float  # dC per unit more of required spread
     bid_edge_price: float  # of d_min, for the bid
     ask_edge_price: float  # for the ask
     inventory_price: float  # of q
@@ -335,9 +321,8 @@ def _remembered(steps: int, alpha: float, beta: float, d_min: float, solver: Cal
     return solve_program(build_program(steps * Q_STEP, alpha, beta, d_min), solver)
 
 
-def solve_quote(
-    q: float, alpha: float, beta: float, d_min: float, solver: Callable = linprog
-) -> Solution:
+def solve_quote(q: float, alpha: float, beta: float, d_min: float,
+                solver: Callable = linprog) -> Solution:  # fmt: skip
     """The best quote at inventory q; its sides swap exactly with the sign of q. As q is rounded
     to 1/200 and d_min up to 1/64, a day needs a few hundred solves of about 2 ms.
     """
@@ -354,8 +339,7 @@ def solve_quote(
 # ---- From market to distances, with fallback ---------------------------------------
 #
 # A strategy is a function (parameters, market, q) -> (bid_bps, ask_bps): how far from the mid to
-# bid and to offer. market has what is measured, among it the volatility, liquidity and depth_musd
-# of the base spread; q is the inventory as a share of its limit.
+# bid and to offer. market has what is measured, such as volatility, liquidity and depth_musd.
 
 
 class Distances(NamedTuple):
@@ -369,9 +353,8 @@ class Distances(NamedTuple):
     source: str = ""  # the strategy's name, last_good or default
 
 
-def quote_by_program(
-    parameters: Parameters, market: Any, q: float, solver: Callable = linprog
-) -> Distances:
+def quote_by_program(parameters: Parameters, market: Any, q: float,
+                     solver: Callable = linprog) -> Distances:  # fmt: skip
     """The strategy `lp`: the base spread, placed by the program. It raises where it cannot."""
     p, inputs = parameters, (market.volatility, market.liquidity, market.depth_musd)
     for name, value in zip(("volatility", "liquidity", "depth_musd"), inputs):
@@ -390,10 +373,8 @@ def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
     return Distances(parameters.default_spread_bps / 2, parameters.default_spread_bps / 2)
 
 
-def quote_avellaneda_stoikov(
-    parameters: Parameters, market: Any, q: float,
-    gamma: float = 0.05, A: float = 0.55, k: float = 1.2,
-) -> Distances:  # fmt: skip
+def quote_avellaneda_stoikov(parameters: Parameters, market: Any, q: float, gamma: float = 0.05,
+                             A: float = 0.55, k: float = 1.2) -> Distances:  # fmt: skip
     """The strategy `as`: Avellaneda and Stoikov (2008), in the stationary form of Gueant,
     Lehalle and Fernandez-Tapia (2013): long, it bids further away and offers nearer.
 
@@ -410,15 +391,12 @@ def quote_avellaneda_stoikov(
     return Distances(half + orders * sigma * c2, half - orders * sigma * c2)
 
 
-STRATEGIES: dict[str, Callable] = {
-    "lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov,
-}  # fmt: skip
+STRATEGIES = {"lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov}
 
 
-def choose_distances(
-    strategy: Callable, source: str, parameters: Parameters, market: Any, q: float,
-    last_good: Distances | None = None, last_good_age_s: float = INF,
-) -> Distances:  # fmt: skip
+def choose_distances(strategy: Callable, source: str, parameters: Parameters, market: Any, q: float,
+                     last_good: Distances | None = None,
+                     last_good_age_s: float = INF) -> Distances:  # fmt: skip
     """The strategy's distances; where they are no quote, down a ladder of fallbacks."""
     try:
         distances = answer = strategy(parameters, market, q)
@@ -430,17 +408,14 @@ def choose_distances(
         failure = f"{source} quotes {answer}"
     except Exception as error:  # subtle: a strategy may be anybody's code, and raise anything
         failure = f"{source} failed: {type(error).__name__}: {error}"
-    # last_good: the last such answer, in bps, while younger than fallback_max_age_s.
+    # The last good answer, in bps, while it is young; then the default spread, shared evenly.
     if last_good is not None and last_good_age_s < parameters.fallback_max_age_s:
         return last_good._replace(source="last_good", reason=failure)
-    # default: default_spread_bps, shared evenly.
     return quote_fixed(parameters, market, q)._replace(source="default", reason=failure)
 
 
 def get_optimization_frequency(parameters: Parameters, ema_volatility: float) -> float:
-    """Seconds until the next optimization: (requote_move_bps / sigma)^2, the time in
-    which the price diffuses that far, within 0.1 to 5 s.
-    """
+    """Seconds to the next optimization, in which the price diffuses by requote_move_bps."""
     if not ema_volatility * MAX_INTERVAL_S**0.5 > parameters.requote_move_bps:
         return MAX_INTERVAL_S  # calm, flat, or nan: not measured yet
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
@@ -476,9 +451,8 @@ def finer_grid(grid: Grid, best: Mapping[str, float], limits: Mapping[str, tuple
 
 def run_trials(play: Callable[[Any], Any], configurations: Sequence[Any], executor: Executor,
                is_stopped: Callable = lambda: False) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """(k, play(configurations[k])) as they come, played by any executor's workers. What play
-    raises is raised here, and BrokenExecutor if a worker dies. Once is_stopped, nothing
-    more is waited for, and what has not begun is cancelled.
+    """(k, play(configurations[k])) as they come, by any executor's workers. It raises what play
+    raises, and BrokenExecutor if a worker dies. Once is_stopped, what has not begun is cancelled.
     """
     waiting = {executor.submit(play, changes): k for k, changes in enumerate(configurations)}
     try:
@@ -567,9 +541,9 @@ def draw_positions(n: int, block: float, count: int, rng: Generator) -> Iterator
 
 def draw_means(x: np.ndarray, block: float, count: int, rng: Generator) -> np.ndarray:
     """The mean of every column in every resample: (count, N)."""
-    draws, columns = draw_positions(len(x), block, count, rng), np.ascontiguousarray(x.T)
+    draws = draw_positions(len(x), block, count, rng)
     # One column at a time: a chunk of all columns would be large.
-    means = [[column[positions].mean(axis=1) for column in columns] for positions in draws]
+    means = [[column[positions].mean(axis=1) for column in x.T] for positions in draws]
     return np.concatenate(means, axis=1).T
 
 
@@ -603,10 +577,9 @@ def sharpe_error(x: np.ndarray) -> float:
     """Standard error of the Sharpe ratio of a period; nan below two periods a part.
 
     To first order the ratio is SR + the mean of z - SR/2 (z^2 - 1), z = (x - mean)/deviation
-    (Lo 2002, Mertens 2002). Neighbours may go together, so the error of that mean comes from
-    the means of PARTS parts in time, far apart from each other:  SE = std(means) / sqrt(PARTS).
-    +- PARTS_95 SE then covered 93 to 96 % on AR(1) minutes (autocorrelation 0 to 0.4, 120 to 480
-    of them, Student's noise), an error that takes them as independent 77 to 95 %.
+    (Lo 2002, Mertens 2002). Neighbours may go together, so the error of that mean comes from the
+    means of PARTS parts in time:  SE = std(means) / sqrt(PARTS).  +- PARTS_95 SE then covered 93 to
+    96 % on 120 to 480 minutes of autocorrelation 0 to 0.4 (taken as independent, 77 to 95 %).
     """
     if len(x) < 2 * PARTS or x.std() <= 1e-9:
         return math.nan
@@ -638,15 +611,14 @@ def deflated_sharpe(sharpe: float, error: float, variance: float, trials: float)
     return float(ndtr((sharpe - best_sharpe_by_luck(variance, trials)) / error))
 
 
-def draw_best_of_chance(x: np.ndarray, score: Score, count: int, rng: Generator) -> np.ndarray:
-    """The best score among N configurations like those of x, but without skill: (count,).
+def draw_best_of_chance(x: np.ndarray, score: Callable, count: int, rng: Generator) -> np.ndarray:
+    """The best score(mean, variance) of N configurations like those of x without skill: (count,).
 
-    The columns lose their means and are resampled together, which keeps their correlation;
-    their variances stay, as a resample may miss the few fills of one that hardly trades.
-    The share of draws at or above the best score of the search says how often luck does as
-    well: White's reality check (2000), not studentised. Blocks are twice as long as for a
-    mean: on noise of autocorrelation 0.3, 960 periods, a share below 5 % then came in 6 to
-    9 % of searches; with blocks as for a mean, in 8 to 12 %.
+    The columns lose their means and are resampled together, which keeps their correlation; their
+    variances stay, as a resample may miss the few fills of one that hardly trades. The share of
+    draws at or above the best score of the search says how often luck does as well: White's
+    reality check (2000), not studentised. Blocks are twice as long as for a mean: on 960 periods
+    of noise, autocorrelation 0.3, a share below 5 % came in 6 to 9 % of searches (else 8 to 12 %).
     """
     block = 2 * common_block_length(x)
     means = draw_means(x - x.mean(axis=0), block, count, rng)
