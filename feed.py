@@ -94,12 +94,13 @@ class Instrument:
     tick = cached_property(lambda self: Decimal(str(self.tick_text)))
     tick_size = cached_property(lambda self: float(self.tick_text))  # USDT
     lot_size = cached_property(lambda self: float(self.lot_text))  # base coin
-    min_order = cached_property(lambda self: max(self.lot_size, self.min_qty))  # base coin
+    min_order = cached_property(lambda self: max(self.lot_size, float(self.min_qty)))  # base coin
     digits = cached_property(lambda self: max(0, -self.tick.normalize().as_tuple().exponent))
     base_coin = cached_property(lambda self: self.symbol.removesuffix("USDT"))
 
     def __post_init__(self) -> None:
-        for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text)):
+        for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text),
+                           ("min_qty", self.min_qty or self.lot_text)):  # fmt: skip
             try:
                 must_be(float, float(text), LEAST, MOST)
             except (TypeError, ValueError):
@@ -574,7 +575,9 @@ class Recording:
         market = self.start.get("symbol", symbol), self.start.get("category", "linear")
         steps = tick_text or self.start.get("tick_size"), lot_text or self.start.get("lot_size")
         depth = depth or self.start.get("depth") or max(depths, default=DEPTHS[0])  # the deepest
-        self.parser = Parser(find_instrument(*map(printable, map(str, market)), *steps), depth)
+        instrument = find_instrument(*map(printable, map(str, market)), *steps)
+        min_qty = self.start.get("min_qty", instrument.min_qty)
+        self.parser = Parser(replace(instrument, min_qty=min_qty), depth)
         self.is_synthetic = bool(self.start.get("synthetic"))
 
     def messages(self) -> Iterator[Message]:
@@ -742,7 +745,7 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
         raise
     names = dict(symbol=instrument.symbol, category=instrument.category, depth=depth)
     steps = dict(tick_size=instrument.tick_text, lot_size=instrument.lot_text)
-    source.emit(control_line("start", **names, **steps, **start))
+    source.emit(control_line("start", **names, **steps, min_qty=instrument.min_qty, **start))
     source.start(ws)
     return source
 
