@@ -15,8 +15,7 @@ message, and a book that lost one is worth nothing.
 Two clocks: recv_ns is when we received a message (ns since the epoch, never decreasing); exch_ns
 is when the matching engine acted (`cts` of the book, `T` of a trade). Prices are integer ticks,
 sizes are base coin (BTC). A level is side x price tick, with the side +1 for bids and -1 for asks:
-a bid at tick 651142 is the level 651142, an ask at tick 651143 is the level -651143. On both sides
-the better price is the larger level, so that everything is written once.
+651142 is a bid at this tick, -651143 an ask. On both sides the larger level is the better price.
 
 A line, stamped when received -> Parser -> Message -> Tape (messages as columns) -> Book. What comes
 after the stamp depends on the lines alone, so the replay of a recorded session is that session.
@@ -92,16 +91,16 @@ class Instrument:
     tick_text: str = "0.1"  # price step, USDT
     lot_text: str = "0.001"  # quantity step, base coin
     min_qty: float = 0.001  # base coin
-    # What follows from these.
     tick = cached_property(lambda self: Decimal(str(self.tick_text)))
     tick_size = cached_property(lambda self: float(self.tick_text))  # USDT
     lot_size = cached_property(lambda self: float(self.lot_text))  # base coin
-    min_order = cached_property(lambda self: max(self.lot_size, self.min_qty))  # base coin
+    min_order = cached_property(lambda self: max(self.lot_size, float(self.min_qty)))  # base coin
     digits = cached_property(lambda self: max(0, -self.tick.normalize().as_tuple().exponent))
     base_coin = cached_property(lambda self: self.symbol.removesuffix("USDT"))
 
     def __post_init__(self) -> None:
-        for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text)):
+        for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text),
+                           ("min_qty", self.min_qty or self.lot_text)):  # fmt: skip
             try:
                 must_be(float, float(text), LEAST, MOST)
             except (TypeError, ValueError):
@@ -178,10 +177,7 @@ class View(NamedTuple):
 
     @property
     def mid_ticks(self) -> float:
-        """(best bid + best ask) / 2 in ticks; nan while the book has a fault.
-        >>> View(best_bid=100, best_ask=-103).mid_ticks
-        101.5
-        """
+        """(best bid + best ask) / 2 in ticks; nan while the book has a fault."""
         return math.nan if self.fault else (self.best_bid - self.best_ask) / 2
 
 
@@ -194,7 +190,7 @@ class Message(NamedTuple):
     rows: tuple[Sequence[int], Sequence[float]] = (), ()  # of the book: levels, sizes
     trades: Iterable[tuple[int, int, float, bool]] = ()  # exch_ns, level hit, size, is_rpi
     note: dict[str, Any] = {}  # a control line's fields; the reason of a loss or a refusal
-    view: View = View()  # what is known after it; after LOST an old book, not to be used
+    view: View = View()  # what is known after it: from LOST to SNAPSHOT an old book, not to be used
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,14 +217,14 @@ class Tape:
     notes: dict[int, dict[str, Any]]  # by message
     best = View.best  # the best level of a side after each message
     is_book = cached_property(lambda self: (self.kind == DELTA) | (self.kind == SNAPSHOT))
+    last_book = cached_property(lambda self: np.maximum.accumulate(  # up to each message; -1: none
+        np.where(self.is_book, np.arange(len(self)), -1)))  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.kind)
 
     def view(self, m: int) -> View:
-        """What is known after message m."""
-        return View(self.best_bid.item(m), self.best_ask.item(m), self.worst_bid.item(m),
-                    self.worst_ask.item(m), self.last_price.item(m), self.mark_price.item(m))
+        return View(*(getattr(self, name).item(m) for name in View._fields))
 
     @cached_property
     def mid_ticks(self) -> np.ndarray:
@@ -237,11 +233,6 @@ class Tape:
         has_mid = (bid > NO_LEVEL) & (ask > NO_LEVEL) & (bid < -ask)
         return np.where(has_mid, (bid - ask) / 2, math.nan)
 
-    @cached_property
-    def last_book(self) -> np.ndarray:
-        """For each message, the last book message up to it; -1 before the first."""
-        return np.maximum.accumulate(np.where(self.is_book, np.arange(len(self)), -1))
-
 
 COLUMNS = {f.name: CODES[f.type] for f in fields(Tape) if f.type in CODES}
 
@@ -249,20 +240,18 @@ COLUMNS = {f.name: CODES[f.type] for f in fields(Tape) if f.type in CODES}
 def build_tape(messages: Iterable[Message]) -> Tape:
     """Messages as columns. They are taken one by one, so that a day needs no list of them."""
     columns = {name: array(code) for name, code in COLUMNS.items()}
-    of_a_message, of_a_trade = list(columns.values())[:11], list(columns.values())[-4:]
-    levels, sizes, notes = columns["level"], columns["size"], {}
+    of_a_message, of_rows_and_trades = list(columns.values())[:11], list(columns.values())[11:]
+    levels, trades, notes = columns["level"], columns["trade_ns"], {}
     for m, message in enumerate(messages):
-        values = (*message[:3], *message.view, len(levels), len(columns["trade_ns"]))
+        values = (*message[:3], *message.view, len(levels), len(trades))
         for column, value in zip(of_a_message, values):  # both in the order of COLUMNS
             column.append(value)
-        levels.extend(message.rows[0])
-        sizes.extend(message.rows[1])
-        for column, values in zip(of_a_trade, zip(*message.trades)):
+        for column, values in zip(of_rows_and_trades, (*message.rows, *zip(*message.trades))):
             column.extend(values)
         if message.note:
             notes[m] = message.note
     columns["first_row"].append(len(levels))
-    columns["first_trade"].append(len(columns["trade_ns"]))
+    columns["first_trade"].append(len(trades))
     return Tape(**{name: np.asarray(column) for name, column in columns.items()}, notes=notes)
 
 
@@ -277,7 +266,6 @@ class Book:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every level."""
         self.sizes = np.zeros(1 << 24)  # above 2 x MAX_TICK; memory is taken where it is touched
         self.view = View(last_price=self.view.last_price, mark_price=self.view.mark_price)
 
@@ -295,7 +283,7 @@ class Book:
         self.view = View(*best, *worst, *self.view[4:])
 
     def apply(self, tape: Tape, start: int, stop: int) -> None:
-        """Apply messages start..stop-1 of a tape at once; the tape knows the outcome."""
+        """Apply messages start..stop-1: the view is the tape's; clear() comes before a SNAPSHOT."""
         if start >= stop:
             return
         first, last = tape.first_row.item(start), tape.first_row.item(stop)
@@ -330,14 +318,10 @@ class Book:
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 DECODER = json.JSONDecoder(parse_constant=int)  # int("NaN") fails: JSON knows no NaN
 HIT_SIDE = {"Buy": ASK, "Sell": BID}  # the side that a taker hits
-ANSWERS = {True: "acks", False: "refusals"}  # by success
 
 
 def level_of(text: str, tick: Decimal, side: int) -> int:
-    """A price text as side x ticks, exactly: "64474.1" and "64474.10" agree.
-    >>> level_of("64474.1", tick=Decimal("0.1"), side=ASK)
-    -644741
-    """
+    """A price text as side x ticks, exactly: an ask at "64474.1" or "64474.10" is -644741."""
     ticks = Decimal(must_be(str, text)) / tick
     if ticks % 1 > 0:
         raise UserError(f"price {text[:40]} is no multiple of the tick {tick}: check --tick-size")
@@ -356,23 +340,23 @@ def exchange_time(ms: int, recv_ns: int) -> int:
 
 class Parser:
     """It turns lines into messages, and keeps a book, so that each can say what is known after it.
-
     Only a first snapshot off the price grid makes it raise: the user gave a wrong --tick-size.
     """
 
     def __init__(self, instrument: Instrument, depth: int = 200) -> None:
         self.instrument, self.book = instrument, Book()
         symbol, tick, remember = instrument.symbol, instrument.tick, lru_cache(maxsize=50_000)
-        self.topics = {f"orderbook.{depth}.{symbol}": self._parse_book,
-                       f"publicTrade.{symbol}": self._parse_trades,
-                       f"tickers.{symbol}": self._parse_ticker}  # fmt: skip
+        self.topics = {f"orderbook.{depth}.{symbol}": ("book", self._parse_book),
+                       f"publicTrade.{symbol}": ("trades", self._parse_trades),
+                       f"tickers.{symbol}": ("tickers", self._parse_ticker)}  # fmt: skip
         # The same few thousand texts come again and again: each is judged and converted once.
         self.levels = {s: remember(partial(level_of, tick=tick, side=s)) for s in SIDES}
         self.sizes = remember(size_of)
         self.counts: Counter[str] = Counter()
         self.problem = ""  # the newest malformed message or gap, in words
         self.last_u: int | None = None  # None: no book that can be vouched for
-        self.is_loss_told = self.had_book = False  # until the next book or connection; ever
+        self.is_loss_told = False  # since the last book or connection
+        self.had_book = False  # ever: if not, a refusal or an odd price is the user's to mend
 
     def parse(self, recv_ns: int, text: str) -> Message | None:
         """A line's message; None for what carries nothing (acks, pongs, other topics)."""
@@ -391,11 +375,12 @@ class Parser:
             # The market's messages have topics; of the answers to us only a refusal matters.
             topic = line.get("topic")
             if topic in self.topics:
-                return self.topics[topic](recv_ns, line)
-            answer = "ignored"
-            if topic is None:
-                is_pong = "pong" in (line.get("ret_msg"), line.get("op"))
-                answer = "pongs" if is_pong else ANSWERS[must_be(bool, line["success"])]
+                name, parse = self.topics[topic]
+                self.counts[name] += 1
+                return parse(recv_ns, line)
+            answer = "ignored" if topic is not None else "pongs"
+            if topic is None and "pong" not in (line.get("ret_msg"), line.get("op")):
+                answer = "acks" if must_be(bool, line["success"]) else "refusals"
             self.counts[answer] += 1
             if answer != "refusals":
                 return None
@@ -419,7 +404,6 @@ class Parser:
         return Message(LOST, recv_ns, note={"reason": reason}, view=self.book.view)
 
     def _parse_book(self, recv_ns: int, line: dict) -> Message | None:
-        self.counts["book"] += 1
         data, u = line["data"], must_be(int, line["data"]["u"], 0, NEVER)
         exch_ns = exchange_time(line["cts"] if "cts" in line else line["ts"], recv_ns)
         # It begins a book anew, or must carry the u after our last.
@@ -450,7 +434,6 @@ class Parser:
         return Message(kind, recv_ns, exch_ns, (levels, sizes), view=self.book.view)
 
     def _parse_trades(self, recv_ns: int, line: dict) -> Message | None:
-        self.counts["trades"] += 1
         trades, view = [], self.book.view
         for trade in line["data"]:
             if trade.get("BT"):  # a block trade is negotiated outside the book
@@ -464,7 +447,6 @@ class Parser:
 
     def _parse_ticker(self, recv_ns: int, line: dict) -> Message:
         """Linear deltas carry the changed fields only; spot has no mark price."""
-        self.counts["tickers"] += 1
         exchange_time(line["ts"], recv_ns)
         prices = {}
         for theirs, ours in (("lastPrice", "last_price"), ("markPrice", "mark_price")):
@@ -498,19 +480,18 @@ def sound_line(payload: bytes) -> str:
 
 
 class GrowingFile:
-    """A file, new unless append, that grows. A failing disk stops it and nothing else."""
+    """A new file that grows. A failing disk stops it and nothing else."""
 
-    def __init__(self, path: Path, append: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.failure = path, ""
         try:
-            self.file = open(path, "ab" if append else "xb")  # x: never overwrite
+            self.file = open(path, "xb")  # x: it is never overwritten
         except FileExistsError:
             raise UserError(f"{path} exists and is not overwritten: choose another name") from None
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def write(self, text: str | bytes) -> None:
-        """Append and flush."""
         try:
             if not self.failure:
                 self.file.write(text.encode() if isinstance(text, str) else text)
@@ -594,7 +575,9 @@ class Recording:
         market = self.start.get("symbol", symbol), self.start.get("category", "linear")
         steps = tick_text or self.start.get("tick_size"), lot_text or self.start.get("lot_size")
         depth = depth or self.start.get("depth") or max(depths, default=DEPTHS[0])  # the deepest
-        self.parser = Parser(find_instrument(*map(printable, map(str, market)), *steps), depth)
+        instrument = find_instrument(*map(printable, map(str, market)), *steps)
+        min_qty = self.start.get("min_qty", instrument.min_qty)
+        self.parser = Parser(replace(instrument, min_qty=min_qty), depth)
         self.is_synthetic = bool(self.start.get("synthetic"))
 
     def messages(self) -> Iterator[Message]:
@@ -739,10 +722,9 @@ class LiveFeed:
                     self.emit(control_line("lost", reason=reason))
                     self.ws.shutdown()
                     self.ws = None
-                self.stopping.wait(wait_s)
-                wait_s = min(2 * wait_s, BACKOFF_S[1])
-                while self.queue.qsize() > MAX_QUEUED // 2 and not self.stopping.wait(0.1):
+                while not self.stopping.wait(wait_s) and self.queue.qsize() > MAX_QUEUED // 2:
                     pass
+                wait_s = min(2 * wait_s, BACKOFF_S[1])
             except Exception as error:  # a mistake of the user's, or of ours
                 ours = f"the feed failed: {error!r}: please report it"
                 self.fatal = str(error) if isinstance(error, UserError) else ours
@@ -763,7 +745,7 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
         raise
     names = dict(symbol=instrument.symbol, category=instrument.category, depth=depth)
     steps = dict(tick_size=instrument.tick_text, lot_size=instrument.lot_text)
-    source.emit(control_line("start", **names, **steps, **start))
+    source.emit(control_line("start", **names, **steps, min_qty=instrument.min_qty, **start))
     source.start(ws)
     return source
 
@@ -805,46 +787,39 @@ def run_info(options: argparse.Namespace) -> None:
         facts.append(("span, s", f"{(tape.recv_ns.item(-1) - tape.recv_ns.item(0)) / NS:.1f}"))
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
     facts += [(f"book lost {times} times", reason) for reason, times in losses.items()]
-    is_book = tape.is_book  # what follows is of these
-    bid, ask, recv_ns = tape.best_bid[is_book], -tape.best_ask[is_book], tape.recv_ns[is_book]
-    is_sound = (bid > NO_LEVEL) & (ask < -NO_LEVEL) & (bid < ask)
-    facts.append(("crossed or one-sided books", int((~is_sound).sum())))
-    for label, values in (("receive - exchange time, ms", (recv_ns - tape.exch_ns[is_book]) / MS),
-                          ("spread, ticks", (ask - bid)[is_sound]),
+    is_book, has_mid = tape.is_book, ~np.isnan(tape.mid_ticks)
+    facts.append(("crossed or one-sided books", int((is_book & ~has_mid).sum())))
+    lag_ms, spread = (tape.recv_ns - tape.exch_ns) / MS, -(tape.best_bid + tape.best_ask)
+    for label, values in (("receive - exchange time, ms", lag_ms[is_book]),
+                          ("spread, ticks", spread[is_book & has_mid]),
                           (f"{len(tape.trade_size)} trades, base coin each", tape.trade_size)):
         if len(values):
             low, middle, high = np.percentile(values, [1, 50, 99])
             facts.append((label, f"median {middle:g}, 1 % {low:g}, 99 % {high:g}"))
-    facts += measure_scales(tape, parser.instrument.tick_size)
-    print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
-
-
-def measure_scales(tape: Tape, tick_size: float) -> list[tuple[str, str]]:
-    """What is usual here: volatility, and the medians of liquidity and depth, as flags."""
-    book, mids, depths, musd = Book(), [], [], 1e-6 * tick_size
+    # What is usual here: at every second, the mid and the depth of both sides.
     seconds_ns = np.arange(tape.recv_ns[:1].sum() // NS + 1, tape.recv_ns[-1:].sum() // NS + 1) * NS
-    stops = np.searchsorted(tape.recv_ns, seconds_ns).tolist()
-    for start, stop in zip([0, *stops], stops):
+    stops = np.searchsorted(tape.recv_ns, seconds_ns)
+    mids, book, depths = tape.mid_ticks[stops - 1], Book(), []
+    for start, stop in zip([0, *stops.tolist()], stops.tolist()):
         for m in (tape.kind[start:stop] == SNAPSHOT).nonzero()[0] + start:
             book.clear()
             start = int(m)
         book.apply(tape, start, stop)
-        mids.append(book.view.mid_ticks)
-        depths.append((book.depth(BID, 1.0) + book.depth(ASK, 1.0)) / 2 * mids[-1] * musd)
-    if np.isfinite(mids).sum() < 3:
-        return []
-    # Of each second: the return, and the turnover; of each minute, or all: their ratio.
-    returns_bps = 1e4 * np.diff(np.log(mids))
-    first = tape.first_trade[stops]
-    volume = np.append(0.0, np.cumsum(np.abs(tape.trade_level) * tape.trade_size)) * musd
-    window = np.ones(min(60, len(returns_bps)))
-    moved_bps = np.convolve(np.nan_to_num(np.abs(returns_bps)), window, "valid")
-    turnover = np.convolve(np.diff(volume[first]), window, "valid")
-    tick_bps = 1e4 / np.nanmedian(mids)  # at least a tick is moved
-    liquidity = np.median(turnover / np.maximum(moved_bps, tick_bps))
-    return [("volatility, bps/sqrt(s)", f"{np.sqrt(np.nanmean(returns_bps**2)):.3f}"),
-            ("median liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
-            ("median depth within 1 bp, M USDT", f"--depth-scale-musd {np.nanmedian(depths):.3g}")]
+        depths.append(book.depth(BID, 1.0) + book.depth(ASK, 1.0))
+    if np.isfinite(mids).sum() > 2:
+        # Of each second: the return, and the turnover; of each minute, or all: their ratio.
+        returns_bps = 1e4 * np.diff(np.log(mids))
+        volume = np.append(0.0, np.cumsum(np.abs(tape.trade_level) * tape.trade_size))
+        window = np.ones(min(60, len(returns_bps)))
+        moved_bps = np.convolve(np.nan_to_num(np.abs(returns_bps)), window, "valid")
+        turnover = np.convolve(np.diff(volume[tape.first_trade[stops]]), window, "valid")
+        tick_bps, musd = 1e4 / np.nanmedian(mids), 1e-6 * parser.instrument.tick_size
+        liquidity = musd * np.median(turnover / np.maximum(moved_bps, tick_bps))
+        depth = musd * np.nanmedian(mids * depths) / 2
+        facts += [("volatility, bps/sqrt(s)", f"{np.sqrt(np.nanmean(returns_bps**2)):.3f}"),
+                  ("median liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
+                  ("median depth within 1 bp, M USDT", f"--depth-scale-musd {depth:.3g}")]
+    print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
 
 
 def clock_text(time_ns: int) -> str:
@@ -864,10 +839,7 @@ def add_market_flags(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> float:
     """A number above 0, or max for one without end."""
-    number = math.inf if text == "max" else float(text)
-    if not number > 0:
-        raise ValueError(text)
-    return number
+    return math.inf if text == "max" else must_be(float, float(text), LEAST, math.inf)
 
 
 class Arguments(argparse.ArgumentParser):
@@ -878,27 +850,25 @@ class Arguments(argparse.ArgumentParser):
 
 
 class StopSignal:
-    """Whether Ctrl-C or SIGTERM came. A second one ends the program where it is."""
+    """Whether Ctrl-C came (or SIGTERM: exit_cleanly). Another one ends the program where it is."""
 
     def __init__(self) -> None:
         self.is_set = False
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._note)
+            signal.signal(signal.SIGINT, self._note)
 
-    def _note(self, number: int, _: Any) -> None:
+    def _note(self, *_: Any) -> None:
         self.is_set = True
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_cleanly(run: Callable[[], None]) -> int:
     """Run a command: 0, or 2 and one line on stderr for an error the user can mend."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are closed
+    if threading.current_thread() is threading.main_thread():  # SIGTERM as Ctrl-C
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        run()
-    except KeyboardInterrupt:
-        pass
+        with contextlib.suppress(KeyboardInterrupt):
+            run()
     except BrokenPipeError:  # the reader of our output has gone (| head)
         sys.stdout = None
     except (UserError, OSError) as error:

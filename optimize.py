@@ -1,11 +1,10 @@
-"""What a quote should cost: the parameters, the base spread, and a linear program. In the
-second half: the search for parameters, and what it costs to have searched.
+"""What a quote should cost, by a linear program; the search for parameters, and its price.
 
-The problem. A market maker bids below the mid price and offers above it. Far from the
-mid it is rarely hit; close by it is hit by those who know more. Holding inventory is a
-risk, so it leans: long, it bids further away and offers nearer, to be rid of it. How wide
-to quote at least is read from the market (base spread S); where to put bid and ask, at
-least S apart and neither inside its edge, is decided by a linear program.
+The problem. A market maker bids below the mid price and offers above it. Far from the mid it is
+rarely hit; close by it is hit by those who know more. Holding inventory is a risk, so it leans:
+long, it bids further away and offers nearer, to be rid of it. How wide to quote at least is read
+from the market (base spread S); where to put bid and ask, at least S apart and neither nearer to
+the mid than its edge, is decided by a linear program.
 
 Symbols (the README repeats this table, nothing else does):
 
@@ -20,7 +19,7 @@ Symbols (the README repeats this table, nothing else does):
   d_b, d_a  bid/ask_distance     distance of the quote from the mid           S
   s         d_b - d_a            lean: positive = would rather sell           S
   d_min     d_min                edge: min_half_spread_bps / S                S
-  r, p_b, p_a                    epigraph variables of the three squares      -
+  r, p_b, p_a                    stand for the three squares of the cost      -
   h         STEP                 step of the piecewise-linear squares         S
   alpha, beta                    weight of inventory risk, of price risk      -
   gamma, delta, zeta             spread per volatility, liquidity, depth      -, bps
@@ -36,42 +35,37 @@ Cost of a quote:
 alpha leans the quote towards s = q and no further; beta resists, as a lean takes one quote away
 from the mid. Only alpha/beta matters, and nothing at q = 0. The width stays S unless an edge
 binds: s = alpha q / (alpha + beta/2), clipped there, and the program agrees within 0.015 S. Why
-then a program? It was asked for; and limits, edges and multipliers come with it: what else a
-quote must obey is one row more.
+then a program? It was asked for; and it gives multipliers, and takes any further rule as a row.
 
-The linear program. Each square is replaced by its chords: x^2 between neighbouring
-grid points u and v becomes (u + v) x - u v, exact at the grid points and never below
-the square. The largest chord is convex, so "r is at least every chord" is a set of
-rows. In the standard form of scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
+The linear program. Each square is replaced by its chords: x^2 between neighbouring grid points u
+and v becomes (u + v) x - u v, exact at the grid points and never below the square. The largest
+chord is convex, so "r is at least every chord" is a set of rows. In the standard form of
+scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
 
   minimise    c x           c = (0, 0, alpha, beta, beta)
   subject to  A_ub x <= b_ub, rows in this order:
     spread     1 row        -d_b - d_a                <= -1
     inventory  92 rows      -k d_b + k d_a - r        <= u v - k q      k = u + v
-    bid price  64 rows      k d_b - p_b               <= u v
-    ask price  64 rows      k d_a - p_a               <= u v
+    bid risk   64 rows      k d_b - p_b               <= u v
+    ask risk   64 rows      k d_a - p_a               <= u v
   bounds      d_min <= d_b, d_a <= 2,   r, p_b, p_a >= 0
 
-The inventory chords cover -1 <= q - s <= 1, enough since 0 <= s <= q at the minimum for
-every q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: an
-irrational ratio, so for every rational alpha/beta no slopes of the two terms tie, and the
-minimum is a single point. S is factored out: one program serves every price and spread.
+The inventory chords cover -1 <= q - s <= 1, enough since 0 <= s <= q at the minimum for every
+q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: an irrational ratio,
+so for every rational alpha/beta no slopes of the two terms tie, and the minimum is a single
+point. S is factored out: one program serves every price and spread.
 
-Worked example: long a quarter of the limit, nothing else binding. The quadratic cost
-has its minimum at s* = alpha q / (alpha + beta/2) = 1/6, d = (1 +- s*)/2; the program
-comes within one step of it:
+Worked example: long a quarter of the limit, so that s = 1/6 and d = (1 +- s)/2 = 0.583, 0.417:
 
 >>> solution = solve_quote(q=0.25, alpha=1.0, beta=1.0, d_min=0.125)
 >>> round(solution.bid_distance, 3), round(solution.ask_distance, 3)
 (0.581, 0.419)
 
-The search plays every combination of a few values, then a finer grid around the best. The
-best of many looks good even where none is, hence the statistics at the end. They read x,
+The best of a search looks good even where none is, hence the statistics at the end. They read x,
 the net of n periods (rows) in N configurations (columns); SR is the Sharpe ratio of a period.
 
-What this module does not do: it knows no exchange, no clock and no state but a memory of answers.
-No paper was found that quotes by a linear program. The lean in inventory goes back to Ho and
-Stoll (1981) and Avellaneda and Stoikov (2008).
+This module knows no exchange, no clock, no state but a memory of answers. No paper was found that
+quotes by a linear program; the lean is that of Ho and Stoll (1981), Avellaneda and Stoikov (2008).
 """
 
 import difflib
@@ -103,15 +97,15 @@ CHUNK = 200_000  # positions drawn at a time
 PARTS = 10  # of the minutes, for the error of a Sharpe ratio
 PARTS_95 = 2.262  # Student's t with PARTS - 1 degrees of freedom, 95 %
 Number = float | np.ndarray
-Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of mean and variance of a period
+Grid = Mapping[str, Sequence[Any]]  # the values to try, by name
 
 
 # ---- Parameters --------------------------------------------------------------------
 
 
-def _number(default: float | None, low: float, high: float, help: str, fixed: bool = False) -> Any:
+def _number(default: Any, low: Any, high: Any, help: str, fixed: bool = False, **more: Any) -> Any:
     """A parameter and its limits; without an upper one (INF), 0 itself is refused."""
-    return field(default=default, metadata=dict(low=low, high=high, help=help, fixed=fixed))
+    return field(default=default, metadata=dict(low=low, high=high, help=help, fixed=fixed, **more))
 
 
 _fixed = partial(_number, fixed=True)  # it cannot change while the program runs
@@ -146,62 +140,51 @@ class Parameters:
     fallback_max_age_s: float = _number(5.0, 0, 60, "last good quote serves so long, s")
     max_mark_gap_bps: float = _number(50.0, 1, 1000, "mid to mark that pulls, bps")
     max_drawdown_usdt: float | None = _number(None, 0, INF, "loss from the peak that stops, USDT")
-    fill_model: str = field(
-        default="queue",
-        metadata=dict(choices=FILL_MODELS, help="how paper orders fill", fixed=True),
-    )
+    fill_model: str = _fixed("queue", None, None, "how paper orders fill", choices=FILL_MODELS)
 
 
 FIELDS = {parameter.name: parameter for parameter in fields(Parameters)}
 
 
 def validate_parameters(parameters: Parameters, lot_size: float = 0.0) -> Parameters:
-    """The same parameters, or a ValueError that names each wrong value, rule and remedy.
-    An order must be of at least one lot (lot_size in base coin; 0: not checked).
-    """
-    p = parameters
-    faults = [fault for name in FIELDS if (fault := _fault(name, getattr(p, name)))]
+    """The same; ValueError that names each wrong value, rule and remedy. lot_size in base coin."""
+    p, half = parameters, parameters.min_half_spread_bps
+    faults = {name: fault for name, value in vars(p).items() if (fault := _fault(name, value))}
     if not faults:
         # Each value is sound by itself. Do they fit each other, and the lot?
-        for name, least, why in (
-            ("default_spread_bps", 2 * p.min_half_spread_bps,
-             f"twice min_half_spread_bps = {p.min_half_spread_bps:g}: raise --default-spread-bps"),
-            ("max_inventory", p.order_qty,
-             f"order_qty = {p.order_qty:g}: raise --max-inventory or lower --order-qty"),
-            ("order_qty", lot_size * (1 - 1e-9), f"one lot of {lot_size:g}: raise --order-qty"),
-        ):  # fmt: skip
+        for name, least, what in (
+            ("default_spread_bps", 2 * half, f"twice min_half_spread_bps = {half:g}"),
+            ("max_inventory", p.order_qty, f"order_qty = {p.order_qty:g}"),
+            ("order_qty", lot_size * (1 - 1e-9), f"one lot of {lot_size:g}"),
+        ):
             if getattr(p, name) < least:
-                faults.append(f"{name} = {getattr(p, name):g} must be at least {why}")
+                faults[name] = f"must be at least {what}: raise"
     if faults:
-        raise ValueError("; ".join(faults))
+        words = (f"{name} = {getattr(p, name)!r} {fault} --{name.replace('_', '-')}"
+                 for name, fault in faults.items())  # fmt: skip
+        raise ValueError("; ".join(words))
     return parameters
 
 
 def _fault(name: str, value: Any) -> str:
-    """What is wrong with one value by itself; empty if nothing is."""
-    default, rule = FIELDS[name].default, FIELDS[name].metadata
-    flag = "--" + name.replace("_", "-")
-    is_off = value is None and default is None
-    if is_off or value in rule.get("choices", ()):
+    """The rule that a value by itself breaks, and the remedy; empty if it breaks none."""
+    rule = FIELDS[name].metadata
+    choices, low, high = rule.get("choices", ()), rule["low"], rule["high"]
+    if value is FIELDS[name].default or value in choices:
         return ""
-    if "choices" in rule:
-        choices = ", ".join(rule["choices"])
-        return f"{name} = {value!r} is none of {choices}: set {flag} to one of them"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and abs(value) <= LARGEST):
-        return f"{name} = {value!r} is not a finite number: set {flag} to one"
-    low, high = rule["low"], rule["high"]
+    if choices:
+        return f"is none of {', '.join(choices)}: set"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        return "is not a finite number: set"
     if high == INF and value <= 0:
-        return f"{name} = {value:g} must be above 0: raise {flag}"
+        return "must be above 0: raise"
     if not low <= value <= high:
-        remedy = "raise" if value < low else "lower"
-        return f"{name} = {value:.12g} must lie in {low:.12g} to {high:.12g}: {remedy} {flag}"
+        return f"must lie in {low:.12g} to {high:.12g}: {'raise' if value < low else 'lower'}"
     return ""
 
 
-def change_parameters(
-    parameters: Parameters, changes: Mapping[str, Any], lot_size: float = 0.0, running: bool = False
-) -> Parameters:
+def change_parameters(parameters: Parameters, changes: Mapping[str, Any], lot_size: float = 0.0,
+                      running: bool = False) -> Parameters:  # fmt: skip
     """Parameters with some values changed; ValueError as above, and for a fixed one if running."""
     for name, value in changes.items():
         if name not in FIELDS:
@@ -215,10 +198,8 @@ def change_parameters(
 
 def in_words(changes: Mapping[str, Any]) -> str:
     """alpha 4, gamma 0.5"""
-    values = {n: changes[n] for n in FIELDS if n in changes}
-    words = (f"{n} {format(v, 'g') if isinstance(v, float | int) else v or 'off'}"
-             for n, v in values.items())  # fmt: skip
-    return ", ".join(words)
+    words = {n: f"{v:g}" if isinstance(v, float | int) else v or "off" for n, v in changes.items()}
+    return ", ".join(f"{name} {words[name]}" for name in FIELDS if name in words)
 
 
 def differing(parameters: Parameters) -> dict[str, Any]:
@@ -242,15 +223,13 @@ class BaseSpread(NamedTuple):
         return max(self.floor_bps, self.volatility_bps + self.liquidity_bps + self.depth_bps)
 
 
-def base_spread_function(
-    parameters: Parameters, volatility: float, liquidity: float, depth_musd: float
-) -> BaseSpread:
+def base_spread_function(p: Parameters, volatility: float, liquidity: float,
+                         depth_musd: float) -> BaseSpread:  # fmt: skip
     """The terms of S: a nervous, illiquid or thin market is quoted wider.
 
     >>> base_spread_function(Parameters(horizon_s=4), 0.5, liquidity=1, depth_musd=3)
     BaseSpread(volatility_bps=1.0, liquidity_bps=0.5, depth_bps=0.25, floor_bps=0.5)
     """
-    p = parameters
     return BaseSpread(
         volatility_bps=2 * p.gamma * volatility * math.sqrt(p.horizon_s),
         liquidity_bps=p.delta / (1 + liquidity / p.liquidity_scale_musd),
@@ -259,12 +238,9 @@ def base_spread_function(
     )
 
 
-def cost_function(
-    bid_distance: Number, ask_distance: Number, q: Number, alpha: float, beta: float
-) -> Number:
+def cost_function(d_b: Number, d_a: Number, q: Number, alpha: float, beta: float) -> Number:
     """The cost C of a quote, quadratic as at the top of this file; scalars or arrays."""
-    lean = bid_distance - ask_distance
-    return alpha * (q - lean) ** 2 + beta * (bid_distance**2 + ask_distance**2)
+    return alpha * (q - (d_b - d_a)) ** 2 + beta * (d_b**2 + d_a**2)
 
 
 # ---- The linear program ------------------------------------------------------------
@@ -280,16 +256,15 @@ class Program(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The answer in units of S, and what its constraints cost (multipliers)."""
+    """The answer in units of S, and its multipliers: slopes of C, at a kink one of several."""
 
-    bid_distance: float = math.nan
-    ask_distance: float = math.nan
-    cost: float = math.nan  # C, the program's own piecewise cost
-    spread_price: float = math.nan  # dC per unit more of required spread
-    bid_edge_price: float = math.nan  # dC per unit more of d_min, bid
-    ask_edge_price: float = math.nan  # the same, ask
-    inventory_price: float = math.nan  # dC per unit more of q
-    failure: str = ""  # why there is no answer: trouble is data
+    bid_distance: float
+    ask_distance: float
+    cost: float  # C, the program's own piecewise cost
+    spread_price: float  # dC per unit more of required spread
+    bid_edge_price: float  # of d_min, for the bid
+    ask_edge_price: float  # for the ask
+    inventory_price: float  # of q
 
 
 def _chords(low: float, high: float, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -305,8 +280,8 @@ def build_program(q: float, alpha: float, beta: float, d_min: float) -> Program:
     A_ub = np.vstack((  # columns d_b, d_a, r, p_b, p_a
         [-1, -1, 0, 0, 0],  # spread
         np.outer(k_r, [-1, 1, 0, 0, 0]) + [0, 0, -1, 0, 0],  # inventory
-        np.outer(k_p, [1, 0, 0, 0, 0]) + [0, 0, 0, -1, 0],  # bid price
-        np.outer(k_p, [0, 1, 0, 0, 0]) + [0, 0, 0, 0, -1],  # ask price
+        np.outer(k_p, [1, 0, 0, 0, 0]) + [0, 0, 0, -1, 0],  # bid risk
+        np.outer(k_p, [0, 1, 0, 0, 0]) + [0, 0, 0, 0, -1],  # ask risk
     ))  # fmt: skip
     b_ub = np.concatenate(([-1], uv_r - k_r * q, uv_p, uv_p))
     bounds = np.array([[d_min, D_MAX]] * 2 + [[0, INF]] * 3)
@@ -314,20 +289,17 @@ def build_program(q: float, alpha: float, beta: float, d_min: float) -> Program:
 
 
 def solve_program(program: Program, solver: Callable = linprog) -> Solution:
-    """Solve one program; never raises: trouble comes back as Solution(failure=...)."""
+    """Solve one program; RuntimeError without a sound answer, and whatever the solver raises."""
     c, A_ub, b_ub, bounds = program
-    try:
-        result = solver(c, A_ub, b_ub, bounds=bounds)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        return Solution(failure=f"solver raised {type(error).__name__}: {error}")
+    result = solver(c, A_ub, b_ub, bounds=bounds)
     if result.status != 0:
-        return Solution(failure=f"solver status {result.status}: {result.message}")
+        raise RuntimeError(f"solver status {result.status}: {result.message}")
     # Check the answer against every row and bound; nan is neither within nor beyond.
     x = result.x
     low, high = bounds.T
     is_within = (low - FEASIBILITY <= x) & (x <= high + FEASIBILITY)
     if not (is_within.all() and (A_ub @ x <= b_ub + FEASIBILITY).all()):
-        return Solution(failure="the solver's answer breaks a constraint")
+        raise RuntimeError("the solver's answer breaks a constraint")
     # A multiplier says how the least cost changes with the limit of its row: dC/db_ub. The
     # limits of the inventory rows, which hold an r, move with q: by -k, as d_b is weighted.
     row_prices = result.ineqlin.marginals  # never positive
@@ -345,36 +317,29 @@ def solve_program(program: Program, solver: Callable = linprog) -> Solution:
 
 @lru_cache(maxsize=2048)
 def _remembered(steps: int, alpha: float, beta: float, d_min: float, solver: Callable) -> Solution:
-    """The answer at q = steps x Q_STEP, not below 0."""
+    """The answer at q = steps x Q_STEP, not below 0. What raises is not remembered."""
     return solve_program(build_program(steps * Q_STEP, alpha, beta, d_min), solver)
 
 
-def solve_quote(
-    q: float, alpha: float, beta: float, d_min: float, solver: Callable = linprog
-) -> Solution:
+def solve_quote(q: float, alpha: float, beta: float, d_min: float,
+                solver: Callable = linprog) -> Solution:  # fmt: skip
     """The best quote at inventory q; its sides swap exactly with the sign of q. As q is rounded
     to 1/200 and d_min up to 1/64, a day needs a few hundred solves of about 2 ms.
     """
     steps = round(q / Q_STEP)
     d_min = min(math.ceil(d_min / D_MIN_STEP - 1e-9) * D_MIN_STEP, 1.0)
     solution = _remembered(abs(steps), alpha, beta, d_min, solver)
-    if solution.failure:
-        _remembered.cache_clear()  # a concession to simplicity: good answers go as well
-        return solution
     if steps < 0:
-        bid, ask, cost, spread_price, bid_price, ask_price, inventory_price, _ = solution
+        bid, ask, cost, spread_price, bid_price, ask_price, inventory_price = solution
         return Solution(ask, bid, cost, spread_price, ask_price, bid_price, -inventory_price)
-    if steps == 0:
-        # A kink of the cost: of its slopes take the middle, which favours no side.
-        return solution._replace(inventory_price=0.0)
-    return solution
+    # At 0 the cost has a kink: of its slopes take the middle, which favours no side.
+    return solution if steps else solution._replace(inventory_price=0.0)
 
 
 # ---- From market to distances, with fallback ---------------------------------------
 #
 # A strategy is a function (parameters, market, q) -> (bid_bps, ask_bps): how far from the mid to
-# bid and to offer. market has what is measured, among it the volatility, liquidity and depth_musd
-# of the base spread; q is the inventory as a share of its limit.
+# bid and to offer. market has what is measured, such as volatility, liquidity and depth_musd.
 
 
 class Distances(NamedTuple):
@@ -384,31 +349,23 @@ class Distances(NamedTuple):
     ask_bps: float
     base_spread: BaseSpread | None = None
     solution: Solution | None = None
-    reason: str = ""  # why there is no answer, or not the strategy's own
+    reason: str = ""  # why they are not the strategy's own
     source: str = ""  # the strategy's name, last_good or default
 
 
-def validate_market(q: float, volatility: float, liquidity: float, depth_musd: float) -> str:
-    """What is wrong with the program's inputs; empty if nothing is."""
-    for name, value in dict(volatility=volatility, liquidity=liquidity, depth=depth_musd).items():
-        if not 0 <= value < INF:
-            return f"{name} is {value}"
-    return "" if -1 <= q <= 1 else f"inventory is {q} of its limit"
-
-
-def quote_by_program(
-    parameters: Parameters, market: Any, q: float, solver: Callable = linprog
-) -> Distances:
-    """The strategy `lp`: the base spread, placed by the program; nan with a reason if it fails."""
+def quote_by_program(parameters: Parameters, market: Any, q: float,
+                     solver: Callable = linprog) -> Distances:  # fmt: skip
+    """The strategy `lp`: the base spread, placed by the program. It raises where it cannot."""
     p, inputs = parameters, (market.volatility, market.liquidity, market.depth_musd)
-    failure = validate_market(q, *inputs)
-    if failure:
-        return Distances(math.nan, math.nan, reason=failure)
+    for name, value in zip(("volatility", "liquidity", "depth_musd"), inputs):
+        if not 0 <= value < INF:
+            raise ValueError(f"{name} is {value}")
+    if not -1 <= q <= 1:
+        raise ValueError(f"inventory is {q} of its limit")
     base_spread = base_spread_function(p, *inputs)
     S = base_spread.total_bps
     solution = solve_quote(q, p.alpha, p.beta, p.min_half_spread_bps / S, solver)
-    bid_bps, ask_bps = solution.bid_distance * S, solution.ask_distance * S
-    return Distances(bid_bps, ask_bps, base_spread, solution, solution.failure)
+    return Distances(solution.bid_distance * S, solution.ask_distance * S, base_spread, solution)
 
 
 def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
@@ -416,10 +373,8 @@ def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
     return Distances(parameters.default_spread_bps / 2, parameters.default_spread_bps / 2)
 
 
-def quote_avellaneda_stoikov(
-    parameters: Parameters, market: Any, q: float,
-    gamma: float = 0.05, A: float = 0.55, k: float = 1.2,
-) -> Distances:  # fmt: skip
+def quote_avellaneda_stoikov(parameters: Parameters, market: Any, q: float, gamma: float = 0.05,
+                             A: float = 0.55, k: float = 1.2) -> Distances:  # fmt: skip
     """The strategy `as`: Avellaneda and Stoikov (2008), in the stationary form of Gueant,
     Lehalle and Fernandez-Tapia (2013): long, it bids further away and offers nearer.
 
@@ -436,38 +391,31 @@ def quote_avellaneda_stoikov(
     return Distances(half + orders * sigma * c2, half - orders * sigma * c2)
 
 
-STRATEGIES: dict[str, Callable] = {
-    "lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov,
-}  # fmt: skip
+STRATEGIES = {"lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov}
 
 
-def choose_distances(
-    strategy: Callable, source: str, parameters: Parameters, market: Any, q: float,
-    last_good: Distances | None = None, last_good_age_s: float = INF,
-) -> Distances:  # fmt: skip
-    """The strategy's distances, or down a ladder of fallbacks where they are no quote."""
+def choose_distances(strategy: Callable, source: str, parameters: Parameters, market: Any, q: float,
+                     last_good: Distances | None = None,
+                     last_good_age_s: float = INF) -> Distances:  # fmt: skip
+    """The strategy's distances; where they are no quote, down a ladder of fallbacks."""
     try:
         distances = answer = strategy(parameters, market, q)
         if not isinstance(answer, Distances):
             bid_bps, ask_bps = answer
             distances = Distances(float(bid_bps), float(ask_bps))
-        is_quote = 0 < distances.bid_bps < INF and 0 < distances.ask_bps < INF
-        failure = "" if is_quote else distances.reason or f"{source} quotes {answer}"
+        if 0 < distances.bid_bps < INF and 0 < distances.ask_bps < INF:
+            return distances._replace(source=source)
+        failure = f"{source} quotes {answer}"
     except Exception as error:  # subtle: a strategy may be anybody's code, and raise anything
         failure = f"{source} failed: {type(error).__name__}: {error}"
-    if not failure:
-        return distances._replace(source=source)
-    # last_good: the last such answer, in bps, while younger than fallback_max_age_s.
+    # The last good answer, in bps, while it is young; then the default spread, shared evenly.
     if last_good is not None and last_good_age_s < parameters.fallback_max_age_s:
         return last_good._replace(source="last_good", reason=failure)
-    # default: default_spread_bps, shared evenly.
     return quote_fixed(parameters, market, q)._replace(source="default", reason=failure)
 
 
 def get_optimization_frequency(parameters: Parameters, ema_volatility: float) -> float:
-    """Seconds until the next optimization: (requote_move_bps / sigma)^2, the time in
-    which the price diffuses that far, within 0.1 to 5 s.
-    """
+    """Seconds to the next optimization, in which the price diffuses by requote_move_bps."""
     if not ema_volatility * MAX_INTERVAL_S**0.5 > parameters.requote_move_bps:
         return MAX_INTERVAL_S  # calm, flat, or nan: not measured yet
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
@@ -476,16 +424,14 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
 # ---- Searching: a grid, then a finer one around its best point ---------------------
 
 
-def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def expand_grid(grid: Grid) -> list[dict[str, Any]]:
     """Every combination of the values; those of the last name change fastest."""
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
 
-def finer_grid(
-    grid: Mapping[str, Sequence[float]], best: Mapping[str, float], limits: Mapping[str, tuple]
-) -> dict[str, list[float]]:
+def finer_grid(grid: Grid, best: Mapping[str, float], limits: Mapping[str, tuple]) -> Grid:
     """The best point of a grid and those half the way to its neighbours, rounded to 4 digits
-    and kept within the limits. A parameter with one value keeps it.
+    and kept within the limits (a limit of 0 may itself be refused). One value stays alone.
 
     >>> finer_grid({"alpha": [1, 2, 4]}, {"alpha": 4}, {"alpha": (0, 10)})
     {'alpha': [3.0, 4, 5.0]}
@@ -494,7 +440,7 @@ def finer_grid(
     for name in grid:
         values, centre = sorted(set(grid[name])), best[name]
         if len(values) > 1:
-            # One point more at each end, as far away as the last, so that there is no edge.
+            # One point more at each end, as far away as the last, so that all have neighbours.
             longer = [2 * values[0] - values[1], *values, 2 * values[-1] - values[-2]]
             k = longer.index(centre)
             halves = [float(f"{(centre + longer[j]) / 2:.4g}") for j in (k - 1, k + 1)]
@@ -503,13 +449,10 @@ def finer_grid(
     return finer
 
 
-def run_trials(
-    play: Callable[[Any], Any], configurations: Sequence[Any], executor: Executor,
-    is_stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """(k, play(configurations[k])) as they come, played by any executor's workers. What play
-    raises is raised here, and BrokenExecutor if a worker dies. Once is_stopped, nothing
-    more is waited for, and what has not begun is cancelled.
+def run_trials(play: Callable[[Any], Any], configurations: Sequence[Any], executor: Executor,
+               is_stopped: Callable = lambda: False) -> Iterator[tuple[int, Any]]:  # fmt: skip
+    """(k, play(configurations[k])) as they come, by any executor's workers. It raises what play
+    raises, and BrokenExecutor if a worker dies. Once is_stopped, what has not begun is cancelled.
     """
     waiting = {executor.submit(play, changes): k for k, changes in enumerate(configurations)}
     try:
@@ -534,7 +477,7 @@ def net_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 def sharpe_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Sharpe ratio of a period; 0 where nothing changes: nothing earned, nothing risked."""
+    """Sharpe ratio of a period; 0 where nothing changes, be it a constant gain."""
     deviation = np.sqrt(np.maximum(variance, 0))
     is_flat = deviation <= 1e-6 * np.abs(mean) + 1e-12  # no more than rounding
     return np.where(is_flat, 0.0, mean / np.where(is_flat, 1.0, deviation))
@@ -598,13 +541,10 @@ def draw_positions(n: int, block: float, count: int, rng: Generator) -> Iterator
 
 def draw_means(x: np.ndarray, block: float, count: int, rng: Generator) -> np.ndarray:
     """The mean of every column in every resample: (count, N)."""
-    n, means = len(x), []
-    for positions in draw_positions(n, block, count, rng):
-        # Count how often each row draws each period: the mean needs no more.
-        offsets = np.arange(len(positions))[:, None] * n
-        times = np.bincount((positions + offsets).ravel(), minlength=positions.size)
-        means.append(times.reshape(positions.shape).astype(float) @ x / n)
-    return np.concatenate(means)
+    draws = draw_positions(len(x), block, count, rng)
+    # One column at a time: a chunk of all columns would be large.
+    means = [[column[positions].mean(axis=1) for column in x.T] for positions in draws]
+    return np.concatenate(means, axis=1).T
 
 
 def measure_paths(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -637,10 +577,9 @@ def sharpe_error(x: np.ndarray) -> float:
     """Standard error of the Sharpe ratio of a period; nan below two periods a part.
 
     To first order the ratio is SR + the mean of z - SR/2 (z^2 - 1), z = (x - mean)/deviation
-    (Lo 2002, Mertens 2002). Neighbours may go together, so the error of that mean comes from
-    the means of PARTS parts in time, far apart from each other:  SE = std(means) / sqrt(PARTS).
-    +- PARTS_95 SE then covered 93 to 96 % on AR(1) minutes (autocorrelation 0 to 0.4, 120 to 480
-    of them, Student's noise), an error that takes them as independent 77 to 95 %.
+    (Lo 2002, Mertens 2002). Neighbours may go together, so the error of that mean comes from the
+    means of PARTS parts in time:  SE = std(means) / sqrt(PARTS).  +- PARTS_95 SE then covered 93 to
+    96 % on 120 to 480 minutes of autocorrelation 0 to 0.4 (taken as independent, 77 to 95 %).
     """
     if len(x) < 2 * PARTS or x.std() <= 1e-9:
         return math.nan
@@ -648,11 +587,6 @@ def sharpe_error(x: np.ndarray) -> float:
     influence = z - x.mean() / x.std() / 2 * (z**2 - 1)
     means = [part.mean() for part in np.array_split(influence, PARTS)]
     return float(np.std(means, ddof=1)) / math.sqrt(PARTS)
-
-
-def probabilistic_sharpe(sharpe: float, reference: float, error: float) -> float:
-    """PSR = Phi((SR - SR0) / SE): the confidence that the true ratio is above SR0."""
-    return float(ndtr((sharpe - reference) / error))
 
 
 def best_sharpe_by_luck(variance: float, trials: float) -> float:
@@ -665,27 +599,26 @@ def best_sharpe_by_luck(variance: float, trials: float) -> float:
 
 
 def deflated_sharpe(sharpe: float, error: float, variance: float, trials: float) -> float:
-    """DSR = PSR(SR0): the confidence that the true ratio is above what the best of as many trials,
-    as scattered as these, shows by luck. No ratio is annualised. Bailey and Lopez de Prado
-    (2014); their example, with skew -3 and kurtosis 10 over 1250 days:
+    """DSR = Phi((SR - SR0) / SE): the confidence that the true ratio is above what the best of as
+    many trials, as scattered as these, shows by luck. No ratio is annualised. Bailey and Lopez
+    de Prado (2014); their example, with skew -3 and kurtosis 10 over 1250 days:
 
     >>> daily = 2.5 / math.sqrt(250)
     >>> error = math.sqrt((1 + 3 * daily + (10 - 1) / 4 * daily**2) / 1249)
     >>> round(deflated_sharpe(daily, error, variance=0.5 / 250, trials=100), 4)
     0.9004
     """
-    return probabilistic_sharpe(sharpe, best_sharpe_by_luck(variance, trials), error)
+    return float(ndtr((sharpe - best_sharpe_by_luck(variance, trials)) / error))
 
 
-def draw_best_of_chance(x: np.ndarray, score: Score, count: int, rng: Generator) -> np.ndarray:
-    """The best score among N configurations like those of x, but without skill: (count,).
+def draw_best_of_chance(x: np.ndarray, score: Callable, count: int, rng: Generator) -> np.ndarray:
+    """The best score(mean, variance) of N configurations like those of x without skill: (count,).
 
-    The columns lose their means and are resampled together, which keeps their correlation;
-    their variances stay, as a resample may miss the few fills of one that hardly trades.
-    The share of draws at or above the best score of the search says how often luck does as
-    well: White's reality check (2000), not studentised. Blocks are twice as long as for a
-    mean: on noise of autocorrelation 0.3, 960 periods, a share below 5 % then came in 6 to
-    9 % of searches; with blocks as for a mean, in 8 to 12 %.
+    The columns lose their means and are resampled together, which keeps their correlation; their
+    variances stay, as a resample may miss the few fills of one that hardly trades. The share of
+    draws at or above the best score of the search says how often luck does as well: White's
+    reality check (2000), not studentised. Blocks are twice as long as for a mean: on 960 periods
+    of noise, autocorrelation 0.3, a share below 5 % came in 6 to 9 % of searches (else 8 to 12 %).
     """
     block = 2 * common_block_length(x)
     means = draw_means(x - x.mean(axis=0), block, count, rng)

@@ -527,12 +527,12 @@ def test_a_recording_gives_the_messages_of_its_lines_and_no_stamp_goes_back(tmp_
 
 
 def test_a_recordings_first_lines_say_what_it_holds_unless_a_flag_does(tmp_path):
-    steps = dict(tick_size="0.25", lot_size="0.5")
+    steps = dict(tick_size="0.25", lot_size="0.5", min_qty=0.75)
     start = feed.control_line("start", symbol="ABCUSDT", category="spot", depth=200, **steps)
     path = record(tmp_path / "told.gz", start, book_text(1, topic="orderbook.200.ABCUSDT"))
     for flags, expected in ((), ("0.25", "0.5")), (("0.5", "1"), ("0.5", "1")):
         instrument = feed.Recording(path, *flags).parser.instrument
-        assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.0)
+        assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.75)
     deep = book_text(50, *GOOD, kind="snapshot", topic="orderbook.1000.BTCUSDT")
     path = record(tmp_path / "two depths.gz", FIRST, deep, book_text(8))
     assert letters(feed.Recording(path).messages()) == "S"  # the deepest

@@ -592,7 +592,7 @@ def test_inventory_moves_both_quotes_against_it_and_at_the_limit_takes_one_away(
 
 
 def test_every_rung_of_the_fallback_says_its_name_and_why():
-    faults, why = [], "solver raised ValueError: out of order"
+    faults, why = [], "lp failed: ValueError: out of order"
 
     def solver(*problem, **bounds):
         for fault in faults:

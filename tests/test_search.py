@@ -255,7 +255,6 @@ def test_deflated_sharpe_ratio_is_the_published_one(trials, skew, kurtosis, refe
 def test_the_deflated_ratio_of_a_single_trial_is_the_probability_that_the_ratio_is_above_0():
     for sharpe, error in product((-0.3, 0.01, 0.2), (0.05, 0.5)):
         psr = NormalDist().cdf(sharpe / error)
-        assert optimize.probabilistic_sharpe(sharpe, 0, error) == pytest.approx(psr)
         assert optimize.deflated_sharpe(sharpe, error, 0.1, 1) == pytest.approx(psr)
 
 
