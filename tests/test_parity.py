@@ -27,7 +27,7 @@ DURATION_S = 171.37  # ends in the middle of a second
 LATE_MS = 300
 ROUNDS = int(os.environ.get("PARITY_ROUNDS", 1))
 FLAGS = (
-    "--gamma 0.05 --delta 0.1 --zeta 0.1 --min-half-spread-bps 0.02 --order-qty 3 "
+    "--gamma 0.05 --delta 0.1 --zeta 0.1 --min-half-spread-bps 0.02 "
     "--max-inventory 30 --max-depth-share 1 --requote-move-bps 0.5"
 ).split()
 
