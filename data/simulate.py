@@ -68,7 +68,7 @@ CALM, NERVOUS = 0.34, 0.85  # volatility of news, bps per sqrt(s)
 CALM_S, NERVOUS_S = 420.0, 150.0  # mean length of a regime, s
 WANDER, WANDER_S = 0.30, 45.0  # its log, within a regime: sd, memory in s
 NEWS_PER_S, NEWS_TAIL = 0.5, 4.0  # when calm; degrees of freedom of a Student law
-SLICES, SLICE_MS = 1.5, 250.0  # orders that news bring, after the first; mean gap
+INFORMED, SLICES, SLICE_MS = 0.5, 1.0, 250.0  # share of news traded on; orders after the first
 INFORMED_MS, INFORMED_LOTS = 40.0, 2500.0  # delay of the first; median size
 COST, HASTE = 4.0, (0.5, 1.0)  # ticks an informed order must gain; its way to the worth
 LEARN_STEPS, SLACK, CORRECT = 10, 12.0, 0.15  # makers: delay; ticks borne; chance in a step
@@ -292,7 +292,7 @@ class Traders:
         makers know, ticks; `forced`: the side of all noise, 0 for its own.
         """
         rng = self.rng
-        if jump:
+        if jump and rng.random() < INFORMED:
             delay = 1 + rng.exponential(INFORMED_MS)
             self.inform(start_ms + delay, 1 if jump > 0 else -1, 1 + rng.poisson(SLICES))
         elif abs(error) > SLACK and rng.random() < CORRECT:  # a maker who wants to pass them
