@@ -42,8 +42,9 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -88,23 +89,14 @@ class Book:
     rng: np.random.Generator
     maker_lots: float  # median resting order
     pressure: float = 0.0  # lots bought less lots sold, of late
+    toxicity: float = 0.0  # how one-sided that is; at 1 makers halve their sizes
     bid: int = START_TICK
     ask: int = START_TICK + 1
     lots: np.ndarray = field(default_factory=lambda: np.zeros(2 * START_TICK, np.int64))
 
     def __post_init__(self) -> None:
-        self.fill(1, len(self.lots))
+        self.lots[1:] = self.draw(np.arange(1, len(self.lots)))
         self.lots[[self.bid, self.ask]] = self.draw_touch(), self.draw_touch()
-
-    @property
-    def middle(self) -> float:
-        """The mid, ticks."""
-        return (self.bid + self.ask) / 2
-
-    @property
-    def toxicity(self) -> float:
-        """How one-sided trades have been of late: 0 not at all; at 1 makers halve their sizes."""
-        return abs(self.pressure) / TOXIC_LOTS
 
     def draw_touch(self) -> int:
         """The size that makers want to show at a best price, lots."""
@@ -120,10 +112,6 @@ class Book:
         is_order = chance[1] < 0.14 + 0.42 * far
         lots = np.where(is_order, 1000 * np.exp(0.7 * normal), 4 * np.exp(1.1 * normal))
         return np.where(chance[0] < 0.34 + 0.32 * far, np.maximum(lots, 1), 0).astype(int)
-
-    def fill(self, low: int, high: int) -> None:
-        """Draw new resting sizes for the ticks low <= tick < high."""
-        self.lots[low:high] = self.draw(np.arange(low, high))
 
     def take(self, side: int, wanted: int, limit: int) -> list[tuple[int, int]]:
         """Execute a market order; return its prints (tick, lots), one for each resting order."""
@@ -167,22 +155,23 @@ class Book:
         low, high = self.bid + (bid == self.bid), self.ask + (ask != self.ask)
         moved = [tick for tick in (bid, ask) if tick not in (self.bid, self.ask)]
         self.bid, self.ask = bid, ask
-        self.fill(low, high)
+        self.lots[low:high] = self.draw(np.arange(low, high))
         self.lots[bid + 1:ask] = 0
         for tick in moved:
             self.lots[tick] = 1 + int(FRESH * self.draw_touch())
 
     def churn(self, updates: float, known: float) -> None:
         """A step of cancels and new orders. `known`: the worth, as far as makers know it."""
+        rng, gap, middle = self.rng, self.ask - self.bid - 1, (self.bid + self.ask) / 2
         self.pressure *= math.exp(-STEP_S / PRESSURE_S)
-        rng, gap = self.rng, self.ask - self.bid - 1
+        self.toxicity = abs(self.pressure) / TOXIC_LOTS
         if gap and rng.random() < NARROW:  # from both sides: the mid stays
             self.place(self.bid + gap // 2, self.ask - (gap + 1) // 2)
         for side, tick in ((1, self.bid), (-1, self.ask)):
             lots = int(self.lots[tick])
             if rng.random() < 0.5:
                 lots += (self.draw_touch() - lots) // 7
-            if side * (self.middle - known) > SLACK / 2:  # this price will not hold
+            if side * (middle - known) > SLACK / 2:  # this price will not hold
                 lots = int(lots * FADE)
             self.lots[tick] = max(1, lots)
         distance = rng.integers(1, 330, rng.poisson(updates))
@@ -211,11 +200,6 @@ class Traders:
     pending: list[Order] = field(default_factory=list)  # a heap, by time
     count: int = 0
 
-    @property
-    def known(self) -> float:
-        """The worth as makers know it: as it was a while ago."""
-        return self.past[0]
-
     def step(self, start_ms: int, middle: float, forced: int) -> None:
         """News, and the orders that one step brings about. `forced`: the side of all noise."""
         rng = self.rng
@@ -223,52 +207,37 @@ class Traders:
         if rng.random() < STEP_S / (NERVOUS_S if self.is_nervous else CALM_S):
             self.is_nervous = not self.is_nervous
         nervous = NERVOUS / CALM if self.is_nervous else 1.0  # more and larger news, more noise
-        error = self.known - middle
+        error = self.past[0] - middle  # as makers see it
         if rng.random() < NEWS_PER_S * nervous * STEP_S:
             unit = rng.standard_t(NEWS_TAIL) / math.sqrt(NEWS_TAIL / (NEWS_TAIL - 2))
             jump = self.worth * 1e-4 * CALM * math.sqrt(nervous / NEWS_PER_S) * unit
             self.worth += jump
             if rng.random() < INFORMED:
-                delay = 1 + rng.exponential(INFORMED_MS)
-                self.inform(start_ms + delay, 1 if jump > 0 else -1, 1 + rng.poisson(SLICES))
+                sizes = INFORMED_LOTS * rng.lognormal(size=1 + rng.poisson(SLICES))
+                time_ms = start_ms + 1 + rng.exponential(INFORMED_MS)
+                self.send(time_ms, 1 if jump > 0 else -1, sizes, SLICE_MS, True)
         elif abs(error) > SLACK and rng.random() < CORRECT:  # a maker wants to pass them
-            self.inform(start_ms + rng.uniform(1, STEP_MS), 1 if error > 0 else -1, 1)
+            time_ms, sizes = start_ms + rng.uniform(1, STEP_MS), [INFORMED_LOTS * rng.lognormal()]
+            self.send(time_ms, 1 if error > 0 else -1, sizes, SLICE_MS, True)
         for _ in range(rng.poisson(self.bursts_per_s * math.sqrt(nervous) * STEP_S)):
-            self.burst(start_ms + rng.uniform(1, STEP_MS), forced)
+            lag = int(len(self.signs) ** rng.random())  # mostly a recent sign
+            side = self.signs[-lag] if rng.random() < COPY else int(rng.choice((1, -1)))
+            self.signs.append(forced or side)
+            sizes = NOISE_LOTS * (1 + rng.pareto(NOISE_TAIL, rng.geometric(1 - MORE)))
+            self.send(start_ms + rng.uniform(1, STEP_MS), self.signs[-1], sizes, MORE_MS, False)
 
-    def send(self, time_ms: float, side: int, lots: float, informed: bool) -> None:
-        """Queue one order for its time."""
-        self.count += 1
-        order = (int(time_ms), self.count, side, 1 + int(min(lots, MOST_LOTS)), informed)
-        heapq.heappush(self.pending, order)
-
-    def inform(self, time_ms: float, side: int, slices: int) -> None:
-        """Orders of those who know the worth, one after the other."""
-        for _ in range(slices):
-            self.send(time_ms, side, INFORMED_LOTS * self.rng.lognormal(), True)
-            time_ms += self.rng.exponential(SLICE_MS)
-
-    def burst(self, time_ms: float, forced: int) -> None:
-        """Noise orders of one side, milliseconds apart."""
-        rng = self.rng
-        lag = int(len(self.signs) ** rng.random())  # mostly a recent sign
-        side = self.signs[-lag] if rng.random() < COPY else int(rng.choice((1, -1)))
-        self.signs.append(forced or side)
-        for _ in range(rng.geometric(1 - MORE)):
-            lots = NOISE_LOTS * (1 + rng.pareto(NOISE_TAIL))
-            self.send(time_ms, self.signs[-1], lots, False)
-            time_ms += rng.exponential(MORE_MS)
-
-    def due(self, end_ms: int) -> Iterator[Order]:
-        """The orders that match before `end_ms`, in order of time."""
-        while self.pending and self.pending[0][0] < end_ms:
-            yield heapq.heappop(self.pending)
+    def send(self, time_ms: float, side: int, sizes: Iterable[float], gap_ms: float,
+             informed: bool) -> None:
+        """Queue orders of one side, one after the other."""
+        for lots in sizes:
+            self.count += 1
+            order = (int(time_ms), self.count, side, 1 + int(min(lots, MOST_LOTS)), informed)
+            heapq.heappush(self.pending, order)
+            time_ms += self.rng.exponential(gap_ms)
 
 
 # ---- The feed ------------------------------------------------------------------------
-def dump(message: dict) -> str:
-    """JSON as the exchange writes it: no spaces."""
-    return json.dumps(message, separators=(",", ":"))
+dump = partial(json.dumps, separators=(",", ":"))  # as the exchange writes it: no spaces
 
 
 def price_text(tick: int) -> str:
@@ -344,15 +313,14 @@ class Feed:
                 "i": f"00000000-0000-4000-8000-{self.trade_id:012x}", "BT": False,
                 "RPI": rpi, "seq": self.seq}
 
-    def send_trades(self, prints: list[dict]) -> None:
+    def send_trades(self, time_ms: int, prints: list[dict]) -> None:
         """All prints of one matching millisecond."""
-        time_ms = prints[0]["T"]
         self.send(time_ms, {"topic": f"publicTrade.{SYMBOL}", "type": "snapshot",
                             "ts": time_ms + int(self.rng.integers(1, 4)), "data": prints})
 
     def send_ticker(self, time_ms: int, book: Book) -> None:
         """A snapshot at first, then the fields that have changed."""
-        middle, basis = book.middle * TICK_SIZE, 3.0 + 0.4 * math.sin(time_ms / 90_000)  # USDT
+        middle, basis = (book.bid + book.ask) / 2 * TICK_SIZE, 3 + 0.4 * math.sin(time_ms / 9e4)
         now = {
             "symbol": SYMBOL, "lastPrice": price_text(self.last_tick),
             "markPrice": f"{middle + basis:.2f}", "indexPrice": f"{middle + 23:.2f}",
@@ -384,9 +352,10 @@ def simulate(rng: np.random.Generator, hours: float, trades_per_s: float = TRADE
     traders = Traders(rng, BURSTS_PER_S * density)
     for step in range(round(hours * 3_600_000 / STEP_MS)):
         start, cts = START_MS + step * STEP_MS, START_MS + (step + 1) * STEP_MS
-        traders.step(start, book.middle, push[2] if push[0] <= step * STEP_S < push[1] else 0)
+        forced = push[2] if push[0] <= step * STEP_S < push[1] else 0
+        traders.step(start, (book.bid + book.ask) / 2, forced)
         match(traders, cts, book, feed)
-        book.churn(updates_per_delta, traders.known)
+        book.churn(updates_per_delta, traders.past[0])
         feed.send_book(cts, book)
         if step * STEP_MS % TICKER_MS == 0:
             feed.send_ticker(cts, book)
@@ -396,11 +365,9 @@ def simulate(rng: np.random.Generator, hours: float, trades_per_s: float = TRADE
 
 def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
     """Execute the orders that are due; send their prints, a message for each ms."""
-    prints: list[dict] = []
-    for time_ms, _, side, lots, informed in traders.due(end_ms):
-        if prints and prints[0]["T"] != time_ms:
-            feed.send_trades(prints)
-            prints = []
+    prints: dict[int, list[dict]] = {}
+    while traders.pending and traders.pending[0][0] < end_ms:
+        time_ms, _, side, lots, informed = heapq.heappop(traders.pending)
         best = book.ask if side > 0 else book.bid
         limit = best + side * NOISE_REACH
         if informed:  # only as far as it pays
@@ -411,13 +378,14 @@ def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
         feed.seq += 1
         rpi = not informed and lots < LARGE_LOTS and book.rng.random() < RPI_SHARE
         taken = [(best, lots)] if rpi else book.take(side, lots, limit)
-        prints += [feed.trade(time_ms, side, *one, rpi) for one in taken]
+        group = prints.setdefault(time_ms, [])
+        group += [feed.trade(time_ms, side, *one, rpi) for one in taken]
         if not informed:
             traders.worth += side * IMPACT * sum(lots for _, lots in taken)
         last = taken[-1][0]  # makers believe in part the trade, in part what it is worth
         book.requote(side, last, last + book.rng.random() * (traders.worth - last))
-    if prints:
-        feed.send_trades(prints)
+    for time_ms, group in prints.items():
+        feed.send_trades(time_ms, group)
 
 
 # ---- The file ------------------------------------------------------------------------
@@ -435,6 +403,10 @@ def record(path: str, lines: Iterator[Line]) -> None:
     os.replace(part, path)
 
 
+LIMITS = {"hours": (1e-3, 1e5), "seed": (0, 2**53), "trades_per_s": (1e-3, 1e4),
+          "updates_per_delta": (0, 1000)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write a SYNTHETIC Bybit recording.")
@@ -442,28 +414,20 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", required=True, help="file to write (.jsonl.gz)")
     add("--hours", type=float, default=2.0, help="length, hours (2)")
     add("--seed", type=int, default=1, help="same seed, same bytes (1)")
-    add("--trades-per-s", type=float, default=TRADES_PER_S, help="prints per second, roughly (14)")
+    add("--trades-per-s", type=float, default=TRADES_PER_S, help="prints, roughly (14)")
     add("--updates-per-delta", type=float, default=UPDATES,
         help="levels changed at random in 100 ms (10)")
     add("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(arguments)
-    for is_wrong, problem in (
-        (os.path.exists(args.out) and not args.force,
-         f"{args.out} exists; name another file or add --force"),
-        (not os.path.isdir(os.path.dirname(args.out) or "."),
-         f"no folder for {args.out}; create it first"),
-        (not 0 < args.hours < math.inf, f"--hours is {args.hours}; it must be above 0"),
-        (not 0 < args.trades_per_s < math.inf,
-         f"--trades-per-s is {args.trades_per_s}; it must be above 0"),
-        (args.seed < 0, f"--seed is {args.seed}; it must not be negative"),
-        (not 0 <= args.updates_per_delta <= 1000,
-         f"--updates-per-delta is {args.updates_per_delta}; give 0 to 1000"),
-    ):
-        if is_wrong:
-            print(f"simulate.py: {problem}", file=sys.stderr)
-            return 2
-    record(args.out, simulate(np.random.default_rng(args.seed), args.hours, args.trades_per_s,
-                              args.updates_per_delta))
+    if os.path.exists(args.out) and not args.force:
+        parser.error(f"{args.out} exists; name another file or add --force")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"no folder for {args.out}; create it first")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"{name} = {getattr(args, name):g} must lie in {low:g} to {high:g}")
+    rng = np.random.default_rng(args.seed)
+    record(args.out, simulate(rng, args.hours, args.trades_per_s, args.updates_per_delta))
     return 0
 
 
