@@ -60,19 +60,17 @@ LAG_MS, JITTER_MS = 34.0, 4.0  # network: fixed part, scale of a Gamma(2) part
 SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)  # messages that are so much later
 
 # ---- The numbers of the model --------------------------------------------------------
-CALM, NERVOUS = 0.29, 0.55  # volatility of news, bps per sqrt(s)
+CALM, NERVOUS = 0.28, 0.53  # volatility of news, bps per sqrt(s)
 CALM_S, NERVOUS_S = 420.0, 150.0  # mean length of a regime, s
-NEWS_PER_S, NEWS_TAIL = 0.2, 6.0  # when calm; degrees of freedom of a Student law
+NEWS_PER_S, NEWS_TAIL = 0.22, 8.0  # when calm; degrees of freedom of a Student law
 INFORMED, SLICES, SLICE_MS = 0.4, 1.0, 150.0  # share of news traded on; more orders, mean gap
-INFORMED_MS, INFORMED_LOTS = 40.0, 2500.0  # delay of the first; median size
-COST, HASTE = 6.0, (0.7, 1.0)  # ticks that an informed order must gain; how far it goes
+INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 8.0  # their delay, median size, ticks left
 LEARN_STEPS, SLACK, CORRECT = 5, 16.0, 0.4  # makers: delay; ticks borne; chance to take in a step
 BURSTS_PER_S, MORE, MORE_MS = 0.9, 0.6, 6.0  # of noise; chance of one more order, mean gap
 MEMORY, COPY = 60, 0.85  # signs remembered; chance to copy one of them
 NOISE_LOTS, NOISE_TAIL = 6.0, 0.82  # a noise order: least size, Pareto exponent
 MOST_LOTS, NOISE_REACH = 40_000, 150  # the largest order; how far noise sweeps, ticks
-IMPACT = 0.0015  # ticks by which a lot of noise moves the worth
-RPI_SHARE = 0.01  # noise orders that meet hidden retail liquidity
+IMPACT, RPI_SHARE = 0.0015, 0.01  # ticks of worth a lot of noise; noise that meets hidden orders
 LARGE_LOTS, LEFT, JOINED = 500, 0.2, 0.15  # orders seen coming; levels that go, that double
 PRESSURE_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # memory of trades; toxic; ticks wider then
 MAKER_LOTS, MAKER_SPREAD = 45.0, 2.4  # a resting order: median size, sd of its log
@@ -301,10 +299,9 @@ class Feed:
 
     def trade(self, time_ms: int, side: int, tick: int, lots: int, rpi: bool) -> dict:
         """One print, as it stands in the data of a trade message."""
-        if tick != self.last_tick:
-            self.direction = "PlusTick" if tick > self.last_tick else "MinusTick"
-        elif not self.direction.startswith("Zero"):
-            self.direction = "Zero" + self.direction
+        up, same = tick > self.last_tick, "Zero" + self.direction.removeprefix("Zero")
+        moved = "PlusTick" if up else "MinusTick"
+        self.direction = same if tick == self.last_tick else moved
         self.last_tick, self.trade_id = tick, self.trade_id + 1
         self.volume += lots * LOT_SIZE
         self.turnover += lots * LOT_SIZE * tick * TICK_SIZE
@@ -321,15 +318,14 @@ class Feed:
     def send_ticker(self, time_ms: int, book: Book) -> None:
         """A snapshot at first, then the fields that have changed."""
         middle, basis = (book.bid + book.ask) / 2 * TICK_SIZE, 3 + 0.4 * math.sin(time_ms / 9e4)
-        now = {
-            "symbol": SYMBOL, "lastPrice": price_text(self.last_tick),
-            "markPrice": f"{middle + basis:.2f}", "indexPrice": f"{middle + 23:.2f}",
-            "openInterest": "59891.732", "turnover24h": f"{self.turnover:.4f}",
-            "volume24h": f"{self.volume:.4f}", "fundingIntervalHour": "8",
-            "nextFundingTime": str((time_ms // 28_800_000 + 1) * 28_800_000),
-            "fundingRate": "0.0001", "bid1Price": price_text(book.bid),
-            "bid1Size": size_text(book.lots[book.bid]), "ask1Price": price_text(book.ask),
-            "ask1Size": size_text(book.lots[book.ask])}
+        now = dict(
+            symbol=SYMBOL, lastPrice=price_text(self.last_tick), markPrice=f"{middle + basis:.2f}",
+            indexPrice=f"{middle + 23:.2f}", openInterest="59891.732",
+            turnover24h=f"{self.turnover:.4f}", volume24h=f"{self.volume:.4f}",
+            fundingIntervalHour="8", fundingRate="0.0001",
+            nextFundingTime=str((time_ms // 28_800_000 + 1) * 28_800_000),
+            bid1Price=price_text(book.bid), bid1Size=size_text(book.lots[book.bid]),
+            ask1Price=price_text(book.ask), ask1Size=size_text(book.lots[book.ask]))
         data = {key: text for key, text in now.items()
                 if key == "symbol" or self.ticker.get(key) != text}
         kind, self.ticker = "delta" if self.ticker else "snapshot", now
@@ -374,7 +370,7 @@ def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
             gain = side * (traders.worth - best) - COST
             if gain < 0:
                 continue
-            limit = best + side * int(gain * book.rng.uniform(*HASTE))
+            limit = best + side * int(gain)
         feed.seq += 1
         rpi = not informed and lots < LARGE_LOTS and book.rng.random() < RPI_SHARE
         taken = [(best, lots)] if rpi else book.take(side, lots, limit)
@@ -382,8 +378,8 @@ def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
         group += [feed.trade(time_ms, side, *one, rpi) for one in taken]
         if not informed:
             traders.worth += side * IMPACT * sum(lots for _, lots in taken)
-        last = taken[-1][0]  # makers believe in part the trade, in part what it is worth
-        book.requote(side, last, last + book.rng.random() * (traders.worth - last))
+        doubt = book.rng.random()  # makers ask whether that was informed
+        book.requote(side, taken[-1][0], (1 - doubt) * taken[-1][0] + doubt * traders.past[0])
     for time_ms, group in prints.items():
         feed.send_trades(time_ms, group)
 
