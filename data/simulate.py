@@ -60,9 +60,9 @@ LAG_MS, JITTER_MS = 34.0, 4.0  # network: fixed part, scale of a Gamma(2) part
 SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)  # messages that are so much later
 
 # ---- The numbers of the model --------------------------------------------------------
-CALM, NERVOUS = 0.28, 0.53  # volatility of news, bps per sqrt(s)
+CALM, NERVOUS = 0.30, 0.48  # volatility of news, bps per sqrt(s)
 CALM_S, NERVOUS_S = 420.0, 150.0  # mean length of a regime, s
-NEWS_PER_S, NEWS_TAIL = 0.22, 8.0  # when calm; degrees of freedom of a Student law
+NEWS_PER_S, NEWS_TAIL = 0.20, 8.0  # when calm; degrees of freedom of a Student law
 INFORMED, SLICES, SLICE_MS = 0.4, 1.0, 150.0  # share of news traded on; more orders, mean gap
 INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 8.0  # their delay, median size, ticks left
 LEARN_STEPS, SLACK, CORRECT = 5, 16.0, 0.4  # makers: delay; ticks borne; chance to take in a step
@@ -70,7 +70,8 @@ BURSTS_PER_S, MORE, MORE_MS = 0.9, 0.6, 6.0  # of noise; chance of one more orde
 MEMORY, COPY = 60, 0.85  # signs remembered; chance to copy one of them
 NOISE_LOTS, NOISE_TAIL = 6.0, 0.82  # a noise order: least size, Pareto exponent
 MOST_LOTS, NOISE_REACH = 40_000, 150  # the largest order; how far noise sweeps, ticks
-IMPACT, RPI_SHARE = 0.0015, 0.01  # ticks of worth a lot of noise; noise that meets hidden orders
+IMPACT = 0.09  # ticks, times the root of the lots of a noise order: what it moves the worth
+RPI_SHARE = 0.01  # noise orders that meet hidden retail liquidity
 LARGE_LOTS, LEFT, JOINED = 500, 0.2, 0.15  # orders seen coming; levels that go, that double
 PRESSURE_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # memory of trades; toxic; ticks wider then
 MAKER_LOTS, MAKER_SPREAD = 45.0, 2.4  # a resting order: median size, sd of its log
@@ -377,7 +378,7 @@ def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
         group = prints.setdefault(time_ms, [])
         group += [feed.trade(time_ms, side, *one, rpi) for one in taken]
         if not informed:
-            traders.worth += side * IMPACT * sum(lots for _, lots in taken)
+            traders.worth += side * IMPACT * math.sqrt(sum(lots for _, lots in taken))
         doubt = book.rng.random()  # makers ask whether that was informed
         book.requote(side, taken[-1][0], (1 - doubt) * taken[-1][0] + doubt * traders.past[0])
     for time_ms, group in prints.items():
