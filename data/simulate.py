@@ -6,32 +6,31 @@ whoever lets the price come through his order has traded there. What this writes
 
 The model, in the order in which a step of 100 ms runs it:
 
-1. *News* changes what the contract is worth, by rare jumps, fat-tailed and without drift. Calm and
-   nervous regimes follow each other, minutes long.
+1. *News* changes what the contract is worth, by rare jumps without drift. Calm and nervous
+   regimes, minutes long, follow each other.
 2. *Informed traders* know news at once. They take, in slices, what rests on the way to the new
    worth: their trades come first, the price moves after them, and who rests there is run over.
-3. *Noise traders* send bursts of orders whose sides are correlated over many bursts and whose sizes
-   are heavy-tailed. They know nothing, but nobody can tell: each lot moves the worth a little, for
-   good. If they only sell for 300 s, the price goes down and stays there (`push` shows it).
+3. *Noise traders* send bursts of orders whose sides go together over many bursts and whose sizes
+   have a heavy tail. They know nothing, but nobody can tell: each order moves the worth for good.
+   If they only sell for 300 s, the price goes down and stays there (parameter `push`).
 4. *Makers* quote a best price anew only when an order has eaten it, and only within the prices just
-   traded. They learn of news late; then the side in danger thins out, and one who wants a price
-   further off takes what rests before it, print by print, like everybody. Before a large order
-   some leave unseen and others join. One-sided trades make best sizes smaller and spreads wider.
+   traded. They learn of news late: then the side in danger thins out, and one who wants a price
+   beyond it takes what rests there, print by print, like everybody. Before a large order some
+   leave unseen, others join. One-sided trades make best sizes smaller and spreads wider.
 5. *The feed* sends what changed among the best 200 levels a side, every 100 ms, and each trade at
    once, so that trades between two pushes go through prices which the pushed book still shows.
    The network delays every topic by its own random lag.
 
-Units. Prices are integer ticks of 0.1 USDT and sizes integer lots of 0.001 BTC; times are ms since
-the epoch on the exchange and ns at the receiver; volatility is in bps per square root of a second
-(1 bp = 1e-4); a `side` is +1 (buy, bid) or -1 (sell, ask).
+Units. Prices are integer ticks of 0.1 USDT, sizes integer lots of 0.001 BTC, times ms since the
+epoch on the exchange and ns at the receiver; volatility is in bps (1e-4) per square root of a
+second; a `side` is +1 (buy, bid) or -1 (sell, ask).
 
-What it does not do. No strategy is simulated and nobody reacts to our quotes. There is no funding,
-block trade, lost message or time of day. Makers are one crowd, not agents. Volume and turnover "of
-24 h" only grow. The price must stay below 130,000 USDT. README.md compares it with real markets.
+What it does not do. Nobody reacts to our quotes. No funding, block trade, lost message or time of
+day. Makers are one crowd. Volume "of 24 h" only grows. Prices end at 130,000 USDT.
 
-Sources. Informed, noise and makers: Glosten and Milgrom (1985). Impact linear in lots: Kyle (1985).
-Copied signs: DAR(p) order flow (Taranto et al., 2018). Messages: Bybit V5 documents, July 2026.
-Numbers: moved by hand until compare.py saw little difference; see README.md.
+Sources. Informed, noise and makers: Glosten and Milgrom (1985). Impact as the root of the size:
+Bouchaud, Farmer and Lillo (2009). Copied signs: DAR(p) order flow (Taranto et al., 2018). Messages:
+Bybit V5 documents, July 2026. Numbers: by hand, against real recordings; see README.md.
 """
 import argparse
 import gzip
@@ -44,7 +43,6 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -67,13 +65,12 @@ INFORMED, SLICES, SLICE_MS = 0.4, 1.0, 150.0  # share of news traded on; more or
 INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 8.0  # their delay, median size, ticks left
 LEARN_STEPS, SLACK, CORRECT = 5, 16.0, 0.4  # makers: delay; ticks borne; chance to take in a step
 BURSTS_PER_S, MORE, MORE_MS = 0.9, 0.6, 6.0  # of noise; chance of one more order, mean gap
-MEMORY, COPY = 60, 0.85  # signs remembered; chance to copy one of them
+MEMORY, COPY, RPI_SHARE = 60, 0.85, 0.01  # signs remembered; copied; met by hidden retail orders
 NOISE_LOTS, NOISE_TAIL = 6.0, 0.82  # a noise order: least size, Pareto exponent
 MOST_LOTS, NOISE_REACH = 40_000, 150  # the largest order; how far noise sweeps, ticks
-IMPACT = 0.09  # ticks, times the root of the lots of a noise order: what it moves the worth
-RPI_SHARE = 0.01  # noise orders that meet hidden retail liquidity
-LARGE_LOTS, LEFT, JOINED = 500, 0.2, 0.15  # orders seen coming; levels that go, that double
-PRESSURE_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # memory of trades; toxic; ticks wider then
+IMPACT = 0.09  # of noise on the worth: ticks, times the root of the lots
+LARGE_LOTS, MOODS = 500, (0.2, 0.65, 0.15)  # seen coming: levels that then go, stay, double
+TOXIC_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # one-sided trades: memory; many; ticks wider
 MAKER_LOTS, MAKER_SPREAD = 45.0, 2.4  # a resting order: median size, sd of its log
 TOUCH_LOTS, TOUCH_SPREAD = 8000.0, 0.6  # all of them at a best price, likewise
 FRESH, FADE, NARROW = 0.7, 0.7, 0.3  # of that at first; kept in danger; chance to close a spread
@@ -87,8 +84,7 @@ class Book:
 
     rng: np.random.Generator
     maker_lots: float  # median resting order
-    pressure: float = 0.0  # lots bought less lots sold, of late
-    toxicity: float = 0.0  # how one-sided that is; at 1 makers halve their sizes
+    toxicity: float = 0.0  # lots bought less lots sold, of late; beyond 1 or -1 makers shy
     bid: int = START_TICK
     ask: int = START_TICK + 1
     lots: np.ndarray = field(default_factory=lambda: np.zeros(2 * START_TICK, np.int64))
@@ -100,7 +96,7 @@ class Book:
     def draw_touch(self) -> int:
         """The size that makers want to show at a best price, lots."""
         size = TOUCH_LOTS * math.exp(TOUCH_SPREAD * self.rng.standard_normal())
-        return 1 + int(size / (1 + self.toxicity))
+        return 1 + int(size / (1 + abs(self.toxicity)))
 
     def draw(self, ticks: np.ndarray) -> np.ndarray:
         """Sizes of levels behind the best prices: none, a crumb or an order."""
@@ -114,20 +110,17 @@ class Book:
 
     def take(self, side: int, wanted: int, limit: int) -> list[tuple[int, int]]:
         """Execute a market order; return its prints (tick, lots), one for each resting order."""
-        prints, tick = [], self.ask if side > 0 else self.bid
-        if wanted > LARGE_LOTS:  # makers see it coming, but some stay at the best price
-            part = self.lots[min(tick, limit):max(tick, limit) + 1]
-            mood = self.rng.random(len(part))
-            part[mood < LEFT] = 0
-            part[mood > 1 - JOINED] *= 2
-            self.lots[tick] = max(1, self.lots[tick])
+        prints, tick, is_large = [], self.ask if side > 0 else self.bid, wanted > LARGE_LOTS
         while wanted > 0 and side * (limit - tick) >= 0:
+            if is_large:  # makers see it coming, but some stay at the best price
+                lots = int(self.lots[tick]) * int(self.rng.choice(3, p=MOODS))
+                self.lots[tick] = lots if prints else max(1, lots)
             while wanted > 0 and self.lots[tick]:
                 resting = 1 + int(self.maker_lots * self.rng.lognormal(0.0, MAKER_SPREAD))
                 lots = min(resting, wanted, int(self.lots[tick]))
                 prints.append((tick, lots))
                 self.lots[tick] -= lots
-                self.pressure += side * lots
+                self.toxicity += side * lots / TOXIC_LOTS
                 wanted -= lots
             tick += side
         return prints
@@ -143,7 +136,7 @@ class Book:
         while not self.lots[far]:
             far += side
         self.bid, self.ask = (near, far) if side > 0 else (far, near)
-        wide = 1 + int(self.rng.poisson(WIDE * self.toxicity))
+        wide = 1 + int(self.rng.poisson(WIDE * abs(self.toxicity)))
         wanted = side * round(target - side * wide / 2)
         near = max(side * near, min(wanted, side * last - 1))  # times side, like `far`
         far = min(side * far, near + wide)
@@ -162,8 +155,7 @@ class Book:
     def churn(self, updates: float, known: float) -> None:
         """A step of cancels and new orders. `known`: the worth, as far as makers know it."""
         rng, gap, middle = self.rng, self.ask - self.bid - 1, (self.bid + self.ask) / 2
-        self.pressure *= math.exp(-STEP_S / PRESSURE_S)
-        self.toxicity = abs(self.pressure) / TOXIC_LOTS
+        self.toxicity *= math.exp(-STEP_S / TOXIC_S)
         if gap and rng.random() < NARROW:  # from both sides: the mid stays
             self.place(self.bid + gap // 2, self.ask - (gap + 1) // 2)
         for side, tick in ((1, self.bid), (-1, self.ask)):
@@ -225,18 +217,17 @@ class Traders:
             sizes = NOISE_LOTS * (1 + rng.pareto(NOISE_TAIL, rng.geometric(1 - MORE)))
             self.send(start_ms + rng.uniform(1, STEP_MS), self.signs[-1], sizes, MORE_MS, False)
 
-    def send(self, time_ms: float, side: int, sizes: Iterable[float], gap_ms: float,
-             informed: bool) -> None:
+    def send(self, time_ms: float, side: int, sizes: Iterable, gap_ms: float, knows: bool) -> None:
         """Queue orders of one side, one after the other."""
         for lots in sizes:
             self.count += 1
-            order = (int(time_ms), self.count, side, 1 + int(min(lots, MOST_LOTS)), informed)
+            order = (int(time_ms), self.count, side, 1 + int(min(lots, MOST_LOTS)), knows)
             heapq.heappush(self.pending, order)
             time_ms += self.rng.exponential(gap_ms)
 
 
 # ---- The feed ------------------------------------------------------------------------
-dump = partial(json.dumps, separators=(",", ":"))  # as the exchange writes it: no spaces
+dump = json.JSONEncoder(separators=(",", ":")).encode  # as the exchange writes it: no spaces
 
 
 def price_text(tick: int) -> str:
@@ -267,12 +258,14 @@ class Feed:
     newest: dict[str, int] = field(default_factory=dict)  # topic to receive time, ns
     count: int = 0
 
-    def send(self, time_ms: int, message: dict) -> None:
+    def send(self, time_ms: int, topic: str, kind: str, data: object, **more: int) -> None:
         """One message leaves the exchange; a topic's messages stay in order."""
+        message = {"topic": f"{topic}.{SYMBOL}", "type": kind,
+                   "ts": time_ms + int(self.rng.integers(1, 5)), "data": data, **more}
         lag_ms = LAG_MS + JITTER_MS * self.rng.standard_gamma(2.0)
         if self.rng.random() < SPIKE_SHARE:
             lag_ms += self.rng.uniform(*SPIKE_MS)
-        recv_ns, topic = time_ms * 1_000_000 + int(lag_ms * 1000) * 1000, message["topic"]
+        recv_ns = time_ms * 1_000_000 + int(lag_ms * 1000) * 1000
         recv_ns = self.newest[topic] = max(recv_ns, self.newest.get(topic, 0))
         self.count += 1
         heapq.heappush(self.arriving, (recv_ns, self.count, dump(message)))
@@ -295,14 +288,13 @@ class Feed:
         if rows[1] or rows[-1]:
             self.seq, self.update_id = self.seq + 1, self.update_id + 1
             data = {"s": SYMBOL, "b": rows[1], "a": rows[-1], "u": self.update_id, "seq": self.seq}
-            self.send(cts, {"topic": f"orderbook.{DEPTH}.{SYMBOL}", "type": kind,
-                            "ts": cts + int(self.rng.integers(1, 5)), "data": data, "cts": cts})
+            self.send(cts, f"orderbook.{DEPTH}", kind, data, cts=cts)
 
     def trade(self, time_ms: int, side: int, tick: int, lots: int, rpi: bool) -> dict:
         """One print, as it stands in the data of a trade message."""
-        up, same = tick > self.last_tick, "Zero" + self.direction.removeprefix("Zero")
-        moved = "PlusTick" if up else "MinusTick"
-        self.direction = same if tick == self.last_tick else moved
+        same = "Zero" + self.direction.removeprefix("Zero")
+        sign = (tick > self.last_tick) - (tick < self.last_tick)
+        self.direction = (same, "PlusTick", "MinusTick")[sign]
         self.last_tick, self.trade_id = tick, self.trade_id + 1
         self.volume += lots * LOT_SIZE
         self.turnover += lots * LOT_SIZE * tick * TICK_SIZE
@@ -310,11 +302,6 @@ class Feed:
                 "v": size_text(lots), "p": price_text(tick), "L": self.direction,
                 "i": f"00000000-0000-4000-8000-{self.trade_id:012x}", "BT": False,
                 "RPI": rpi, "seq": self.seq}
-
-    def send_trades(self, time_ms: int, prints: list[dict]) -> None:
-        """All prints of one matching millisecond."""
-        self.send(time_ms, {"topic": f"publicTrade.{SYMBOL}", "type": "snapshot",
-                            "ts": time_ms + int(self.rng.integers(1, 4)), "data": prints})
 
     def send_ticker(self, time_ms: int, book: Book) -> None:
         """A snapshot at first, then the fields that have changed."""
@@ -330,19 +317,17 @@ class Feed:
         data = {key: text for key, text in now.items()
                 if key == "symbol" or self.ticker.get(key) != text}
         kind, self.ticker = "delta" if self.ticker else "snapshot", now
-        self.send(time_ms, {"topic": f"tickers.{SYMBOL}", "type": kind, "data": data,
-                            "cs": self.seq, "ts": time_ms})
+        self.send(time_ms, "tickers", kind, data, cs=self.seq)
 
 
 # ---- The market ----------------------------------------------------------------------
 def simulate(rng: np.random.Generator, hours: float, trades_per_s: float = TRADES_PER_S,
              updates_per_delta: float = UPDATES, push: tuple = (0, 0, 0)) -> Iterator[Line]:
-    """Yield (receive time in ns, raw message) for `hours` of the simulated market.
+    """Yield (receive time in ns, raw message); the same state of `rng` gives the same lines.
 
     `trades_per_s`: prints per second, roughly, over hours. `updates_per_delta`: levels changed at
     random in 100 ms; moves of the best prices come on top. `push`: (from s, to s, side) in which
-    all noise is of this side, to see what that does to the price. Memory is constant; the same
-    state of `rng` gives the same lines.
+    all noise is of this side, to see what that does to the price. Memory is constant.
     """
     density = trades_per_s / TRADES_PER_S
     book, feed = Book(rng, MAKER_LOTS / density), Feed(rng)
@@ -366,23 +351,20 @@ def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
     while traders.pending and traders.pending[0][0] < end_ms:
         time_ms, _, side, lots, informed = heapq.heappop(traders.pending)
         best = book.ask if side > 0 else book.bid
-        limit = best + side * NOISE_REACH
-        if informed:  # only as far as it pays
-            gain = side * (traders.worth - best) - COST
-            if gain < 0:
-                continue
-            limit = best + side * int(gain)
+        gain = side * (traders.worth - best) - COST if informed else NOISE_REACH
+        if gain < 0:  # those who know go only as far as it pays
+            continue
         feed.seq += 1
         rpi = not informed and lots < LARGE_LOTS and book.rng.random() < RPI_SHARE
-        taken = [(best, lots)] if rpi else book.take(side, lots, limit)
-        group = prints.setdefault(time_ms, [])
-        group += [feed.trade(time_ms, side, *one, rpi) for one in taken]
+        taken = [(best, lots)] if rpi else book.take(side, lots, best + side * int(gain))
+        prints.setdefault(time_ms, []).extend(
+            feed.trade(time_ms, side, *one, rpi) for one in taken)
         if not informed:
             traders.worth += side * IMPACT * math.sqrt(sum(lots for _, lots in taken))
         doubt = book.rng.random()  # makers ask whether that was informed
         book.requote(side, taken[-1][0], (1 - doubt) * taken[-1][0] + doubt * traders.past[0])
     for time_ms, group in prints.items():
-        feed.send_trades(time_ms, group)
+        feed.send(time_ms, "publicTrade", "snapshot", group)
 
 
 # ---- The file ------------------------------------------------------------------------
@@ -400,10 +382,6 @@ def record(path: str, lines: Iterator[Line]) -> None:
     os.replace(part, path)
 
 
-LIMITS = {"hours": (1e-3, 1e5), "seed": (0, 2**53), "trades_per_s": (1e-3, 1e4),
-          "updates_per_delta": (0, 1000)}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write a SYNTHETIC Bybit recording.")
@@ -412,15 +390,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--hours", type=float, default=2.0, help="length, hours (2)")
     add("--seed", type=int, default=1, help="same seed, same bytes (1)")
     add("--trades-per-s", type=float, default=TRADES_PER_S, help="prints, roughly (14)")
-    add("--updates-per-delta", type=float, default=UPDATES,
-        help="levels changed at random in 100 ms (10)")
+    add("--updates-per-delta", type=float, default=UPDATES, help="at random (10)")
     add("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(arguments)
     if os.path.exists(args.out) and not args.force:
         parser.error(f"{args.out} exists; name another file or add --force")
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"no folder for {args.out}; create it first")
-    for name, (low, high) in LIMITS.items():
+    for name, low, high in (("hours", 1e-3, 1e5), ("seed", 0, 2**53), ("trades_per_s", 1e-3, 1e4),
+                            ("updates_per_delta", 0, 1000)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"{name} = {getattr(args, name):g} must lie in {low:g} to {high:g}")
     rng = np.random.default_rng(args.seed)
