@@ -10,9 +10,8 @@ The model, in the order in which a step of 100 ms runs it:
    regimes, minutes long, follow each other.
 2. *Informed traders* know news at once. They take, in slices, what rests on the way to the new
    worth: their trades come first, the price moves after them, and who rests there is run over.
-3. *Noise traders* send bursts of orders whose sides go together over many bursts and whose sizes
-   have a heavy tail. They know nothing, but nobody can tell: each order moves the worth for good.
-   If they only sell for 300 s, the price goes down and stays there (parameter `push`).
+3. *Noise traders* send bursts of orders, with sides that go together for long, and heavy-tailed
+   sizes. They know nothing, but nobody can tell: each order moves the worth for good (see `push`).
 4. *Makers* quote a best price anew only when an order has eaten it, and only within the prices just
    traded. They learn of news late: then the side in danger thins out, and one who wants a price
    beyond it takes what rests there, print by print, like everybody. Before a large order some
@@ -25,8 +24,8 @@ Units. Prices are integer ticks of 0.1 USDT, sizes integer lots of 0.001 BTC, ti
 epoch on the exchange and ns at the receiver; volatility is in bps (1e-4) per square root of a
 second; a `side` is +1 (buy, bid) or -1 (sell, ask).
 
-What it does not do. Nobody reacts to our quotes. No funding, block trade, lost message or time of
-day. Makers are one crowd. Volume "of 24 h" only grows. Prices end at 130,000 USDT.
+What it does not do. Nobody reacts to our quotes; makers are one crowd; there is no funding, block
+trade, lost message or time of day; volume "of 24 h" only grows; prices end at 130,000 USDT.
 
 Sources. Informed, noise and makers: Glosten and Milgrom (1985). Impact as the root of the size:
 Bouchaud, Farmer and Lillo (2009). Copied signs: DAR(p) order flow (Taranto et al., 2018). Messages:
@@ -58,18 +57,18 @@ LAG_MS, JITTER_MS = 34.0, 4.0  # network: fixed part, scale of a Gamma(2) part
 SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)  # messages that are so much later
 
 # ---- The numbers of the model --------------------------------------------------------
-CALM, NERVOUS = 0.30, 0.48  # volatility of news, bps per sqrt(s)
+CALM, NERVOUS = 0.32, 0.50  # volatility of news, bps per sqrt(s)
 CALM_S, NERVOUS_S = 420.0, 150.0  # mean length of a regime, s
-NEWS_PER_S, NEWS_TAIL = 0.20, 8.0  # when calm; degrees of freedom of a Student law
+NEWS_PER_S, NEWS_TAIL = 0.20, 10.0  # when calm; degrees of freedom of a Student law
 INFORMED, SLICES, SLICE_MS = 0.4, 1.0, 150.0  # share of news traded on; more orders, mean gap
-INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 8.0  # their delay, median size, ticks left
-LEARN_STEPS, SLACK, CORRECT = 5, 16.0, 0.4  # makers: delay; ticks borne; chance to take in a step
-BURSTS_PER_S, MORE, MORE_MS = 0.9, 0.6, 6.0  # of noise; chance of one more order, mean gap
+INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 5.0  # their delay, median size, ticks left
+LEARN_STEPS, SLACK, CORRECT = 5, 18.0, 0.4  # makers: delay; ticks borne; chance to take in a step
+BURSTS_PER_S, MORE, MORE_MS = 0.7, 0.6, 6.0  # of noise; chance of one more order, mean gap
 MEMORY, COPY, RPI_SHARE = 60, 0.85, 0.01  # signs remembered; copied; met by hidden retail orders
-NOISE_LOTS, NOISE_TAIL = 6.0, 0.82  # a noise order: least size, Pareto exponent
-MOST_LOTS, NOISE_REACH = 40_000, 150  # the largest order; how far noise sweeps, ticks
+NOISE_LOTS, NOISE_TAIL, NOISE_REACH = 6.0, 0.82, 110  # least size, Pareto exponent; ticks swept
 IMPACT = 0.09  # of noise on the worth: ticks, times the root of the lots
-LARGE_LOTS, MOODS = 500, (0.2, 0.65, 0.15)  # seen coming: levels that then go, stay, double
+LARGE_LOTS, MOST_LOTS = 500, 40_000  # orders seen coming; the largest
+MOODS = (0.2, 0.6, 0.2)  # levels before such an order that go, stay, double
 TOXIC_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # one-sided trades: memory; many; ticks wider
 MAKER_LOTS, MAKER_SPREAD = 45.0, 2.4  # a resting order: median size, sd of its log
 TOUCH_LOTS, TOUCH_SPREAD = 8000.0, 0.6  # all of them at a best price, likewise
@@ -102,8 +101,7 @@ class Book:
         """Sizes of levels behind the best prices: none, a crumb or an order."""
         distance = np.maximum(self.bid - ticks, ticks - self.ask)
         far = 1 - np.exp(-np.maximum(distance, 1) / 60.0)
-        chance = self.rng.random((2, len(ticks)))
-        normal = self.rng.standard_normal(len(ticks))
+        chance, normal = self.rng.random((2, len(ticks))), self.rng.standard_normal(len(ticks))
         is_order = chance[1] < 0.14 + 0.42 * far
         lots = np.where(is_order, 1000 * np.exp(0.7 * normal), 4 * np.exp(1.1 * normal))
         return np.where(chance[0] < 0.34 + 0.32 * far, np.maximum(lots, 1), 0).astype(int)
@@ -292,8 +290,7 @@ class Feed:
 
     def trade(self, time_ms: int, side: int, tick: int, lots: int, rpi: bool) -> dict:
         """One print, as it stands in the data of a trade message."""
-        same = "Zero" + self.direction.removeprefix("Zero")
-        sign = (tick > self.last_tick) - (tick < self.last_tick)
+        sign, same = np.sign(tick - self.last_tick), "Zero" + self.direction.removeprefix("Zero")
         self.direction = (same, "PlusTick", "MinusTick")[sign]
         self.last_tick, self.trade_id = tick, self.trade_id + 1
         self.volume += lots * LOT_SIZE
@@ -310,7 +307,7 @@ class Feed:
             symbol=SYMBOL, lastPrice=price_text(self.last_tick), markPrice=f"{middle + basis:.2f}",
             indexPrice=f"{middle + 23:.2f}", openInterest="59891.732",
             turnover24h=f"{self.turnover:.4f}", volume24h=f"{self.volume:.4f}",
-            fundingIntervalHour="8", fundingRate="0.0001",
+            fundingRate="0.0001", fundingIntervalHour="8",
             nextFundingTime=str((time_ms // 28_800_000 + 1) * 28_800_000),
             bid1Price=price_text(book.bid), bid1Size=size_text(book.lots[book.bid]),
             ask1Price=price_text(book.ask), ask1Size=size_text(book.lots[book.ask]))
