@@ -17,8 +17,7 @@ The model, in the order in which a step of 100 ms runs it:
    beyond it takes what rests there, print by print, like everybody. Before a large order some
    leave unseen, others join. One-sided trades make best sizes smaller and spreads wider.
 5. *The feed* sends what changed among the best 200 levels a side, every 100 ms, and each trade at
-   once, so that trades between two pushes go through prices which the pushed book still shows.
-   The network delays every topic by its own random lag.
+   once: it goes through prices which the pushed book still shows. Topics have random lags.
 
 Units. Prices are integer ticks of 0.1 USDT, sizes integer lots of 0.001 BTC, times ms since the
 epoch on the exchange and ns at the receiver; volatility is in bps (1e-4) per square root of a
@@ -47,30 +46,30 @@ import numpy as np
 
 Line = tuple[int, str]  # receive time in ns, a message as JSON text
 Order = tuple[int, int, int, int, bool]  # T ms, number, side, lots, whether it is informed
+dump = json.JSONEncoder(separators=(",", ":")).encode  # as the exchange writes it: no spaces
 
 # ---- The instrument and the feed -----------------------------------------------------
 SYMBOL, TICK_SIZE, LOT_SIZE = "BTCUSDT", 0.1, 0.001  # USDT, BTC
 START_MS, START_TICK = 1_767_225_600_000, 650_000  # 2026-01-01 00:00 UTC and 65,000 USDT, made up
 STEP_MS, TICKER_MS, STEP_S = 100, 1000, 0.1  # from one push to the next
-DEPTH, REACH = 200, 1500  # levels a side that are shown; ticks in which they are looked for
+DEPTH, REACH, LIMIT_LOTS = 200, 1500, 40_000  # levels shown a side, within ticks; largest order
 LAG_MS, JITTER_MS = 34.0, 4.0  # network: fixed part, scale of a Gamma(2) part
 SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)  # messages that are so much later
 
 # ---- The numbers of the model --------------------------------------------------------
-CALM, NERVOUS = 0.30, 0.45  # volatility of news, bps per sqrt(s)
-CALM_S, NERVOUS_S = 420.0, 150.0  # mean length of a regime, s
+CALM, CALM_S = 0.28, 420.0  # volatility of news, bps per sqrt(s), and mean length of a regime, s
+NERVOUS, NERVOUS_S = 0.43, 150.0  # likewise
 NEWS_PER_S, NEWS_TAIL = 0.20, 10.0  # when calm; degrees of freedom of a Student law
-INFORMED, SLICES, SLICE_MS = 0.5, 1.0, 150.0  # share of news traded on; more orders, mean gap
-INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 5.0  # their delay, median size, ticks left
+INFORMED, SLICES, SLICE_MS = 0.45, 1.0, 150.0  # share of news traded on; more orders, mean gap
+INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 5.0  # delay, median size, ticks to gain
 LEARN_STEPS, SLACK, CORRECT = 2, 17.0, 0.8  # makers: delay; ticks borne; chance to take in a step
-BURSTS_PER_S, MORE, MORE_MS = 0.85, 0.6, 6.0  # of noise; chance of one more order, mean gap
-MEMORY, COPY, RPI_SHARE = 60, 0.85, 0.01  # signs remembered; copied; met by hidden retail orders
-NOISE_LOTS, NOISE_TAIL, NOISE_REACH = 6.0, 0.82, 110  # least size, Pareto exponent; ticks swept
-IMPACT = 0.08  # of noise on the worth: ticks, times the root of the lots
-LARGE_LOTS, MOST_LOTS = 500, 40_000  # orders seen coming; the largest
-MOODS = (0.2, 0.6, 0.2)  # levels before such an order that go, stay, double
+BURSTS_PER_S, MORE, MORE_MS = 0.75, 0.6, 6.0  # of noise; chance of one more order, mean gap
+MEMORY, COPY, RPI_SHARE = 60, 0.85, 0.01  # signs kept; chance to copy one; of hidden retail
+NOISE_LOTS, NOISE_TAIL, NOISE_REACH = 6.0, 0.82, 110  # least; Pareto exponent; ticks swept
+IMPACT, DOUBT = 0.08, 0.8  # of noise: ticks of worth, times the root of its lots; most doubt
+LARGE_LOTS, MOODS = 500, (0.2, 0.6, 0.2)  # orders seen coming: levels that then go, stay, double
 TOXIC_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # one-sided trades: memory; many; ticks wider
-MAKER_LOTS, MAKER_SPREAD = 45.0, 2.4  # a resting order: median size, sd of its log
+MAKER_LOTS, MAKER_SPREAD = 45.0, 2.5  # a resting order: median size, sd of its log
 TOUCH_LOTS, TOUCH_SPREAD = 6500.0, 0.6  # all of them at a best price, likewise
 FRESH, FADE, NARROW = 0.7, 0.7, 0.3  # of that at first; kept in danger; chance to close a spread
 TRADES_PER_S, UPDATES = 14.0, 10.0  # prints /s of all this; levels changed at random in a step
@@ -94,8 +93,8 @@ class Book:
 
     def draw_touch(self) -> int:
         """The size that makers want to show at a best price, lots."""
-        size = TOUCH_LOTS * math.exp(TOUCH_SPREAD * self.rng.standard_normal())
-        return 1 + int(size / (1 + abs(self.toxicity)))
+        lots = TOUCH_LOTS * self.rng.lognormal(0.0, TOUCH_SPREAD)
+        return 1 + int(lots / (1 + abs(self.toxicity)))
 
     def draw(self, ticks: np.ndarray) -> np.ndarray:
         """Sizes of levels behind the best prices: none, a crumb or an order."""
@@ -219,15 +218,12 @@ class Traders:
         """Queue orders of one side, one after the other."""
         for lots in sizes:
             self.count += 1
-            order = (int(time_ms), self.count, side, 1 + int(min(lots, MOST_LOTS)), knows)
+            order = (int(time_ms), self.count, side, 1 + int(min(lots, LIMIT_LOTS)), knows)
             heapq.heappush(self.pending, order)
             time_ms += self.rng.exponential(gap_ms)
 
 
 # ---- The feed ------------------------------------------------------------------------
-dump = json.JSONEncoder(separators=(",", ":")).encode  # as the exchange writes it: no spaces
-
-
 def price_text(tick: int) -> str:
     """650001 -> '65000.10'."""
     return f"{tick // 10}.{tick % 10}0"
@@ -304,17 +300,15 @@ class Feed:
         """A snapshot at first, then the fields that have changed."""
         middle, basis = (book.bid + book.ask) / 2 * TICK_SIZE, 3 + 0.4 * math.sin(time_ms / 9e4)
         now = dict(
-            symbol=SYMBOL, lastPrice=price_text(self.last_tick), markPrice=f"{middle + basis:.2f}",
-            indexPrice=f"{middle + 23:.2f}", openInterest="59891.732",
+            lastPrice=price_text(self.last_tick), markPrice=f"{middle + basis:.2f}",
+            indexPrice=f"{middle + 23:.2f}", fundingRate="0.0001", fundingIntervalHour="8",
             turnover24h=f"{self.turnover:.4f}", volume24h=f"{self.volume:.4f}",
-            fundingRate="0.0001", fundingIntervalHour="8",
-            nextFundingTime=str((time_ms // 28_800_000 + 1) * 28_800_000),
+            openInterest="59891.732", nextFundingTime=str((time_ms // 28_800_000 + 1) * 28_800_000),
             bid1Price=price_text(book.bid), bid1Size=size_text(book.lots[book.bid]),
             ask1Price=price_text(book.ask), ask1Size=size_text(book.lots[book.ask]))
-        data = {key: text for key, text in now.items()
-                if key == "symbol" or self.ticker.get(key) != text}
+        changed = {key: text for key, text in now.items() if self.ticker.get(key) != text}
         kind, self.ticker = "delta" if self.ticker else "snapshot", now
-        self.send(time_ms, "tickers", kind, data, cs=self.seq)
+        self.send(time_ms, "tickers", kind, changed | {"symbol": SYMBOL}, cs=self.seq)
 
 
 # ---- The market ----------------------------------------------------------------------
@@ -354,11 +348,10 @@ def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
         feed.seq += 1
         rpi = not informed and lots < LARGE_LOTS and book.rng.random() < RPI_SHARE
         taken = [(best, lots)] if rpi else book.take(side, lots, best + side * int(gain))
-        prints.setdefault(time_ms, []).extend(
-            feed.trade(time_ms, side, *one, rpi) for one in taken)
+        prints.setdefault(time_ms, []).extend(feed.trade(time_ms, side, *one, rpi) for one in taken)
         if not informed:
             traders.worth += side * IMPACT * math.sqrt(sum(lots for _, lots in taken))
-        doubt = book.rng.random()  # makers ask whether that was informed
+        doubt = DOUBT * book.rng.random()  # makers ask whether that was informed
         book.requote(side, taken[-1][0], (1 - doubt) * taken[-1][0] + doubt * traders.past[0])
     for time_ms, group in prints.items():
         feed.send(time_ms, "publicTrade", "snapshot", group)
