@@ -57,19 +57,19 @@ LAG_MS, JITTER_MS = 34.0, 4.0  # network: fixed part, scale of a Gamma(2) part
 SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)  # messages that are so much later
 
 # ---- The numbers of the model --------------------------------------------------------
-CALM, CALM_S = 0.28, 420.0  # volatility of news, bps per sqrt(s), and mean length of a regime, s
-NERVOUS, NERVOUS_S = 0.43, 150.0  # likewise
+CALM, CALM_S = 0.25, 600.0  # volatility of news, bps per sqrt(s), and mean length of a regime, s
+NERVOUS, NERVOUS_S = 0.95, 150.0  # likewise
 NEWS_PER_S, NEWS_TAIL = 0.20, 10.0  # when calm; degrees of freedom of a Student law
 INFORMED, SLICES, SLICE_MS = 0.45, 1.0, 150.0  # share of news traded on; more orders, mean gap
 INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 5.0  # delay, median size, ticks to gain
 LEARN_STEPS, SLACK, CORRECT = 2, 17.0, 0.8  # makers: delay; ticks borne; chance to take in a step
-BURSTS_PER_S, MORE, MORE_MS = 0.75, 0.6, 6.0  # of noise; chance of one more order, mean gap
+BURSTS_PER_S, MORE, MORE_MS = 0.7, 0.6, 6.0  # of noise; chance of one more order, mean gap
 MEMORY, COPY, RPI_SHARE = 60, 0.85, 0.01  # signs kept; chance to copy one; of hidden retail
 NOISE_LOTS, NOISE_TAIL, NOISE_REACH = 6.0, 0.82, 110  # least; Pareto exponent; ticks swept
 IMPACT, DOUBT = 0.08, 0.8  # of noise: ticks of worth, times the root of its lots; most doubt
 LARGE_LOTS, MOODS = 500, (0.2, 0.6, 0.2)  # orders seen coming: levels that then go, stay, double
 TOXIC_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # one-sided trades: memory; many; ticks wider
-MAKER_LOTS, MAKER_SPREAD = 45.0, 2.5  # a resting order: median size, sd of its log
+MAKER_LOTS, MAKER_SPREAD = 50.0, 2.5  # a resting order: median size, sd of its log
 TOUCH_LOTS, TOUCH_SPREAD = 6500.0, 0.6  # all of them at a best price, likewise
 FRESH, FADE, NARROW = 0.7, 0.7, 0.3  # of that at first; kept in danger; chance to close a spread
 TRADES_PER_S, UPDATES = 14.0, 10.0  # prints /s of all this; levels changed at random in a step
