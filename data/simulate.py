@@ -58,7 +58,7 @@ SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)  # messages that are so much late
 
 # ---- The numbers of the model --------------------------------------------------------
 CALM, CALM_S = 0.25, 600.0  # volatility of news, bps per sqrt(s), and mean length of a regime, s
-NERVOUS, NERVOUS_S = 0.95, 150.0  # likewise
+NERVOUS, NERVOUS_S = 1.0, 90.0  # likewise
 NEWS_PER_S, NEWS_TAIL = 0.20, 10.0  # when calm; degrees of freedom of a Student law
 INFORMED, SLICES, SLICE_MS = 0.45, 1.0, 150.0  # share of news traded on; more orders, mean gap
 INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 5.0  # delay, median size, ticks to gain
