@@ -72,7 +72,7 @@ TOXIC_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # one-sided trades: memory; many
 MAKER_LOTS, MAKER_SPREAD = 50.0, 2.5  # a resting order: median size, sd of its log
 TOUCH_LOTS, TOUCH_SPREAD = 6500.0, 0.6  # all of them at a best price, likewise
 FRESH, FADE, NARROW = 0.7, 0.7, 0.3  # of that at first; kept in danger; chance to close a spread
-TRADES_PER_S, UPDATES = 14.0, 10.0  # prints /s of all this; levels changed at random in a step
+TRADES_PER_S, UPDATES = 16.0, 10.0  # prints /s of all this; levels changed at random in a step
 
 
 # ---- The book ------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", required=True, help="file to write (.jsonl.gz)")
     add("--hours", type=float, default=2.0, help="length, hours (2)")
     add("--seed", type=int, default=1, help="same seed, same bytes (1)")
-    add("--trades-per-s", type=float, default=TRADES_PER_S, help="prints, roughly (14)")
+    add("--trades-per-s", type=float, default=TRADES_PER_S, help="prints, roughly (16)")
     add("--updates-per-delta", type=float, default=UPDATES, help="at random (10)")
     add("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(arguments)
