@@ -26,6 +26,7 @@ What it does not do. No check of the messages: a recording with lost messages gi
 import argparse
 import gzip
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -231,8 +232,7 @@ def market_rows(data: Columns) -> dict[str, str]:
             f"{autocorrelation(side, 1):.2f} / {autocorrelation(side, 10):.2f}",
         "variance / mean of prints in 1 s": f"{counts.var() / counts.mean():.0f}",
     }
-    return {name: "-" if not text or set(text.split(" / ")) <= {"nan", "nan%"} else text
-            for name, text in rows.items()}
+    return {name: re.sub(r"nan%?", "-", text) or "-" for name, text in rows.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

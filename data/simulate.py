@@ -133,9 +133,9 @@ class Book:
         while not self.lots[far]:
             far += side
         self.bid, self.ask = (near, far) if side > 0 else (far, near)
-        wide = 1 + int(self.rng.poisson(WIDE * abs(self.toxicity)))
+        wide = min(1 + int(self.rng.poisson(WIDE * abs(self.toxicity))), side * (last - near))
         wanted = side * round(target - side * wide / 2)
-        near = max(side * near, min(wanted, side * last - 1))  # times side, like `far`
+        near = max(side * near, min(wanted, side * last - wide))  # times side, as `far`
         far = min(side * far, near + wide)
         self.place(*((near, far) if side > 0 else (-far, -near)))
 
