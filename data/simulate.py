@@ -1,37 +1,34 @@
 """A simulated exchange: one seeded limit order market, written as a Bybit recording.
 
-The problem. Tests, tutorials and benchmarks need hours of market data that may be
-copied freely, are the same on every machine, and give a market maker the troubles of a
-real market. This file makes them. What it writes is SYNTHETIC.
+The problem. Tests, tutorials and benchmarks need hours of market data that may be copied freely,
+are the same on every machine, and give a market maker the troubles of a real market: above all,
+whoever lets the price come through his order has traded there. What this writes is SYNTHETIC.
 
 The model, in the order in which a step of 100 ms runs it:
 
-1. *Volatility* switches between a calm and a nervous regime, at random times minutes
-   apart, and wanders a little within each.
-2. *An efficient price* moves by rare jumps, fat-tailed and without drift. It is hidden.
-3. *Informed traders* learn of a jump first and take everything up to a limit on the way
-   to the new price: whoever rests there is run over.
-4. *Noise traders* come in self-exciting bursts. Their sides are correlated over many
-   trades, their sizes have a heavy tail, and they know nothing.
-5. *Makers* notice a jump one step later, or when a trade has swept the best price away.
-   They move the best prices towards it by cancels and new orders, and keep changing
-   orders anywhere. Before a large order they cancel part of what it would have met.
-6. *The feed* sends what changed among the best 200 levels a side, every 100 ms, and
-   each trade at once, so that trades between two pushes go through prices which the
-   pushed book still shows. The network delays every topic by its own random lag.
+1. *News* changes what the contract is worth, by rare jumps without drift. Calm and nervous
+   regimes, minutes long, follow each other.
+2. *Informed traders* know news at once. They take, in slices, what rests on the way to the new
+   worth: their trades come first, the price moves after them, and who rests there is run over.
+3. *Noise traders* send bursts of orders, with sides that go together for long, and heavy-tailed
+   sizes. They know nothing, but nobody can tell: each order moves the worth for good (see `push`).
+4. *Makers* quote a best price anew only when an order has eaten it, and only within the prices just
+   traded. They learn of news late: then the side in danger thins out, and one who wants a price
+   beyond it takes what rests there, print by print, like everybody. Before a large order some
+   leave unseen, others join. One-sided trades make best sizes smaller and spreads wider.
+5. *The feed* sends what changed among the best 200 levels a side, every 100 ms, and each trade at
+   once: it goes through prices which the pushed book still shows. Topics have random lags.
 
-Units. Prices are integer ticks of 0.1 USDT and sizes integer lots of 0.001 BTC; times
-are ms since the epoch on the exchange and ns at the receiver; volatility is in bps per
-square root of a second (1 bp = 1e-4); a `side` is +1 (buy, bid) or -1 (sell, ask).
+Units. Prices are integer ticks of 0.1 USDT, sizes integer lots of 0.001 BTC, times ms since the
+epoch on the exchange and ns at the receiver; volatility is in bps (1e-4) per square root of a
+second; a `side` is +1 (buy, bid) or -1 (sell, ask).
 
-What it does not do. No strategy is simulated and nobody reacts to our quotes. There is
-no funding, block trade, lost message or time of day. Makers are one crowd, not agents.
-Volume and turnover "of 24 h" only grow. `README.md` compares it with real recordings.
+What it does not do. Nobody reacts to our quotes; makers are one crowd; there is no funding, block
+trade, lost message or time of day; volume "of 24 h" only grows; prices end at 130,000 USDT.
 
-Sources. Informed, noise and makers: Glosten and Milgrom (1985). A price that sticks
-until the efficient one is far: Robert and Rosenbaum (2011). Bursts: a Hawkes process
-(Bacry, Mastromatteo and Muzy, 2015). Copied signs: DAR(p) order flow (Taranto et al.,
-2018). Messages: Bybit V5 docs, July 2026. Numbers: by hand, against real recordings.
+Sources. Informed, noise and makers: Glosten and Milgrom (1985). Impact as the root of the size:
+Bouchaud, Farmer and Lillo (2009). Copied signs: DAR(p) order flow (Taranto et al., 2018). Messages:
+Bybit V5 documents, July 2026. Numbers: by hand, against real recordings; see README.md.
 """
 import argparse
 import gzip
@@ -42,247 +39,191 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-Line = tuple[int, str]                      # receive time in ns, a message as JSON text
-Order = tuple[int, int, int, int, float]    # T ms, number, side, lots, reach (0: noise)
+Line = tuple[int, str]  # receive time in ns, a message as JSON text
+Order = tuple[int, int, int, int, bool]  # T ms, number, side, lots, whether it is informed
+dump = json.JSONEncoder(separators=(",", ":")).encode  # as the exchange writes it: no spaces
 
-# ---- The instrument ----------------------------------------------------------------
-SYMBOL = "BTCUSDT"
-TICK_SIZE, LOT_SIZE = 0.1, 0.001        # USDT, BTC
-START_MS = 1_767_225_600_000            # 2026-01-01 00:00:00 UTC, a made-up date
-START_TICK = 650_000                    # 65,000 USDT
-STEP_MS, TICKER_MS = 100, 1000          # from one push to the next
-DEPTH = 200                             # levels a side in the feed
-LADDER, REACH = 1 << 14, 1500           # ticks in memory; searched for the levels
+# ---- The instrument and the feed -----------------------------------------------------
+SYMBOL, TICK_SIZE, LOT_SIZE = "BTCUSDT", 0.1, 0.001  # USDT, BTC
+START_MS, START_TICK = 1_767_225_600_000, 650_000  # 2026-01-01 00:00 UTC and 65,000 USDT, made up
+STEP_MS, TICKER_MS, STEP_S = 100, 1000, 0.1  # from one push to the next
+DEPTH, REACH, LIMIT_LOTS = 200, 1500, 40_000  # levels shown a side, within ticks; largest order
+LAG_MS, JITTER_MS = 34.0, 4.0  # network: fixed part, scale of a Gamma(2) part
+SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)  # messages that are so much later
 
-# ---- The numbers of the model ------------------------------------------------------
-CALM, NERVOUS = 0.40, 1.20              # volatility, bps per sqrt(s)
-CALM_S, NERVOUS_S = 420.0, 150.0        # mean length of a regime, s
-WANDER, WANDER_S = 0.30, 45.0           # its log, within a regime: sd, memory in s
-JUMPS_PER_S, JUMP_TAIL = 0.6, 4.0       # when calm; degrees of freedom of a Student law
-INFORMED, INFORMED_MS = 0.95, 40.0      # share of jumps traded on; an order's delay
-INFORMED_LOTS = 1000.0                  # median size of an informed order
-TRADES_PER_S, UPDATES = 14.0, 8.0       # prints /s; levels changed at random in a step
-BURSTS_PER_S = 1.5                      # of noise, at that many prints
-EXCITE, EXCITE_S = 0.55, 4.0            # children of a noise burst; their mean delay, s
-MORE, MORE_MS = 0.60, 6.0               # chance of one more order in a burst; mean gap
-MEMORY, COPY = 60, 0.85                 # signs remembered; chance to copy one of them
-NOISE_LOTS, NOISE_TAIL = 6.0, 0.86      # a noise order: least size, Pareto exponent
-NOISE_MOST, NOISE_REACH = 40_000, 150   # its largest size, lots, and sweep, ticks
-RPI_SHARE = 0.01                        # noise orders that meet hidden retail liquidity
-LARGE_LOTS = 500                        # orders from which makers shy away
-MAKER_LOTS, MAKER_SPREAD = 200.0, 2.4   # a resting order: median size, sd of its log
-TOUCH_LOTS, TOUCH_SPREAD = 5000.0, 0.6  # all of them at a best price, likewise
-SLACK = 8.0                             # ticks: makers bear a mispricing below this
-LAG_MS, JITTER_MS = 34.0, 4.0           # network: fixed part, scale of a Gamma(2) part
-SPIKE_SHARE, SPIKE_MS = 0.0008, (200.0, 500.0)      # messages that are so much later
+# ---- The numbers of the model --------------------------------------------------------
+CALM, CALM_S = 0.25, 600.0  # volatility of news, bps per sqrt(s), and mean length of a regime, s
+NERVOUS, NERVOUS_S = 1.0, 90.0  # likewise
+NEWS_PER_S, NEWS_TAIL = 0.20, 10.0  # when calm; degrees of freedom of a Student law
+INFORMED, SLICES, SLICE_MS = 0.45, 1.0, 150.0  # share of news traded on; more orders, mean gap
+INFORMED_MS, INFORMED_LOTS, COST = 40.0, 2500.0, 5.0  # delay, median size, ticks to gain
+LEARN_STEPS, SLACK, CORRECT = 2, 17.0, 0.8  # makers: delay; ticks borne; chance to take in a step
+BURSTS_PER_S, MORE, MORE_MS = 0.7, 0.6, 6.0  # of noise; chance of one more order, mean gap
+MEMORY, COPY, RPI_SHARE = 60, 0.85, 0.01  # signs kept; chance to copy one; of hidden retail
+NOISE_LOTS, NOISE_TAIL, NOISE_REACH = 6.0, 0.82, 110  # least; Pareto exponent; ticks swept
+IMPACT, DOUBT = 0.08, 0.8  # of noise: ticks of worth, times the root of its lots; most doubt
+LARGE_LOTS, MOODS = 500, (0.2, 0.6, 0.2)  # orders seen coming: levels that then go, stay, double
+TOXIC_S, TOXIC_LOTS, WIDE = 5.0, 20_000.0, 0.1  # one-sided trades: memory; many; ticks wider
+MAKER_LOTS, MAKER_SPREAD = 50.0, 2.5  # a resting order: median size, sd of its log
+TOUCH_LOTS, TOUCH_SPREAD = 6500.0, 0.6  # all of them at a best price, likewise
+FRESH, FADE, NARROW = 0.7, 0.7, 0.3  # of that at first; kept in danger; chance to close a spread
+TRADES_PER_S, UPDATES = 16.0, 10.0  # prints /s of all this; levels changed at random in a step
 
 
-# ---- The book ----------------------------------------------------------------------
+# ---- The book ------------------------------------------------------------------------
 @dataclass
 class Book:
     """Lots resting on each tick. Up to `bid` they are bids, from `ask` on asks."""
 
     rng: np.random.Generator
-    maker_lots: float = MAKER_LOTS              # median resting order
-    lots: np.ndarray = field(default_factory=lambda: np.zeros(LADDER, np.int64))
-    origin: int = START_TICK - LADDER // 2      # tick of lots[0]
+    maker_lots: float  # median resting order
+    toxicity: float = 0.0  # lots bought less lots sold, of late; beyond 1 or -1 makers shy
     bid: int = START_TICK
     ask: int = START_TICK + 1
+    lots: np.ndarray = field(default_factory=lambda: np.zeros(2 * START_TICK, np.int64))
 
     def __post_init__(self) -> None:
-        """Both sides full, with the best prices at the start."""
-        self.fill(self.origin, self.origin + LADDER)
-        self.place(self.bid, self.ask)
+        self.lots[1:] = self.draw(np.arange(1, len(self.lots)))
+        self.lots[[self.bid, self.ask]] = self.draw_touch(), self.draw_touch()
 
-    def fill(self, low: int, high: int) -> None:
-        """Draw new resting sizes for the ticks low <= tick < high."""
-        ticks = np.arange(low, high)
+    def draw_touch(self) -> int:
+        """The size that makers want to show at a best price, lots."""
+        lots = TOUCH_LOTS * self.rng.lognormal(0.0, TOUCH_SPREAD)
+        return 1 + int(lots / (1 + abs(self.toxicity)))
+
+    def draw(self, ticks: np.ndarray) -> np.ndarray:
+        """Sizes of levels behind the best prices: none, a crumb or an order."""
         distance = np.maximum(self.bid - ticks, ticks - self.ask)
-        self.lots[low - self.origin:high - self.origin] = draw_lots(self.rng, distance)
-
-    def place(self, bid: int, ask: int) -> None:
-        """Move the best prices: cancel what is in the way, fill what was left open."""
-        low, high = min(bid, self.bid), max(ask, self.ask)
-        self.bid, self.ask = bid, ask
-        self.fill(low, high + 1)
-        self.lots[bid + 1 - self.origin:ask - self.origin] = 0
-        for tick in (bid, ask):
-            self.lots[tick - self.origin] = draw_touch(self.rng)
-        shift = bid - self.origin - LADDER // 2
-        if abs(shift) > LADDER // 2 - 2 * REACH:    # re-centre the ladder
-            self.lots, self.origin = np.roll(self.lots, -shift), self.origin + shift
-            new = (LADDER - shift, LADDER) if shift > 0 else (0, -shift)
-            self.fill(self.origin + new[0], self.origin + new[1])
+        far = 1 - np.exp(-np.maximum(distance, 1) / 60.0)
+        chance, normal = self.rng.random((2, len(ticks))), self.rng.standard_normal(len(ticks))
+        is_order = chance[1] < 0.14 + 0.42 * far
+        lots = np.where(is_order, 1000 * np.exp(0.7 * normal), 4 * np.exp(1.1 * normal))
+        return np.where(chance[0] < 0.34 + 0.32 * far, np.maximum(lots, 1), 0).astype(int)
 
     def take(self, side: int, wanted: int, limit: int) -> list[tuple[int, int]]:
-        """Execute a market order; return its prints (tick, lots) in order of price."""
-        prints, tick = [], self.ask if side > 0 else self.bid
-        if wanted > LARGE_LOTS:                     # makers see it coming
-            low, high = min(tick, limit) - self.origin, max(tick, limit) - self.origin
-            part = self.lots[low:high + 1]
-            part[:] = part * self.rng.uniform(0.0, 0.5)
+        """Execute a market order; return its prints (tick, lots), one for each resting order."""
+        prints, tick, is_large = [], self.ask if side > 0 else self.bid, wanted > LARGE_LOTS
         while wanted > 0 and side * (limit - tick) >= 0:
-            taken = min(int(self.lots[tick - self.origin]), wanted)
-            prints += [(tick, lots) for lots in cut(self.rng, taken, self.maker_lots)]
-            self.lots[tick - self.origin] -= taken
-            wanted -= taken
+            if is_large:  # makers see it coming, but some stay at the best price
+                lots = int(self.lots[tick]) * int(self.rng.choice(3, p=MOODS))
+                self.lots[tick] = lots if prints else max(1, lots)
+            while wanted > 0 and self.lots[tick]:
+                resting = 1 + int(self.maker_lots * self.rng.lognormal(0.0, MAKER_SPREAD))
+                lots = min(resting, wanted, int(self.lots[tick]))
+                prints.append((tick, lots))
+                self.lots[tick] -= lots
+                self.toxicity += side * lots / TOXIC_LOTS
+                wanted -= lots
             tick += side
-        while not self.lots[self.bid - self.origin]:
-            self.bid -= 1
-        while not self.lots[self.ask - self.origin]:
-            self.ask += 1
         return prints
+
+    def requote(self, side: int, last: int, target: float) -> None:
+        """After an order of this side, which traded up (or down) to `last`: if it ate the best
+        price, makers quote anew near `target`. The other side follows it, but not as far as `last`,
+        so that whatever rested on the way has traded; the side that was eaten comes back.
+        """
+        near, far = (self.bid, self.ask) if side > 0 else (self.ask, self.bid)
+        if self.lots[far]:
+            return
+        while not self.lots[far]:
+            far += side
+        self.bid, self.ask = (near, far) if side > 0 else (far, near)
+        wide = min(1 + int(self.rng.poisson(WIDE * abs(self.toxicity))), side * (last - near))
+        wanted = side * round(target - side * wide / 2)
+        near = max(side * near, min(wanted, side * last - wide))  # times side, as `far`
+        far = min(side * far, near + wide)
+        self.place(*((near, far) if side > 0 else (-far, -near)))
+
+    def place(self, bid: int, ask: int) -> None:
+        """New best prices, at or within the present ones; what they pass is drawn anew."""
+        low, high = self.bid + (bid == self.bid), self.ask + (ask != self.ask)
+        moved = [tick for tick in (bid, ask) if tick not in (self.bid, self.ask)]
+        self.bid, self.ask = bid, ask
+        self.lots[low:high] = self.draw(np.arange(low, high))
+        self.lots[bid + 1:ask] = 0
+        for tick in moved:
+            self.lots[tick] = 1 + int(FRESH * self.draw_touch())
+
+    def churn(self, updates: float, known: float) -> None:
+        """A step of cancels and new orders. `known`: the worth, as far as makers know it."""
+        rng, gap, middle = self.rng, self.ask - self.bid - 1, (self.bid + self.ask) / 2
+        self.toxicity *= math.exp(-STEP_S / TOXIC_S)
+        if gap and rng.random() < NARROW:  # from both sides: the mid stays
+            self.place(self.bid + gap // 2, self.ask - (gap + 1) // 2)
+        for side, tick in ((1, self.bid), (-1, self.ask)):
+            lots = int(self.lots[tick])
+            if rng.random() < 0.5:
+                lots += (self.draw_touch() - lots) // 7
+            if side * (middle - known) > SLACK / 2:  # this price will not hold
+                lots = int(lots * FADE)
+            self.lots[tick] = max(1, lots)
+        distance = rng.integers(1, 330, rng.poisson(updates))
+        ticks = np.where(rng.random(len(distance)) < 0.5, self.bid - distance, self.ask + distance)
+        self.lots[ticks] = self.draw(ticks)
 
     def levels(self, side: int) -> dict[int, int]:
         """The best DEPTH levels of one side: tick to lots."""
-        best = (self.bid if side > 0 else self.ask) - self.origin
-        start, stop = (best - REACH, best + 1) if side > 0 else (best, best + REACH)
-        held = np.flatnonzero(self.lots[start:stop]) + start
-        held = held[-DEPTH:] if side > 0 else held[:DEPTH]
-        return dict(zip((held + self.origin).tolist(), self.lots[held].tolist()))
+        low, high = (self.bid - REACH, self.bid + 1) if side > 0 else (self.ask, self.ask + REACH)
+        ticks = np.flatnonzero(self.lots[low:high]) + low
+        ticks = ticks[-DEPTH:] if side > 0 else ticks[:DEPTH]
+        return dict(zip(ticks.tolist(), self.lots[ticks].tolist()))
 
 
-def draw_lots(rng: np.random.Generator, distance: np.ndarray) -> np.ndarray:
-    """Sizes of levels `distance` ticks behind the best: none, a crumb or an order."""
-    far = 1 - np.exp(-np.maximum(distance, 1) / 60.0)
-    chance, normal = rng.random((2, distance.size)), rng.standard_normal(distance.size)
-    big = chance[1] < 0.14 + 0.42 * far
-    lots = np.where(big, 1000 * np.exp(0.7 * normal), 4 * np.exp(1.1 * normal))
-    return np.where(chance[0] < 0.34 + 0.32 * far, np.maximum(lots, 1), 0).astype(int)
-
-
-def draw_touch(rng: np.random.Generator) -> int:
-    """The size at a best price, lots."""
-    return 1 + int(TOUCH_LOTS * math.exp(TOUCH_SPREAD * rng.standard_normal()))
-
-
-def cut(rng: np.random.Generator, lots: int, median: float) -> Iterator[int]:
-    """The resting orders that make up `lots`: each is a print of its own."""
-    while lots > 0:
-        drawn = median * math.exp(MAKER_SPREAD * rng.standard_normal())
-        piece = min(lots, 1 + int(drawn))
-        lots -= piece
-        yield piece
-
-
-# ---- The efficient price -----------------------------------------------------------
-@dataclass
-class Fundamental:
-    """What the contract is worth, and how fast that changes."""
-
-    rng: np.random.Generator
-    price: float = START_TICK + 0.5     # ticks
-    nervous: bool = False
-    wander: float = 0.0                 # log of the volatility's excess over its regime
-
-    @property
-    def volatility(self) -> float:
-        """Standard deviation of one second's return, bps."""
-        return (NERVOUS if self.nervous else CALM) * math.exp(self.wander)
-
-    def step(self, seconds: float) -> float:
-        """Advance; return the jump of this step in ticks (mostly 0)."""
-        if self.rng.random() < seconds / (NERVOUS_S if self.nervous else CALM_S):
-            self.nervous = not self.nervous
-        memory = math.exp(-seconds / WANDER_S)
-        noise = WANDER * math.sqrt(1 - memory * memory)
-        self.wander = memory * self.wander + noise * self.rng.standard_normal()
-        rate = JUMPS_PER_S * self.volatility / CALM     # nervous: more and larger jumps
-        if self.rng.random() >= rate * seconds:
-            return 0.0
-        unit = self.rng.standard_t(JUMP_TAIL) / math.sqrt(JUMP_TAIL / (JUMP_TAIL - 2))
-        jump = self.price * 1e-4 * self.volatility / math.sqrt(rate) * unit
-        self.price += jump
-        return jump
-
-
-# ---- Those who trade ---------------------------------------------------------------
+# ---- Those who trade -----------------------------------------------------------------
 @dataclass
 class Traders:
-    """The market orders that are still to come, of the informed and of the others."""
+    """What the contract is worth to those who know, and the market orders still to come."""
 
     rng: np.random.Generator
-    bursts_per_s: float                 # of noise, children included
-    excitement: float = 0.0             # bursts per second above the constant rate
+    bursts_per_s: float  # of noise, when calm
+    worth: float = START_TICK + 0.5  # ticks
+    is_nervous: bool = False
+    past: deque = field(default_factory=lambda: deque([START_TICK + 0.5], LEARN_STEPS))
     signs: deque = field(default_factory=lambda: deque([1, -1], MEMORY))
-    pending: list[Order] = field(default_factory=list)      # a heap, by time
+    pending: list[Order] = field(default_factory=list)  # a heap, by time
     count: int = 0
 
-    def send(self, time_ms: float, side: int, lots: float, reach: float) -> None:
-        """Queue one order for its time."""
-        self.count += 1
-        order = (int(time_ms), self.count, side, 1 + int(lots), reach)
-        heapq.heappush(self.pending, order)
-
-    def act(self, start_ms: int, jump: float, nervous: float) -> None:
-        """Send the orders that one step brings about."""
-        rng, seconds = self.rng, STEP_MS / 1000
-        if jump and rng.random() < INFORMED:
-            for _ in range(1 + rng.poisson(0.5)):
-                self.send(start_ms + 1 + rng.exponential(INFORMED_MS),
-                          1 if jump > 0 else -1,
-                          INFORMED_LOTS * math.exp(rng.standard_normal()),
-                          rng.uniform(0.4, 1.0))
-        rate = self.bursts_per_s * (1 - EXCITE) * math.sqrt(nervous) + self.excitement
-        born = rng.poisson(rate * seconds)
-        self.excitement *= math.exp(-seconds / EXCITE_S)
-        self.excitement += born * EXCITE / EXCITE_S
-        for _ in range(born):
-            self.burst(start_ms + rng.uniform(1, STEP_MS))
-
-    def burst(self, time_ms: float) -> None:
-        """Noise orders of one side, milliseconds apart."""
+    def step(self, start_ms: int, middle: float, forced: int) -> None:
+        """News, and the orders that one step brings about. `forced`: the side of all noise."""
         rng = self.rng
-        lag = int(len(self.signs) ** rng.random())      # mostly a recent sign
-        side = self.signs[-lag] if rng.random() < COPY else int(rng.choice((1, -1)))
-        self.signs.append(side)
-        more = True
-        while more:
-            lots = NOISE_LOTS * (1 + rng.pareto(NOISE_TAIL))
-            self.send(time_ms, side, min(lots, NOISE_MOST), 0.0)
-            time_ms += rng.exponential(MORE_MS)
-            more = rng.random() < MORE
+        self.past.append(self.worth)
+        if rng.random() < STEP_S / (NERVOUS_S if self.is_nervous else CALM_S):
+            self.is_nervous = not self.is_nervous
+        nervous = NERVOUS / CALM if self.is_nervous else 1.0  # more and larger news, more noise
+        error = self.past[0] - middle  # as makers see it
+        if rng.random() < NEWS_PER_S * nervous * STEP_S:
+            unit = rng.standard_t(NEWS_TAIL) / math.sqrt(NEWS_TAIL / (NEWS_TAIL - 2))
+            jump = self.worth * 1e-4 * CALM * math.sqrt(nervous / NEWS_PER_S) * unit
+            self.worth += jump
+            if rng.random() < INFORMED:
+                sizes = INFORMED_LOTS * rng.lognormal(size=1 + rng.poisson(SLICES))
+                time_ms = start_ms + 1 + rng.exponential(INFORMED_MS)
+                self.send(time_ms, 1 if jump > 0 else -1, sizes, SLICE_MS, True)
+        elif abs(error) > SLACK and rng.random() < CORRECT:  # a maker wants to pass them
+            time_ms, sizes = start_ms + rng.uniform(1, STEP_MS), [INFORMED_LOTS * rng.lognormal()]
+            self.send(time_ms, 1 if error > 0 else -1, sizes, SLICE_MS, True)
+        for _ in range(rng.poisson(self.bursts_per_s * math.sqrt(nervous) * STEP_S)):
+            lag = int(len(self.signs) ** rng.random())  # mostly a recent sign
+            side = self.signs[-lag] if rng.random() < COPY else int(rng.choice((1, -1)))
+            self.signs.append(forced or side)
+            sizes = NOISE_LOTS * (1 + rng.pareto(NOISE_TAIL, rng.geometric(1 - MORE)))
+            self.send(start_ms + rng.uniform(1, STEP_MS), self.signs[-1], sizes, MORE_MS, False)
 
-    def due(self, end_ms: int) -> Iterator[Order]:
-        """The orders that match before `end_ms`, in order of time."""
-        while self.pending and self.pending[0][0] < end_ms:
-            yield heapq.heappop(self.pending)
-
-
-# ---- Those who quote ---------------------------------------------------------------
-def follow(rng: np.random.Generator, book: Book, price: float, nervous: float) -> None:
-    """Move the best prices towards what the makers think the price is."""
-    middle = (book.bid + book.ask) / 2
-    if abs(price - middle) <= SLACK and book.ask - book.bid == 1:
-        return
-    bid = math.floor(middle + (price - middle) * rng.uniform(0.3, 1.0))
-    wide = int(rng.integers(1, 4)) if rng.random() < 0.02 * nervous else 0
-    book.place(bid, bid + 1 + wide)
-
-
-def churn(rng: np.random.Generator, book: Book, updates: float) -> None:
-    """Cancel and add orders: at the best prices, and anywhere in the window."""
-    for tick in (book.bid, book.ask):
-        if rng.random() < 0.5:
-            old = int(book.lots[tick - book.origin])
-            book.lots[tick - book.origin] = max(1, old + (draw_touch(rng) - old) // 7)
-    distance = rng.integers(1, 330, rng.poisson(updates))
-    below = rng.random(distance.size) < 0.5
-    ticks = np.where(below, book.bid - distance, book.ask + distance)
-    book.lots[ticks - book.origin] = draw_lots(rng, distance)
+    def send(self, time_ms: float, side: int, sizes: Iterable, gap_ms: float, knows: bool) -> None:
+        """Queue orders of one side, one after the other."""
+        for lots in sizes:
+            self.count += 1
+            order = (int(time_ms), self.count, side, 1 + int(min(lots, LIMIT_LOTS)), knows)
+            heapq.heappush(self.pending, order)
+            time_ms += self.rng.exponential(gap_ms)
 
 
-# ---- The feed ----------------------------------------------------------------------
-def dump(message: dict) -> str:
-    """JSON as the exchange writes it: no spaces."""
-    return json.dumps(message, separators=(",", ":"))
-
-
+# ---- The feed ------------------------------------------------------------------------
 def price_text(tick: int) -> str:
     """650001 -> '65000.10'."""
     return f"{tick // 10}.{tick % 10}0"
@@ -303,20 +244,21 @@ class Feed:
     trade_id: int = 0
     last_tick: int = START_TICK
     direction: str = "ZeroPlusTick"
-    volume: float = 61_234.567          # BTC of the last 24 h, made up
-    turnover: float = 3_980_246_855.5   # USDT
+    volume: float = 61_234.567  # BTC of the last 24 h, made up
+    turnover: float = 3_980_246_855.5  # USDT
     shown: dict[int, dict[int, int]] = field(default_factory=dict)  # by side
     ticker: dict[str, str] = field(default_factory=dict)
-    arriving: list[tuple[int, int, str]] = field(default_factory=list)      # a heap
-    newest: dict[str, int] = field(default_factory=dict)    # topic to receive time, ns
+    arriving: list[tuple[int, int, str]] = field(default_factory=list)  # a heap
+    newest: dict[str, int] = field(default_factory=dict)  # topic to receive time, ns
     count: int = 0
 
-    def send(self, time_ms: int, message: dict) -> None:
+    def send(self, time_ms: int, topic: str, kind: str, data: object, **more: int) -> None:
         """One message leaves the exchange; a topic's messages stay in order."""
+        message = {"topic": f"{topic}.{SYMBOL}", "type": kind,
+                   "ts": time_ms + int(self.rng.integers(1, 5)), "data": data, **more}
         lag_ms = LAG_MS + JITTER_MS * self.rng.standard_gamma(2.0)
         if self.rng.random() < SPIKE_SHARE:
             lag_ms += self.rng.uniform(*SPIKE_MS)
-        topic = message["topic"]
         recv_ns = time_ms * 1_000_000 + int(lag_ms * 1000) * 1000
         recv_ns = self.newest[topic] = max(recv_ns, self.newest.get(topic, 0))
         self.count += 1
@@ -333,29 +275,20 @@ class Feed:
         kind, rows = "delta" if self.shown else "snapshot", {}
         for side in (1, -1):
             old, new = self.shown.get(side, {}), book.levels(side)
-            changed = dict.fromkeys(old.keys() - new.keys(), 0)
-            changed.update(new.items() - old.items())
+            changed = dict.fromkeys(old.keys() - new.keys(), 0) | dict(new.items() - old.items())
             rows[side] = [[price_text(tick), size_text(changed[tick])]
                           for tick in sorted(changed, reverse=side > 0)]
             self.shown[side] = new
         if rows[1] or rows[-1]:
-            self.seq += 1
-            self.update_id += 1
-            self.send(cts, {
-                "topic": f"orderbook.{DEPTH}.{SYMBOL}", "type": kind,
-                "ts": cts + int(self.rng.integers(1, 5)),
-                "data": {"s": SYMBOL, "b": rows[1], "a": rows[-1], "u": self.update_id,
-                         "seq": self.seq},
-                "cts": cts})
+            self.seq, self.update_id = self.seq + 1, self.update_id + 1
+            data = {"s": SYMBOL, "b": rows[1], "a": rows[-1], "u": self.update_id, "seq": self.seq}
+            self.send(cts, f"orderbook.{DEPTH}", kind, data, cts=cts)
 
     def trade(self, time_ms: int, side: int, tick: int, lots: int, rpi: bool) -> dict:
         """One print, as it stands in the data of a trade message."""
-        if tick != self.last_tick:
-            self.direction = "PlusTick" if tick > self.last_tick else "MinusTick"
-        elif not self.direction.startswith("Zero"):
-            self.direction = "Zero" + self.direction
-        self.last_tick = tick
-        self.trade_id += 1
+        sign, same = np.sign(tick - self.last_tick), "Zero" + self.direction.removeprefix("Zero")
+        self.direction = (same, "PlusTick", "MinusTick")[sign]
+        self.last_tick, self.trade_id = tick, self.trade_id + 1
         self.volume += lots * LOT_SIZE
         self.turnover += lots * LOT_SIZE * tick * TICK_SIZE
         return {"T": time_ms, "s": SYMBOL, "S": "Buy" if side > 0 else "Sell",
@@ -363,57 +296,39 @@ class Feed:
                 "i": f"00000000-0000-4000-8000-{self.trade_id:012x}", "BT": False,
                 "RPI": rpi, "seq": self.seq}
 
-    def send_trades(self, prints: list[dict]) -> None:
-        """All prints of one matching millisecond."""
-        time_ms = prints[0]["T"]
-        ts = time_ms + int(self.rng.integers(1, 4))
-        self.send(time_ms, {"topic": f"publicTrade.{SYMBOL}", "type": "snapshot",
-                            "ts": ts, "data": prints})
-
     def send_ticker(self, time_ms: int, book: Book) -> None:
         """A snapshot at first, then the fields that have changed."""
-        middle = (book.bid + book.ask) / 2 * TICK_SIZE
-        basis = 3.0 + 0.4 * math.sin(time_ms / 90_000)      # USDT, of the mark price
-        now = {
-            "symbol": SYMBOL, "lastPrice": price_text(self.last_tick),
-            "markPrice": f"{middle + basis:.2f}", "indexPrice": f"{middle + 23:.2f}",
-            "openInterest": "59891.732", "turnover24h": f"{self.turnover:.4f}",
-            "volume24h": f"{self.volume:.4f}", "fundingIntervalHour": "8",
-            "nextFundingTime": str((time_ms // 28_800_000 + 1) * 28_800_000),
-            "fundingRate": "0.0001", "bid1Price": price_text(book.bid),
-            "bid1Size": size_text(book.lots[book.bid - book.origin]),
-            "ask1Price": price_text(book.ask),
-            "ask1Size": size_text(book.lots[book.ask - book.origin])}
-        data = {key: text for key, text in now.items()
-                if key == "symbol" or self.ticker.get(key) != text}
+        middle, basis = (book.bid + book.ask) / 2 * TICK_SIZE, 3 + 0.4 * math.sin(time_ms / 9e4)
+        now = dict(
+            lastPrice=price_text(self.last_tick), markPrice=f"{middle + basis:.2f}",
+            indexPrice=f"{middle + 23:.2f}", fundingRate="0.0001", fundingIntervalHour="8",
+            turnover24h=f"{self.turnover:.4f}", volume24h=f"{self.volume:.4f}",
+            openInterest="59891.732", nextFundingTime=str((time_ms // 28_800_000 + 1) * 28_800_000),
+            bid1Price=price_text(book.bid), bid1Size=size_text(book.lots[book.bid]),
+            ask1Price=price_text(book.ask), ask1Size=size_text(book.lots[book.ask]))
+        changed = {key: text for key, text in now.items() if self.ticker.get(key) != text}
         kind, self.ticker = "delta" if self.ticker else "snapshot", now
-        self.send(time_ms, {"topic": f"tickers.{SYMBOL}", "type": kind, "data": data,
-                            "cs": self.seq, "ts": time_ms})
+        self.send(time_ms, "tickers", kind, changed | {"symbol": SYMBOL}, cs=self.seq)
 
 
-# ---- The market --------------------------------------------------------------------
+# ---- The market ----------------------------------------------------------------------
 def simulate(rng: np.random.Generator, hours: float, trades_per_s: float = TRADES_PER_S,
-             updates_per_delta: float = UPDATES) -> Iterator[Line]:
-    """Yield (receive time in ns, raw message) for `hours` of the simulated market.
+             updates_per_delta: float = UPDATES, push: tuple = (0, 0, 0)) -> Iterator[Line]:
+    """Yield (receive time in ns, raw message); the same state of `rng` gives the same lines.
 
-    `trades_per_s`: prints per second, roughly, over hours. `updates_per_delta`: levels
-    changed at random in 100 ms; moves of the best prices come on top (about as many
-    again). Memory is constant; the same state of `rng` gives the same lines.
+    `trades_per_s`: prints per second, roughly, over hours. `updates_per_delta`: levels changed at
+    random in 100 ms; moves of the best prices come on top. `push`: (from s, to s, side) in which
+    all noise is of this side, to see what that does to the price. Memory is constant.
     """
     density = trades_per_s / TRADES_PER_S
-    book, worth, feed = Book(rng, MAKER_LOTS / density), Fundamental(rng), Feed(rng)
+    book, feed = Book(rng, MAKER_LOTS / density), Feed(rng)
     traders = Traders(rng, BURSTS_PER_S * density)
-    known = worth.price                     # what the makers know: one step behind
     for step in range(round(hours * 3_600_000 / STEP_MS)):
         start, cts = START_MS + step * STEP_MS, START_MS + (step + 1) * STEP_MS
-        jump = worth.step(STEP_MS / 1000)
-        nervous = worth.volatility / CALM
-        traders.act(start, jump, nervous)
-        match(traders.due(cts), book, worth.price, feed)
-        swept = book.ask - book.bid > 1     # a gap in the prices tells them at once
-        follow(rng, book, worth.price if swept else known, nervous)
-        churn(rng, book, updates_per_delta)
-        known = worth.price
+        forced = push[2] if push[0] <= step * STEP_S < push[1] else 0
+        traders.step(start, (book.bid + book.ask) / 2, forced)
+        match(traders, cts, book, feed)
+        book.churn(updates_per_delta, traders.past[0])
         feed.send_book(cts, book)
         if step * STEP_MS % TICKER_MS == 0:
             feed.send_ticker(cts, book)
@@ -421,28 +336,28 @@ def simulate(rng: np.random.Generator, hours: float, trades_per_s: float = TRADE
     yield from feed.received(math.inf)
 
 
-def match(orders: Iterator[Order], book: Book, price: float, feed: Feed) -> None:
-    """Execute orders against the book; send their prints, a message for each ms."""
-    prints: list[dict] = []
-    for time_ms, _, side, lots, reach in orders:
-        if prints and prints[0]["T"] != time_ms:
-            feed.send_trades(prints)
-            prints = []
+def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
+    """Execute the orders that are due; send their prints, a message for each ms."""
+    prints: dict[int, list[dict]] = {}
+    while traders.pending and traders.pending[0][0] < end_ms:
+        time_ms, _, side, lots, informed = heapq.heappop(traders.pending)
         best = book.ask if side > 0 else book.bid
-        limit = best + side * NOISE_REACH
-        if reach:                           # informed: only as far as it pays
-            limit = math.floor(best + reach * (price - best))
-            if side * (limit - best) <= 0:
-                continue
+        gain = side * (traders.worth - best) - COST if informed else NOISE_REACH
+        if gain < 0:  # those who know go only as far as it pays
+            continue
         feed.seq += 1
-        rpi = not reach and lots < LARGE_LOTS and book.rng.random() < RPI_SHARE
-        taken = [(best, lots)] if rpi else book.take(side, lots, limit)
-        prints += [feed.trade(time_ms, side, *one, rpi) for one in taken]
-    if prints:
-        feed.send_trades(prints)
+        rpi = not informed and lots < LARGE_LOTS and book.rng.random() < RPI_SHARE
+        taken = [(best, lots)] if rpi else book.take(side, lots, best + side * int(gain))
+        prints.setdefault(time_ms, []).extend(feed.trade(time_ms, side, *one, rpi) for one in taken)
+        if not informed:
+            traders.worth += side * IMPACT * math.sqrt(sum(lots for _, lots in taken))
+        doubt = DOUBT * book.rng.random()  # makers ask whether that was informed
+        book.requote(side, taken[-1][0], (1 - doubt) * taken[-1][0] + doubt * traders.past[0])
+    for time_ms, group in prints.items():
+        feed.send(time_ms, "publicTrade", "snapshot", group)
 
 
-# ---- The file ----------------------------------------------------------------------
+# ---- The file ------------------------------------------------------------------------
 def record(path: str, lines: Iterator[Line]) -> None:
     """Write a recording: to a temporary name first, and the same bytes every time."""
     start = {"op": "local", "event": "start", "symbol": SYMBOL, "category": "linear",
@@ -457,41 +372,27 @@ def record(path: str, lines: Iterator[Line]) -> None:
     os.replace(part, path)
 
 
-def complaint(args: argparse.Namespace) -> str | None:
-    """What is wrong with the command line, with the remedy; None if nothing is."""
-    if os.path.exists(args.out) and not args.force:
-        return f"{args.out} exists; name another file or add --force"
-    if not os.path.isdir(os.path.dirname(args.out) or "."):
-        return f"no folder for {args.out}; create it first"
-    for name in ("hours", "trades_per_s"):
-        if not 0 < getattr(args, name) < math.inf:
-            flag = "--" + name.replace("_", "-")
-            return f"{flag} is {getattr(args, name)}; it must be above 0"
-    if args.seed < 0:
-        return f"--seed is {args.seed}; it must not be negative"
-    if not 0 <= args.updates_per_delta <= 1000:
-        return f"--updates-per-delta is {args.updates_per_delta}; give 0 to 1000"
-    return None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write a SYNTHETIC Bybit recording.")
-    parser.add_argument("--out", required=True, help="file to write (.jsonl.gz)")
-    parser.add_argument("--hours", type=float, default=2.0, help="length, hours (2)")
-    parser.add_argument("--seed", type=int, default=1, help="same seed, same bytes (1)")
-    parser.add_argument("--trades-per-s", type=float, default=TRADES_PER_S,
-                        help="prints per second, roughly (14)")
-    parser.add_argument("--updates-per-delta", type=float, default=UPDATES,
-                        help="levels changed at random in 100 ms (8)")
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    add = parser.add_argument
+    add("--out", required=True, help="file to write (.jsonl.gz)")
+    add("--hours", type=float, default=2.0, help="length, hours (2)")
+    add("--seed", type=int, default=1, help="same seed, same bytes (1)")
+    add("--trades-per-s", type=float, default=TRADES_PER_S, help="prints, roughly (16)")
+    add("--updates-per-delta", type=float, default=UPDATES, help="at random (10)")
+    add("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(arguments)
-    problem = complaint(args)
-    if problem:
-        print(f"simulate.py: {problem}", file=sys.stderr)
-        return 2
-    record(args.out, simulate(np.random.default_rng(args.seed), args.hours,
-                              args.trades_per_s, args.updates_per_delta))
+    if os.path.exists(args.out) and not args.force:
+        parser.error(f"{args.out} exists; name another file or add --force")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"no folder for {args.out}; create it first")
+    for name, low, high in (("hours", 1e-3, 1e5), ("seed", 0, 2**53), ("trades_per_s", 1e-3, 1e4),
+                            ("updates_per_delta", 0, 1000)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"{name} = {getattr(args, name):g} must lie in {low:g} to {high:g}")
+    rng = np.random.default_rng(args.seed)
+    record(args.out, simulate(rng, args.hours, args.trades_per_s, args.updates_per_delta))
     return 0
 
 
