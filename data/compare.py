@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backtest  # noqa: E402
 import feed  # noqa: E402
 import marketmaker  # noqa: E402
-from optimize import Distances, choose_distances  # noqa: E402
+from optimize import Distances  # noqa: E402
 
 STEP_MS = 100  # grid of the mid
 BANDS_BPS = (1.0, 5.0)  # depth is measured within these of the mid
@@ -160,13 +161,13 @@ def eaten(data: Columns) -> float:
 # ---- Our market maker --------------------------------------------------------------
 def quote_at_touch(*_: object) -> Distances:
     """A strategy that asks no questions."""
-    return Distances(TOUCH_BPS, TOUCH_BPS, "touch")
+    return Distances(TOUCH_BPS, TOUCH_BPS)
 
 
-MAKERS: dict[str, Callable] = {"at the touch": quote_at_touch, "ours": choose_distances}
+MAKERS: dict[str, str | Callable] = {"at the touch": quote_at_touch, "ours": "lp"}
 
 
-def play(path: Path, tape: feed.Tape | None, strategy: Callable) -> marketmaker.MarketMaker:
+def play(path: Path, tape: feed.Tape | None, strategy: Any) -> marketmaker.MarketMaker:
     """The market maker after a recording; nothing is written anywhere."""
     recording = feed.Recording(path)
     tape = feed.build_tape(recording.messages()) if tape is None else tape

@@ -263,8 +263,10 @@ EXPERIMENTS = (
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(description="Experiments on SYNTHETIC paths.")
-    parser.add_argument("numbers", type=int, nargs="*", choices=range(1, 10), default=range(1, 10))
-    numbers = parser.parse_args(arguments).numbers
+    parser.add_argument("numbers", type=int, nargs="*", help="which of 1 to 9 (default: all)")
+    numbers = parser.parse_args(arguments).numbers or range(1, 10)
+    if not set(numbers) <= set(range(1, 10)):
+        parser.error("there are the experiments 1 to 9: name some of them")
     with ProcessPoolExecutor() as pool:
         make_paths(pool)
         print(f"SYNTHETIC data: {len(PATHS)} paths of {HOURS} h; mean ± standard error over them")
