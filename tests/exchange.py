@@ -159,10 +159,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         self._threads.append(threading.Thread(target=work, args=args, daemon=True))
         self._threads[-1].start()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Cut every connection and end every thread. May be called twice."""
         self._stopping.set()
         self._open.set()
@@ -171,6 +168,8 @@ class LoopbackExchange(contextlib.AbstractContextManager):
                 self.vanish()  # every time: somebody may just have got in
                 thread.join(NOTICE_S)
         self._listener.close()
+
+    __exit__ = close
 
     def book(self) -> dict:
         """The true book: {"b": {price: size}, "a": {...}, "u": int or None}, strings."""
@@ -187,22 +186,20 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         for client in self._clients:
             client.topics.clear()
 
+    def vanish(self, how: int = socket.SHUT_RDWR, linger: tuple[int, int] = (0, 0)) -> None:
+        """End every connection without a CLOSE frame: the client reads end of file."""
+        for client in list(self._clients):
+            with contextlib.suppress(OSError):
+                option = struct.pack("ii", *linger)
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+                client.sock.shutdown(how)
+
     def reset_clients(self) -> None:
         """Reset every connection (TCP RST): the client's read or write fails.
 
         Half a shutdown, unseen on the wire, wakes the connection's thread; its close sends it.
         """
-        for client in list(self._clients):
-            with contextlib.suppress(OSError):
-                linger = struct.pack("ii", 1, 0)
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                client.sock.shutdown(socket.SHUT_RD)
-
-    def vanish(self) -> None:
-        """End every connection without a CLOSE frame: the client reads end of file."""
-        for client in list(self._clients):
-            with contextlib.suppress(OSError):
-                client.sock.shutdown(socket.SHUT_RDWR)
+        self.vanish(socket.SHUT_RD, (1, 0))
 
     def stall(self, seconds: float, keep: bool = False, everyone: bool = True) -> None:
         """Send nothing, not even a pong, for so many seconds of the clock.

@@ -24,21 +24,10 @@ import backtest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and numba warn of at import is not ours
-    hftbacktest = pytest.importorskip("hftbacktest")
+    pytest.importorskip("hftbacktest")
     import numba
-    from hftbacktest import BacktestAsset, HashMapMarketDepthBacktest
+    from hftbacktest import BacktestAsset, HashMapMarketDepthBacktest, types
     from hftbacktest.order import FILLED, GTX, LIMIT, NEW, NONE
-    from hftbacktest.types import (
-        BUY_EVENT,
-        DEPTH_CLEAR_EVENT,
-        DEPTH_EVENT,
-        DEPTH_SNAPSHOT_EVENT,
-        EXCH_EVENT,
-        LOCAL_EVENT,
-        SELL_EVENT,
-        TRADE_EVENT,
-        event_dtype,
-    )
 
 RECORDING = Path(os.environ.get("RECORDINGS", ".")) / "binance_usdm_BTCUSDT_20230404.jsonl.gz"
 pytestmark = pytest.mark.skipif(
@@ -53,28 +42,24 @@ ONE_LOT = "--order-qty 0.001 --max-depth-share 1"
 MANY_LOTS = "--order-qty 0.05 --max-depth-share 0.002"
 
 
-def read_lines():
-    """(receive time, message) of each line."""
-    with gzip.open(RECORDING, "rt") as file:
-        for line in file:
-            stamp, _, text = line.partition(" ")
-            yield int(stamp), json.loads(text)
-
-
 def list_events():
     """(event, exchange time, receive time, price, size) in the recording's order."""
-    for recv_ns, message in read_lines():
+    with gzip.open(RECORDING, "rt") as file:
+        lines = [line.partition(" ") for line in file]
+    for stamp, _, text in lines:
+        recv_ns, message = int(stamp), json.loads(text)
         topic, data = message["topic"].partition(".")[0], message["data"]
         if topic == "publicTrade":
             for trade in data:
-                side = {"Buy": BUY_EVENT, "Sell": SELL_EVENT}[trade["S"]]
-                yield TRADE_EVENT | side, trade["T"] * MS, recv_ns, trade["p"], trade["v"]
+                side = {"Buy": types.BUY_EVENT, "Sell": types.SELL_EVENT}[trade["S"]]
+                kind = types.TRADE_EVENT | side
+                yield kind, trade["T"] * MS, recv_ns, trade["p"], trade["v"]
         elif topic == "orderbook":
             exch_ns, is_whole = message["cts"] * MS, message["type"] == "snapshot"
-            kind = DEPTH_SNAPSHOT_EVENT if is_whole else DEPTH_EVENT
-            for side, rows in ((BUY_EVENT, data["b"]), (SELL_EVENT, data["a"])):
+            kind = types.DEPTH_SNAPSHOT_EVENT if is_whole else types.DEPTH_EVENT
+            for side, rows in ((types.BUY_EVENT, data["b"]), (types.SELL_EVENT, data["a"])):
                 if is_whole:
-                    yield DEPTH_CLEAR_EVENT | side, exch_ns, recv_ns, rows[-1][0], 0
+                    yield types.DEPTH_CLEAR_EVENT | side, exch_ns, recv_ns, rows[-1][0], 0
                 for price, size in rows:
                     yield kind | side, exch_ns, recv_ns, price, size
 
@@ -83,8 +68,8 @@ def list_events():
 def events():
     """The recording as hftbacktest's events."""
     kind, exch_ns, recv_ns, price, size = zip(*list_events())
-    events = np.zeros(len(kind), event_dtype)
-    events["ev"] = np.array(kind, np.uint64) | np.uint64(EXCH_EVENT | LOCAL_EVENT)
+    events = np.zeros(len(kind), types.event_dtype)
+    events["ev"] = np.array(kind, np.uint64) | np.uint64(types.EXCH_EVENT | types.LOCAL_EVENT)
     events["exch_ts"], events["local_ts"] = exch_ns, recv_ns
     events["px"], events["qty"] = np.array(price, float), np.array(size, float)
     for clock in ("exch_ts", "local_ts"):
@@ -109,14 +94,12 @@ def follow(peer, time_ns, ticks, lots):
             if sent[k]:
                 status = peer.orders(0).get(2 * sent[k] + k).status
                 before = sent[k] - 1
-                if status != NEW and status != NONE:
-                    sent[k] = 0
-                elif ticks[before, k] == ticks[row, k] and lots[before, k] == lots[row, k]:
+                stands = status == NEW or status == NONE
+                if stands and ticks[before, k] == ticks[row, k] and lots[before, k] == lots[row, k]:
                     continue
-                elif peer.cancel(0, 2 * sent[k] + k, False):
+                if stands and peer.cancel(0, 2 * sent[k] + k, False):
                     raise RuntimeError("cancel refused: its order is still under way")
-                else:
-                    sent[k] = 0
+                sent[k] = 0
             if lots[row, k]:
                 sent[k] = row + 1
                 order = (2 * sent[k] + k, ticks[row, k] * TICK, lots[row, k] * LOT, GTX, LIMIT)
@@ -134,14 +117,17 @@ def follow(peer, time_ns, ticks, lots):
     return fills
 
 
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 def fills_of_peer(events, quotes, latency_ms):
-    """What hftbacktest fills of the quotes in a file."""
-    with open(quotes) as file:
-        rows = list(csv.DictReader(file))
-    time_ns = np.array([int(row["time_ns"]) for row in rows])
+    """What hftbacktest fills of the quotes."""
+    time_ns = np.array([int(row["time_ns"]) for row in quotes])
     ticks, lots = (
         np.array([[round(float(row[f"{side}_{name}"] or 0) / unit) for side in ("bid", "ask")]
-                  for row in rows])
+                  for row in quotes])
         for name, unit in (("price", TICK), ("qty", LOT))
     )  # fmt: skip
     asset = (
@@ -160,29 +146,23 @@ def fills_of_peer(events, quotes, latency_ms):
     return sorted(fills)
 
 
-def fills_of_ours(path):
-    """What fills.csv tells, in the same form."""
-    with open(path) as file:
-        return sorted(
-            (int(row["time_ns"]), 1 if row["side"] == "buy" else -1,
-             round(float(row["price"]) / TICK))
-            for row in csv.DictReader(file)
-        )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "latency_ms, flags",
-    [
-        pytest.param(0, ONE_LOT, id="0 ms"),
-        pytest.param(5, ONE_LOT, id="5 ms"),
-        # decisions at .025 s arrive with a book message; sizes change at every decision
-        pytest.param(75, MANY_LOTS, id="75 ms, many lots"),
-    ],
+    # decisions at .025 s arrive with a book message after 75 ms; sizes change at every decision
+    [(0, ONE_LOT), (5, ONE_LOT), (75, MANY_LOTS)],
 )
 def test_every_fill_is_that_of_hftbacktest_on_a_real_recording(events, tmp_path, latency_ms, flags):
     flags = f"{AT_THE_TOUCH} {flags} --order-latency-ms {latency_ms}".split()
     given = ["--data", str(RECORDING), "--out", str(tmp_path), "--peer-rules", *flags]
     assert backtest.main(given) == 0
-    ours = fills_of_ours(tmp_path / "fills.csv")
-    assert ours == fills_of_peer(events, tmp_path / "quotes.csv", latency_ms)
+    fills, quotes = (read_csv(tmp_path / name) for name in ("fills.csv", "quotes.csv"))
+    ours = sorted(
+        (
+            int(row["time_ns"]),
+            {"buy": 1, "sell": -1}[row["side"]],
+            round(float(row["price"]) / TICK),
+        )
+        for row in fills
+    )
+    assert ours == fills_of_peer(events, quotes, latency_ms)
     assert len(ours) >= 100

@@ -64,21 +64,6 @@ def test_finer_grid_goes_half_the_way_to_the_neighbours(values, best, limits, fi
 # ---- Trials ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gated():
-    """play(k) notes k and answers; but 1 waits until the gate opens, and 100 fails."""
-    gate, played = Event(), []
-
-    def play(k):
-        played.append(k)
-        if k == 1:
-            gate.wait(10)
-        return 1 / (k - 100)
-
-    yield gate, played, play
-    gate.set()
-
-
 @pytest.mark.parametrize("start", [partial(ThreadPoolExecutor, 3), PROCESSES])
 def test_every_trial_comes_once_with_the_place_of_its_configuration(start):
     with start() as executor:
@@ -87,27 +72,26 @@ def test_every_trial_comes_once_with_the_place_of_its_configuration(start):
     assert sorted(results) == [(k - 10, math.sqrt(k)) for k in range(10, 50)]
 
 
-def test_trials_come_as_they_end_until_a_stop_cancels_what_has_not_begun(gated):
-    gate, played, play = gated
-    answers = iter([False, False, True])
-    with ThreadPoolExecutor(1) as executor:
-        trials = optimize.run_trials(play, range(9), executor, lambda: next(answers))
-        assert list(trials) == [(0, -0.01)]  # 1 still waits at the gate
-        gate.set()
-    assert set(played) <= {0, 1}
+@pytest.mark.parametrize("end", ["a trial fails", "a stop", "nobody listens"])
+def test_trials_come_as_they_end_and_what_has_not_begun_at_the_end_is_cancelled(end):
+    gate, played, stops = Event(), [], iter([False, False, True])
 
+    def play(k):
+        played.append(k)
+        if k == 1:
+            gate.wait(10)
+        return 1 / (k - 100)
 
-@pytest.mark.parametrize("first", [0, 100], ids=["nobody listens", "a trial fails"])
-def test_search_that_breaks_off_is_cancelled(gated, first):
-    gate, played, play = gated
+    first = 100 if end == "a trial fails" else 0
     with ThreadPoolExecutor(1) as executor:
-        trials = optimize.run_trials(play, [first, 1, 2, 3], executor)
-        if first == 0:
-            assert next(trials) == (0, -0.01)
-            trials.close()
-        else:
+        trials = optimize.run_trials(play, [first, *range(1, 9)], executor, lambda: next(stops))
+        if first == 100:
             with pytest.raises(ZeroDivisionError):
                 next(trials)
+        else:
+            assert next(trials) == (0, -0.01)
+            assert end != "a stop" or list(trials) == []  # 1 still waits at the gate
+            trials.close()
         gate.set()
     assert set(played) <= {first, 1}
 
@@ -201,19 +185,14 @@ def test_positions_go_on_from_each_to_the_next_with_jumps_as_often_as_asked(bloc
         assert chisquare(np.bincount(drawn[:, column], minlength=n)).pvalue > 0.001
 
 
-def test_means_are_those_of_the_resampled_table():
-    x = noise(rng_of(9), 1000, 6) + np.arange(6)
-    drawn = x[positions_of(1000, 5.0, 450, seed=3)]
-    assert draw_means(x, 5.0, 450, rng_of(3)) == pytest.approx(drawn.mean(axis=1), abs=1e-12)
-
-
-def test_bootstrap_measures_strategies_at_the_same_positions():
-    x = noise(rng_of(10), 1000, 3) + [0, 0.1, -0.1]
-    drawn = x[positions_of(1000, optimize.common_block_length(x), 450, seed=4)]
-    for name, values in optimize.bootstrap(x, 450, rng_of(4)).items():
-        assert values.shape == (3, 450), name
-        for k in range(3):
-            assert values[k] == pytest.approx(optimize.measure_paths(drawn[:, :, k])[name]), name
+def test_means_and_measures_are_those_of_the_resampled_table_at_the_same_positions():
+    x = noise(rng_of(9), 1000, 6) + np.arange(-2, 4) / 10
+    block = optimize.common_block_length(x)
+    drawn = x[positions_of(1000, block, 450, seed=3)]
+    assert draw_means(x, block, 450, rng_of(3)) == pytest.approx(drawn.mean(axis=1), abs=1e-12)
+    for name, values in optimize.bootstrap(x, 450, rng_of(3)).items():
+        measured = [optimize.measure_paths(drawn[:, :, k])[name] for k in range(6)]
+        assert values == pytest.approx(np.array(measured)), name
 
 
 def test_interval_of_the_mean_covers_the_truth_about_as_often_as_it_says():
@@ -258,24 +237,16 @@ def test_the_deflated_ratio_of_a_single_trial_is_the_probability_that_the_ratio_
         assert optimize.deflated_sharpe(sharpe, error, 0.1, 1) == pytest.approx(psr)
 
 
-def test_error_of_the_sharpe_ratio_is_what_skewed_samples_show():
-    x = 1.5 - rng_of(7).exponential(size=(400, 1000))  # mean 1/2, variance 1, skew -2
+SKEWED = 1.5 - rng_of(7).exponential(size=(400, 1000))  # mean 1/2, variance 1, skew -2
+TOGETHER = noise(rng_of(3), 200, 600) - 0.3  # minutes go together
+
+
+@pytest.mark.parametrize("x, truth, rel", [(SKEWED, 0.5, 0.06), (TOGETHER, -0.3, 0.08)])
+def test_error_of_the_sharpe_ratio_is_what_samples_show_and_covers_95_percent(x, truth, rel):
     sharpe = sharpe_score(x.mean(axis=0), x.var(axis=0, ddof=1))
     errors = np.array([optimize.sharpe_error(column) for column in x.T])
-    assert sharpe.std() == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.06)
-
-
-def test_the_interval_of_the_sharpe_ratio_covers_95_percent_though_minutes_go_together():
-    x = noise(rng_of(3), 200, 600) - 0.3
-    sharpe = x.mean(axis=0) / x.std(axis=0, ddof=1)
-    errors = np.array([optimize.sharpe_error(column) for column in x.T])
-    assert 0.92 < (np.abs(sharpe + 0.3) < optimize.PARTS_95 * errors).mean() < 0.98
-
-
-@pytest.mark.parametrize("trials", [10, 100, 1000])
-def test_luck_is_the_mean_of_the_best_of_so_many_normals(trials):
-    best = rng_of(8).normal(0, 0.3, size=(2000, trials)).max(axis=1)
-    assert optimize.best_sharpe_by_luck(0.09, trials) == pytest.approx(best.mean(), rel=0.03)
+    assert sharpe.std() == pytest.approx(np.sqrt(np.mean(errors**2)), rel=rel)
+    assert 0.92 < (np.abs(sharpe - truth) < optimize.PARTS_95 * errors).mean() < 0.98
 
 
 # ---- A search among configurations without skill, and with one that has it ---------
