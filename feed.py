@@ -114,14 +114,16 @@ BUILT_IN = {(known.symbol, known.category): known for known in (Instrument(), SP
 def find_instrument(symbol: str, category: str, tick_text: str | None, lot_text: str | None,
                     ask: bool = False) -> Instrument:  # fmt: skip
     """The steps given before those that Bybit tells, if asked, before the built-in ones."""
-    base = BUILT_IN.get((symbol, category))
+    base, why = BUILT_IN.get((symbol, category)), ""
     if tick_text and lot_text:
         base = base or Instrument(symbol, category, min_qty=0.0)
     elif ask:
-        with contextlib.suppress(OSError, HTTPException):  # it cannot be reached
+        try:
             base = fetch_instrument(symbol, category)
+        except (OSError, HTTPException) as error:
+            why = f", and Bybit does not tell ({error})"
     if base is None:
-        raise UserError(f"{symbol} ({category}) is not known: give --tick-size and --lot-size")
+        raise UserError(f"{symbol} ({category}) is not known{why}: give --tick-size and --lot-size")
     return replace(base, tick_text=tick_text or base.tick_text, lot_text=lot_text or base.lot_text)
 
 
@@ -134,10 +136,13 @@ def fetch_instrument(symbol: str, category: str) -> Instrument:
             body = response.read(MAX_MESSAGE)
         if not body.startswith(b"{"):  # a page of somebody between us and Bybit
             raise OSError("no JSON in the answer")
-        (entry,) = json.loads(body)["result"]["list"]
+        answer = json.loads(body)
+        if answer["retCode"] != 10001 and not answer["result"].get("list"):  # 10001: none such
+            raise OSError(printable(str(answer["retMsg"]))[:200])
+        (entry,) = answer["result"]["list"]
         lot = entry["lotSizeFilter"]
         steps = entry["priceFilter"]["tickSize"], lot.get("qtyStep") or lot["basePrecision"]
-        return Instrument(symbol, category, *steps, float(lot["minOrderQty"]))
+        return Instrument(symbol, category, *steps, float(lot.get("minOrderQty") or steps[1]))
     except MALFORMED:
         raise UserError(f"Bybit knows no {symbol}: check --symbol and --category") from None
 
@@ -829,7 +834,7 @@ def clock_text(time_ns: int) -> str:
 
 def add_market_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that every command on a market shares."""
-    parser.add_argument("--symbol", default="BTCUSDT", help="upper case, as Bybit writes it")
+    parser.add_argument("--symbol", default="BTCUSDT", type=str.upper, help="as Bybit writes it")
     parser.add_argument("--category", default="linear", choices=("linear", "spot"))
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="levels a side (default 200)")
     parser.add_argument("--tick-size", help="price step, USDT (else Bybit's or the built-in one)")

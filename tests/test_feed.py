@@ -517,8 +517,11 @@ LINEAR, SPOT, OTHER = ("BTCUSDT", "linear"), ("BTCUSDT", "spot"), ("ABC", "spot"
      (OSError("no route"), OTHER, ("0.1", None), "ABC.*--tick-size and --lot-size"),
      (b"", OTHER, (None, None), "ABC.*--tick-size and --lot-size")]
     + [(body, OTHER, (None, None), "ABC.*--symbol and --category") for body in (
-        b'{"retCode":10001,"result":{}}', b"{broken", b'{"result":{"list":[]}}',
-        b'{"result":{"list":[{}]}}', LINEAR_PAGE.replace(b"minOrderQty", b""))],
+        b'{"retCode":10001,"result":{}}', b"{broken", b'{"retCode":0,"result":{"list":[{}]}}')]
+    + [(b'{"retCode":10006,"retMsg":"Too many visits!","result":{}}', OTHER, (None, None),
+        "ABC.*Too many visits!.*--tick-size"),
+       (SPOT_PAGE.replace(b"minOrderQty", b""), SPOT, (None, None),
+        Instrument(*SPOT, "0.01", "0.000001", 0.000001))],
 )  # fmt: skip
 def test_flags_precede_bybits_answer_and_that_a_table(monkeypatch, answer, symbol, steps, expected):
     def urlopen(request, timeout):

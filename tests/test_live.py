@@ -412,7 +412,7 @@ def test_the_command_records_until_its_end_or_a_signal_and_says_what(run, number
 
 
 def test_the_command_ends_with_one_line_where_the_exchange_refuses_and_overwrites_nothing(run):
-    status, told, lines = run("--symbol", "btcusdt", "--tick-size", "0.1", "--lot-size", "1")
+    status, told, lines = run("--symbol", "nosuch", "--tick-size", "0.1", "--lot-size", "1")
     assert status == 2 and told.count("error: ") == 1 and "handler not found" in told
     status, told, again = run("--minutes", "0.005")
     assert status == 2 and "new.gz exists" in told and told.count("\n") == 1 and again == lines
