@@ -57,13 +57,9 @@ GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 
 def served(path: Path, speed: str) -> Iterator[str]:
     """The URL of a loopback exchange in its own process."""
     command = [sys.executable, str(ROOT / "tests" / "exchange.py"), str(path), "--speed", speed]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.stdin.close()
-        process.wait(timeout=30)
-        process.stdout.close()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process.stdout.readline().strip()  # it ends with its input
 
 
 def sample_clock() -> Callable[[], int]:
@@ -86,30 +82,31 @@ def time_bare(url: str) -> float:
     return elapsed
 
 
-def live_bursts(source: feed.LiveFeed, maker: MarketMaker) -> Iterator[list[feed.Message]]:
-    """The program's own loop over a live feed, without display and files."""
+def live_bursts(
+    url: str, maker: MarketMaker, clock_ns: Callable[[], int], record: Path | None = None
+) -> Iterator[list[feed.Message]]:
+    """The program's own loop through feed thread and queue, without display and files."""
+    recorder = feed.Recorder(record) if record else None
+    source = feed.LiveFeed(url, feed.Recording(SAMPLE).parser, recorder, clock_ns)
     source.start(source.connect())
     session = Bag(maker=maker, options=Bag(duration=600), look=lambda: None)
-    return marketmaker.live_messages(session, source)
+    try:
+        yield from marketmaker.live_messages(session, source)
+    finally:
+        source.stop()
+        if recorder:
+            recorder.close()
 
 
-def time_live(url: str, record: Path | None = None) -> float:
+def time_live(url: str, record: Path | None = None) -> float | None:
     """Seconds for the same MESSAGES through feed thread, queue and market maker."""
-    parser = feed.Recording(SAMPLE).parser
-    recorder = feed.Recorder(record) if record else None
-    source = feed.LiveFeed(url, parser, recorder, clock_ns=sample_clock())
-    maker, began = MarketMaker(Parameters(), parser.instrument), 0.0
+    maker, began = MarketMaker(Parameters(), feed.Instrument()), 0.0
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
-    for messages in live_bursts(source, maker):
+    for messages in live_bursts(url, maker, sample_clock(), record):
         maker.take(*messages)
         began = began or time.perf_counter()
         if maker.messages >= MESSAGES:
-            break
-    elapsed = time.perf_counter() - began
-    source.stop()
-    if recorder:
-        recorder.close()
-    return elapsed
+            return time.perf_counter() - began
 
 
 def bench_live() -> None:
@@ -138,24 +135,21 @@ def bench_live() -> None:
 
 def measure_latency(is_fresh: bool) -> None:
     """From the stamp of a message to the quote decided on it."""
-    parser, waits = feed.Recording(SAMPLE).parser, []
-    maker = MarketMaker(Parameters(requote_move_bps=0.05), parser.instrument)
+    maker, waits = MarketMaker(Parameters(requote_move_bps=0.05), feed.Instrument()), []
 
     def note(_: MarketMaker) -> None:
         if maker.decision.source == "lp":
-            waits.append((source.clock_ns() - maker.decision.time_ns) / 1e3)
+            waits.append((time.time_ns() - maker.decision.time_ns) / 1e3)
         if is_fresh:
             optimize._remembered.cache_clear()
 
+    maker.on_decision = note
     with served(SAMPLE, "1") as url:
-        source = feed.LiveFeed(url, parser)
-        maker.on_decision = note
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
-        for messages in live_bursts(source, maker):
+        for messages in live_bursts(url, maker, time.time_ns):
             maker.take(*messages)
             if time.monotonic() > end:
                 break
-        source.stop()
     low, high = (statistics.quantiles(waits, n=100)[k] for k in (49, 98))
     kind = "fresh solve" if is_fresh else "remembered solve"
     print(f"  {kind:<18}p50 {low:7.0f} us   p99 {high:7.0f} us   ({len(waits)} decisions)")
@@ -166,17 +160,16 @@ def measure_latency(is_fresh: bool) -> None:
 
 def bench_replay() -> None:
     """python marketmaker.py --replay of the sample at --speed max, and its least: reading."""
-    speeds, readings, lines = [], [], 0
+    times = []
     for _ in range(3):
         began = time.perf_counter()
         with gzip.open(SAMPLE) as file:
             lines = sum(json.loads(line.partition(b" ")[2]) is not None for line in file)
-        readings.append(lines / (time.perf_counter() - began))
-        began = time.perf_counter()
+        is_read = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             assert marketmaker.main(["--replay", str(SAMPLE), "--speed", "max"]) == 0
-        speeds.append(lines / (time.perf_counter() - began))
-    speed, reading = max(speeds), max(readings)
+        times.append((is_read - began, time.perf_counter() - is_read))
+    reading, speed = (lines / min(seconds) for seconds in zip(*times))
     print(f"replay of the sample at --speed max: {speed:,.0f} messages/s, best of 3")
     print(f"  gzip, json.loads alone: {reading:,.0f} messages/s, {reading / speed:.1f} x as fast")
 

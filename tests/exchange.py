@@ -17,10 +17,10 @@ received at x is sent when the clock shows t0 + (x - first) / speed; the times i
 it (ts, cts, T) are moved by the same rule and rounded down to the millisecond. (So a
 speed above 1 divides the recorded lag too; a faster clock does not.)
 
-What it does not do: TLS, compression, unsubscribing, limits on connections, an idle
-time-out, the repeated snapshot of depth 1 (unless recorded).
+What it does not do: TLS, compression, unsubscribing, limits on connections and topics, an
+idle time-out, the words of the spot socket, the repeated snapshot of depth 1 (unless recorded).
 
-    python tests/exchange.py FILE [--port P] [--speed X|max]        prints its URL
+    python tests/exchange.py FILE [--speed X|max]        prints its URL
 """
 
 import argparse
@@ -37,6 +37,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from websocket import ABNF, WebSocketException, frame_buffer
 
@@ -52,11 +53,7 @@ UPDATE_ID = re.compile(r'("u"\s*:\s*)(\d+)')
 def build_frame(payload: str | bytes, opcode: int = ABNF.OPCODE_TEXT) -> bytes:
     """A WebSocket frame as a server sends it: never masked (RFC 6455, section 5.2)."""
     data = payload.encode() if isinstance(payload, str) else payload
-    if len(data) < 126:
-        return struct.pack("!BB", 0x80 | opcode, len(data)) + data
-    if len(data) < 1 << 16:
-        return struct.pack("!BBH", 0x80 | opcode, 126, len(data)) + data
-    return struct.pack("!BBQ", 0x80 | opcode, 127, len(data)) + data
+    return ABNF(1, opcode=opcode, mask_value=0, data=data).format()
 
 
 def compact(message: dict) -> str:
@@ -98,14 +95,13 @@ class Book:
         return compact(self.last | {"type": "snapshot", "data": self.last["data"] | rows})
 
 
+@dataclass(eq=False)
 class Client:
     """One connection. The exchange's lock guards everything in it but the reading."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.number = 0  # from 1 on after the handshake
-        self.topics: set[str] = set()
-        self.silent_until_ns = 0
+    sock: socket.socket
+    number: int = 0  # from 1 on after the handshake
+    topics: set[str] = field(default_factory=set)
 
     def read(self, n: int) -> bytes:
         if received := self.sock.recv(n):
@@ -120,7 +116,6 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     speed: times faster than recorded; None = as fast as the sockets take it, with the
         recorded times left in the messages.
     clock_ns: what the pacing and the moved times go by.
-    spot: answer in the shape of the spot socket instead of the linear one.
 
     For the tests to look at: `url`, `connections` (handshakes), `subscriptions` (args
     of each subscribe request), `pings` (JSON pings), `finished` (an Event), `sent`
@@ -129,9 +124,9 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def __init__(
         self, lines: Iterable[tuple[int, str]], *, speed: float | None = 1.0,
-        clock_ns: Callable[[], int] = time.time_ns, spot: bool = False, port: int = 0,
+        clock_ns: Callable[[], int] = time.time_ns, port: int = 0,
     ) -> None:  # fmt: skip
-        self._speed, self._clock_ns, self._spot = speed, clock_ns, spot
+        self._speed, self._clock_ns = speed, clock_ns
         parsed = [(recv_ns, text, json.loads(text)) for recv_ns, text in lines]
         self._lines = [line for line in parsed if "topic" in line[2]]  # no acks, nothing of ours
         topics = {message["topic"] for _, _, message in self._lines}
@@ -182,7 +177,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def close_clients(self, code: int = 1001) -> None:
         """Say goodbye to every client with a proper CLOSE frame."""
-        self.send(build_frame(struct.pack("!H", code), ABNF.OPCODE_CLOSE), None)
+        self.send(struct.pack("!H", code), ABNF.OPCODE_CLOSE)
         for client in self._clients:
             client.topics.clear()
 
@@ -201,18 +196,14 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         """
         self.vanish(socket.SHUT_RD, (1, 0))
 
-    def stall(self, seconds: float, keep: bool = False, everyone: bool = True) -> None:
-        """Send nothing, not even a pong, for so many seconds of the clock.
+    def stall(self, seconds: float, keep: bool = False) -> None:
+        """Send nothing to anybody, not even a pong, for so many seconds of the clock.
 
-        What falls due meanwhile is lost to the clients, or with `keep` sent afterwards;
-        `everyone` includes those who connect meanwhile.
+        What falls due meanwhile is lost to the clients, or with `keep` sent afterwards.
         """
         with self._lock:
-            until_ns = self._clock_ns() + int(seconds * 1e9)
-            self._silent_until_ns = until_ns if everyone else 0
-            self._paused_until_ns = until_ns if keep else 0
-            for client in self._clients:
-                client.silent_until_ns = until_ns
+            self._silent_until_ns = self._clock_ns() + int(seconds * 1e9)
+            self._paused_until_ns = self._silent_until_ns if keep else 0
 
     def skip(self, n: int = 1) -> None:
         """Apply the next n book deltas that somebody would get, but withhold them."""
@@ -237,10 +228,9 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def send(self, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT) -> None:
         """Send anything to every client; opcode None writes the bytes as they are."""
-        frame = payload if opcode is None else build_frame(payload, opcode)
         with self._lock:
             for client in self._clients:
-                self._send(client, frame, payload if opcode == ABNF.OPCODE_TEXT else None)
+                self._send(client, payload, opcode)
 
     # ---- The market ----------------------------------------------------------------
 
@@ -289,7 +279,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
             copies = self._copies.popleft() if is_faulty else 1
             text = self._renew(text, book)
             for client in clients * copies:
-                self._send(client, build_frame(text), text)
+                self._send(client, text)
             return True
 
     def _moved_ns(self, recorded_ns: int) -> int:
@@ -306,14 +296,16 @@ class LoopbackExchange(contextlib.AbstractContextManager):
             text = UPDATE_ID.sub(lambda match: f"{match[1]}{int(match[2]) - book.shift}", text)
         return STAMP.sub(moved, text) if self._speed else text
 
-    def _send(self, client: Client, frame: bytes, text: str | bytes | None) -> None:
-        """Write a frame, unless to a silent client; the lock keeps frames from mixing."""
-        if not client.number or self._clock_ns() < client.silent_until_ns:
+    def _send(
+        self, client: Client, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT
+    ) -> None:
+        """Write a frame, unless in a silence; the lock keeps frames from mixing."""
+        if not client.number or self._clock_ns() < self._silent_until_ns:
             return
         try:
-            if text is not None:
-                self.sent.append((client.number, text))  # before it can be received
-            client.sock.sendall(frame)
+            if opcode == ABNF.OPCODE_TEXT:
+                self.sent.append((client.number, payload))  # before it can be received
+            client.sock.sendall(payload if opcode is None else build_frame(payload, opcode))
         except OSError:
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_RDWR)
@@ -355,16 +347,15 @@ class LoopbackExchange(contextlib.AbstractContextManager):
             status = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n"
             accept = b"Connection: Upgrade\r\nSec-WebSocket-Accept: " + digest + b"\r\n\r\n"
             client.sock.sendall(status + accept)
-            self.connections += 1
-            client.number, client.silent_until_ns = self.connections, self._silent_until_ns
+            client.number = self.connections = self.connections + 1
 
     def _answer(self, client: Client, frame: ABNF) -> None:
         with self._lock:
             if frame.opcode == ABNF.OPCODE_CLOSE:
-                self._send(client, build_frame(frame.data, ABNF.OPCODE_CLOSE), None)
+                self._send(client, frame.data, ABNF.OPCODE_CLOSE)
                 raise ConnectionError("the client has said goodbye")
             if frame.opcode == ABNF.OPCODE_PING:
-                self._send(client, build_frame(frame.data, ABNF.OPCODE_PONG), None)
+                self._send(client, frame.data, ABNF.OPCODE_PONG)
             elif frame.opcode == ABNF.OPCODE_TEXT:
                 request = json.loads(frame.data)
                 if request["op"] == "subscribe":
@@ -373,37 +364,25 @@ class LoopbackExchange(contextlib.AbstractContextManager):
                 self._reply(client, request, "pong")
 
     def _reply(self, client: Client, request: dict, ret_msg: str, success: bool = True) -> None:
-        """An ack, a failure or a pong. Spot leaves out a req_id that was not sent."""
+        """An ack, a failure or a pong."""
         reply = {"success": success, "ret_msg": ret_msg, "conn_id": f"loopback-{client.number}"}
-        if "req_id" in request or not self._spot:
-            reply["req_id"] = request.get("req_id", "")
-        text = compact(reply | {"op": request["op"]})
-        self._send(client, build_frame(text), text)
+        reply |= {"req_id": request.get("req_id", ""), "op": request["op"]}
+        self._send(client, compact(reply))
 
     def _subscribe(self, client: Client, request: dict) -> None:
         """All topics or none; then the book as it is, and the market opens."""
         topics = request["args"]
         self.subscriptions.append(topics)
-        if problem := self._find_problem(client, topics):
-            return self._reply(client, request, problem, False)
-        self._reply(client, request, "subscribe" if self._spot else "")
-        for book in map(self._books.get, topics):
-            if book and book.last:
-                text = self._renew(book.snapshot(), book)
-                self._send(client, build_frame(text), text)
-        client.topics.update(topics)
-        self._open.set()
-
-    def _find_problem(self, client: Client, topics: list[str]) -> str:
-        """Why Bybit would refuse these topics, in its words; "" if it would not."""
-        if self._spot and len(topics) > 10:
-            return "args size >10"
         for topic in topics:
             if topic not in self._topics:
-                return f"error:handler not found,topic:{topic}"
-            if topic in client.topics:
-                return f"error:already subscribed,topic:{topic}"
-        return ""
+                problem = f"error:handler not found,topic:{topic}"
+                return self._reply(client, request, problem, False)
+        self._reply(client, request, "")
+        for book in map(self._books.get, topics):
+            if book and book.last:
+                self._send(client, self._renew(book.snapshot(), book))
+        client.topics.update(topics)
+        self._open.set()
 
 
 class Firehose(LoopbackExchange):
@@ -420,14 +399,13 @@ def main() -> None:
     """Serve one recording until standard input ends, or until Ctrl-C."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("file", help="recording, .gz or plain")
-    parser.add_argument("--port", type=int, default=0, help="0 = any free port")
     parser.add_argument("--speed", default="1", help="times faster, or max")
     options = parser.parse_args()
     kind, speed = (Firehose, 1.0) if options.speed == "max" else (LoopbackExchange, options.speed)
     with (gzip.open if options.file.endswith(".gz") else open)(options.file, "rt") as file:
         rows = [row.rstrip("\n").partition(" ") for row in file]
     lines = [(int(stamp), text) for stamp, _, text in rows]
-    with kind(lines, speed=float(speed), port=options.port) as exchange:
+    with kind(lines, speed=float(speed)) as exchange:
         print(exchange.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             sys.stdin.read()

@@ -1,7 +1,6 @@
 """The loopback exchange keeps its word: Bybit's answers, a true book, faults on demand."""
 
 import contextlib
-import gzip
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import exchange as exchange_module
 import pytest
 import websocket
 from exchange import LoopbackExchange, compact
-from test_feed import BOOK, TRADE, session_lines
+from test_feed import BOOK, TICKERS, TRADE, record, session_lines
 
 
 @pytest.fixture
@@ -83,20 +82,6 @@ def test_book_is_true_whatever_befalls_a_client_at_the_times_of_the_clock(
     assert exchange.connections == 2 and exchange.subscriptions == [[BOOK], [BOOK]]
 
 
-@pytest.mark.parametrize(
-    ("topics", "words"),
-    [([TRADE, "orderbook.500.X"], "error:handler not found,topic:orderbook.500.X"),
-     ([BOOK], f"error:already subscribed,topic:{BOOK}"), ([TRADE] * 11, "args size >10")],
-)  # fmt: skip
-def test_a_request_is_refused_whole_in_bybits_words(connect, topics, words):
-    with LoopbackExchange(session_lines(), spot=True) as exchange:
-        ws = connect(exchange.url, BOOK)
-        for args, answer in ((topics, (False, words)), ([TRADE], (True, "subscribe"))):
-            ws.send(compact({"req_id": "r", "op": "subscribe", "args": args}))
-            reply = next(m for m in map(json.loads, iter(ws.recv, None)) if "req_id" in m)
-            assert (reply["success"], reply["ret_msg"]) == answer
-
-
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_stall_is_silence_after_which_what_fell_due_is_lost_or_kept(exchange, connect, keep):
     messages, began_s = receive(ws := connect(exchange.url, BOOK), 3), time.monotonic()
@@ -116,14 +101,12 @@ def test_late_trades_come_after_later_book_messages(exchange, connect):
 
 
 def test_the_command_line_sends_every_line_as_recorded_until_its_input_ends(tmp_path, connect):
-    path, lines = tmp_path / "r.gz", session_lines()
-    with gzip.open(path, "wt") as file:
-        file.writelines(f"{stamp} {text}\n" for stamp, text in lines)
-    command = [sys.executable, exchange_module.__file__, str(path), "--speed", "max"]
+    texts = [text for _, text in session_lines(count=50)]
+    path = record(tmp_path / "r.gz", *texts)
+    command = [sys.executable, exchange_module.__file__, path, "--speed", "max"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        topics = {json.loads(text)["topic"] for _, text in lines}
-        ws = connect(process.stdout.readline().strip(), *topics)
-        assert [ws.recv() for _ in lines] == [text for _, text in lines]
+        ws = connect(process.stdout.readline().strip(), BOOK, TRADE, TICKERS)
+        assert [ws.recv() for _ in texts] == texts
         process.stdin.close()
         assert process.wait(5) == 0

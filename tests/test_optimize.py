@@ -183,12 +183,10 @@ def answer_of(*x, status=0):
 
 def test_same_rounded_inputs_are_solved_once():
     solver = Solver()
-    for q, d_min in [(0.3, 0.25), (0.301, 0.25), (-0.3, 0.25), (0.3, 0.24)]:
+    inputs = [(0.3, 0.25), (0.301, 0.25), (-0.3, 0.25), (0.3, 0.24), (0.305, 0.25), (0.3, 0.26)]
+    for (q, d_min), calls in zip(inputs, (1, 1, 1, 1, 2, 3)):
         solve_quote(q, 1.0, 1.0, d_min, solver)
-    assert solver.calls == 1
-    for q, d_min in [(0.305, 0.25), (0.3, 0.26)]:
-        solve_quote(q, 1.0, 1.0, d_min, solver)
-    assert solver.calls == 3
+        assert solver.calls == calls
 
 
 @pytest.mark.parametrize("q", [-0.3, 0, 0.3])
