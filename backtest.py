@@ -14,10 +14,9 @@ Assumptions, with the direction of their bias:
   - Fills, queue and latency follow the rules in marketmaker.py's docstring.
   - `--participation` is the share of what is left of a trade behind the queue that fills us.
     1 (default) is optimistic where others queue behind us and are served first.
-  - There is no impact by default: optimistic. `--impact-bps X` moves the prices that we see
-    against us by X x (fill / depth of its side near the mid), with a half-life of 30 s. Our
-    quotes and the marking of the inventory follow the moved prices; the market's own book and
-    trades stay as recorded. It is a rough stand-in, there to see what impact would cost.
+  - There is no impact by default: optimistic. `--impact-bps X` makes the price of each fill worse
+    by X x (order / depth of its side near the mid): a larger order costs more. The market itself
+    stays as recorded. It is a rough stand-in, there to see what impact would cost.
   - `--outages N` draws windows by `--seed` in which we hear nothing and cannot cancel, while
     what rests can be hit. The table lists what each one cost.
   - Recordings made of archives (data/archive.py) carry no receive time of their own, but the
@@ -310,17 +309,10 @@ def draw_outages(count: int, tapes: list[Tape], rng: Generator) -> list[tuple[in
 
 
 def seen_mids(tape: Tape, maker: mm.MarketMaker) -> tuple[np.ndarray, np.ndarray]:
-    """Exchange time of every book message of a tape, and the mid that we see after it, USDT:
-    the book's, moved by our own impact where that is modelled. nan: the book has no mid.
-    """
+    """Exchange time of every book message of a tape, and the mid after it, USDT or nan."""
     book_ns = tape.exch_ns[tape.is_book]
     mids = tape.mid_ticks[tape.is_book] * maker.instrument.tick_size
-
-    # Each fill renews the shift of the prices, in bps, which then decays.
-    since_ns, shift = (np.array(column) for column in zip(*maker.exchange.shifts))
-    row = np.searchsorted(since_ns, book_ns, "right") - 1
-    age = (book_ns - since_ns[row]) / (mm.IMPACT_HALF_LIFE_S * NS)
-    return book_ns, mids * (1 + shift[row] * 2.0**-age * 1e-4)
+    return book_ns, mids
 
 
 def measure_markouts(fills: list[mm.Fill], book_ns: np.ndarray, mids: np.ndarray) -> np.ndarray:
@@ -1448,7 +1440,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
         help="share of what is left of a trade that fills us, 0.01 to 1 (default 1)")  # fmt: skip
     add("--impact-bps", type=number(0.0, 1e4), default=0.0, metavar="X",
-        help="shift of our prices by a fill as large as the depth near the mid (default 0)")
+        help="how much worse an order as large as the depth near the mid fills (default 0)")
     add("--outages", type=number(0, 1e6), default=0, metavar="N",
         help="windows of 5 to 60 s in which we hear nothing and cannot cancel")  # fmt: skip
     add("--seed", type=number(0, 1e18), default=0, help="of outages and resamples (default 0)")

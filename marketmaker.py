@@ -38,7 +38,8 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - `queue`: a trade at our price no later than the book's last push is in the size shown
     already: it neither eats the queue nor fills. Pessimistic.
   - While the connection is down we hear of no trade, so none fills us then: optimistic.
-  - We take no volume from others, and move no price unless impact_bps says so: optimistic.
+  - We take no volume from others and move no price: optimistic. impact_bps is a rough stand-in:
+    each fill's price is that much worse, times the order's share of the depth near the mid.
 
 The feed *receives* a message, the market maker *hears* it, the exchange *matches* it with
 our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*; a fill is *settled*
@@ -46,7 +47,7 @@ in the *account*; the inventory is *marked* to the mid. A *decision* says what t
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
-Not modelled: funding. Our own impact and outages: only if backtest.py asks for them.
+Not modelled: funding. Impact and outages: only if backtest.py asks for them.
 """
 
 from __future__ import annotations
@@ -82,10 +83,9 @@ NAN = math.nan  # not known, or none
 MINUTE_NS = 60 * NS
 DEFAULTS = asdict(Parameters())
 WINDOW_S = 60  # of the volatility and the liquidity
-WARMUP_RETURNS = 10  # of 1 s before a quote: some 11 s after each loss or silence
+WARMUP_RETURNS = 10  # of 1 s before the first quote
 LOOK_AHEAD = 512  # messages, for the next one that is due
 LATE_NS = 10 * NS  # no trade is heard of later than this
-IMPACT_HALF_LIFE_S = 30.0  # of the shift that our own fills cause
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
 BURST = 500  # messages of a replay that are taken at once, if none is early
@@ -183,7 +183,7 @@ class Fill(NamedTuple):
     qty: float  # base coin
     fee: float  # USDT, positive = paid
     mid_price: float  # USDT, as known just before the message that told of the fill
-    queue_ahead: float = 0.0  # base coin, at the fill
+    queue_ahead: float = 0.0  # base coin, just before what filled us
     queue_at_arrival: float = 0.0  # base coin
     arrival_ns: int = 0  # when the order reached the exchange, exchange time
     rule: str = "queue"  # which rule filled it: see RULES
@@ -319,8 +319,7 @@ class History:
 
 def first_place(holds: np.ndarray, start: int, stop: int) -> int:
     """start + the first place where it holds; stop where it never does."""
-    at = int(holds.argmax()) if len(holds) else 0
-    return start + at if len(holds) and holds[at] else stop
+    return start + int(holds.argmax()) if holds.any() else stop
 
 
 def floor_to_lot(qty: float, lot_size: float) -> float:
@@ -376,8 +375,7 @@ class PaperExchange:
     account: Account
     participation: float = 1.0  # our share of what is left of a trade
     peer_rules: bool = False
-    impact_bps: float = 0.0  # of a fill as large as the depth near the mid
-    shifts: list = field(default_factory=lambda: [(0, 0.0)])  # (exch_ns, bps that we see from then)
+    impact_bps: float = 0.0  # of an order as large as the depth near the mid
     back_ns: int = 0  # our clock; cut off until then: we and the exchange hear of nothing
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
@@ -420,11 +418,6 @@ class PaperExchange:
         """The exchange does not take the order, or, by a late row, should not have."""
         self.counts[f"refused: {why}"] += 1
         self.orders.remove(order)
-
-    def shift_bps(self, time_ns: int) -> float:
-        """How far our own fills have moved the prices that we see, bps; it decays."""
-        since_ns, shift = self.shifts[-1]
-        return shift and shift * 2 ** (-max(time_ns - since_ns, 0) / (IMPACT_HALF_LIFE_S * NS))
 
     # -- slices of messages
 
@@ -586,8 +579,10 @@ class PaperExchange:
             return
         account, p, side = self.account, self.parameters, order.side
         price = side * order.level * self.instrument.tick_size
+        if self.impact_bps and (depth := self.market.depths[side]) > 0:
+            price *= 1 + side * self.impact_bps * 1e-4 * order.qty / depth
         fee = price * qty * (p.taker_fee_bps if rule == "taker" else p.maker_fee_bps) * 1e-4
-        account.mark(self.mid_price * (1 + self.shift_bps(self.recv_ns) * 1e-4))
+        account.mark(self.mid_price)
         account.settle(Fill(
             exch_ns, max(self.recv_ns, self.back_ns), side, price, qty, fee, account.mid_price,
             order.queue_ahead, order.queue_at_arrival, order.arrival_ns, rule,
@@ -595,10 +590,6 @@ class PaperExchange:
         order.left = round(order.left - qty, 9)
         if order.left <= 0:
             self.orders.remove(order)
-        if self.impact_bps and self.market.depths[side] > 0:
-            since_ns = max(exch_ns, self.shifts[-1][0])  # one heard of late counts from now
-            moved_bps = side * self.impact_bps * qty / self.market.depths[side]
-            self.shifts.append((since_ns, self.shift_bps(since_ns) - moved_bps))
 
 
 # ---- The market maker ---------------------------------------------------------------
@@ -768,25 +759,25 @@ class MarketMaker:
     def _pass_second(self, second_ns: int) -> None:
         """The mid after the last message before this second is a point of the grid."""
         view = self.market.book.view
-        self._mark(view, second_ns)
-        tick_size, mid_price = self.instrument.tick_size, self.account.mid_price
+        self._mark(view)
+        tick_size, mid_price = self.instrument.tick_size, view.mid_ticks * self.instrument.tick_size
         turnover_musd = math.fsum(self.traded) * tick_size * 1e-6  # subtle: exact in any order
         self.traded.clear()
         if mid_price == mid_price:
             half_life_s = self.parameters.half_life_s
             self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
-            if self._guard(view, second_ns) != self.last_guard:
-                self.due_ns = second_ns  # the next message decides
+        else:
+            self.market.restart()
+        if self._guard(view, second_ns) != self.last_guard:
+            self.due_ns = second_ns  # the next message decides
 
-    def _mark(self, view: View, time_ns: int) -> float:
-        """Mark the inventory to the mid that we see, own impact included; look at the drawdown."""
+    def _mark(self, view: View) -> None:
+        """Mark the inventory to the mid, and look at the drawdown."""
         account, limit = self.account, self.parameters.max_drawdown_usdt
-        mid_ticks = view.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
-        account.mark(mid_ticks * self.instrument.tick_size)
+        account.mark(view.mid_ticks * self.instrument.tick_size)
         account.peak_equity = max(account.peak_equity, account.equity)
         if limit is not None and account.peak_equity - account.equity > limit:
             self.is_stopped = True  # for good
-        return mid_ticks
 
     # -- deciding
 
@@ -813,7 +804,7 @@ class MarketMaker:
         view, tick_size = market.book.view, self.instrument.tick_size
 
         # Mark the inventory, and measure the depth of a book that can be trusted.
-        mid_ticks = self._mark(view, time_ns)
+        self._mark(view)
         move = NAN if self.is_cut_off else p.requote_move_bps * 1e-4
         self.mid_ticks, self.band_ticks = view.mid_ticks, view.mid_ticks * move
         is_sound = not (market.lost or view.fault)
@@ -821,7 +812,7 @@ class MarketMaker:
         for side in SIDES:
             market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
 
-        # Is there a reason to stay out? A book that has fallen silent is measured anew.
+        # Is there a reason to stay out? No return runs across a silence of the book.
         reason = self.last_guard = self._guard(view, time_ns)
         is_stale = time_ns >= self.stale_ns()
         if is_stale and not self.is_stale:
@@ -833,8 +824,8 @@ class MarketMaker:
         if not reason:
             distances = self._choose(time_ns)
             source = distances.source
-            wanted, reason = self._place(distances, mid_ticks)
-        elif self.is_stopped and not market.lost:
+            wanted, reason = self._place(distances, view.mid_ticks)
+        elif reason == "drawdown limit":
             self.exchange.flatten(time_ns)
         sent = [self.exchange.send(side, *order, time_ns) for side, order in wanted.items()]
 
@@ -894,7 +885,7 @@ class MarketMaker:
 
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
-        self._mark(self.market.book.view, self.last_ns)
+        self._mark(self.market.book.view)
         a = self.account
         self.decision = self.decision._replace(
             time_ns=self.last_ns, mid_price=a.mid_price, inventory=a.inventory, cash=a.cash,

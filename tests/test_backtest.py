@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from market import MID, busy_market, calm, delta, ns, params, rough_session, snapshot, trades, write
+from market import MID, busy_market, calm, delta, ns, rough_session, snapshot, trades, write
 from test_marketmaker import BUSY, LIMITS
 
 import backtest
@@ -308,29 +308,14 @@ def test_outages_are_drawn_by_the_seed_within_the_data_and_apart():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_impact_lowers_the_mid_after_we_bought_and_decays_by_half_in_30_s():
-    decide = params(42_000, alpha=2.0)
-    books = [delta(12_100), delta(13_000), delta(22_000)]  # where markouts are measured
-    lines = calm(72_500, trades(12_000, (ASK, -5, 1)), decide, *books)
-    moved, plain = (play_fixed(lines, "--impact-bps", x) for x in ("10", "0"))
-    assert moved.traded == plain.traded == [(12_000, -4, 1)]
-
-    def change(seconds: float) -> float:
-        """Of the mid, USDT: filled was 1, the depth of the bid 16, so 10 / 16 bps."""
-        return 50_000 * -10e-4 / 16 * 0.5 ** (seconds / 30)
-
-    mids, nets = ({row["ms"]: float(row[name] or "nan") for row in moved.equity}
-                  for name in ("mid_price", "net"))  # fmt: skip
-    assert mids[11_500] == 50_000 == float(moved.fills[0]["mid_price"])
-    for ms in (16_500, 21_500, 42_000):
-        assert mids[ms] == near(50_000 + change(ms / 1000 - 12))
-        assert nets[ms] == near(2 - 9.9996 + change(ms / 1000 - 12))
-    for seconds in (0.1, 1, 10):
-        mean, before = (result.metrics["markouts"]["both"][f"{seconds:g} s"]["mean"]
-                        for result in (moved, plain))  # fmt: skip
-        assert mean == near(before + 1e4 * change(seconds) / 49_998)
-    # mid 49,997.18, less and plus 2 USDT, outward; but no ask at the market's best bid
-    assert moved.quoted[1] == (16_500, -10, 0) and plain.quoted[1] == (16_500, -4, 4)
+def test_impact_makes_each_fill_worse_by_the_orders_share_of_the_depth():
+    lines, nets = calm(72_500, trades(12_000, (ASK, -5, 1))), {}
+    for qty, impact in ((1, 0), (1, 10), (0.5, 0), (0.5, 10)):
+        flags = "--impact-bps", str(impact)
+        result = play_fixed(lines, *flags, order_qty=qty, maker_fee_bps=0.0)
+        nets[qty, impact] = result.metrics["net_usdt"] / qty
+    for qty in (1, 0.5):  # the depth of the bid is 16
+        assert nets[qty, 10] - nets[qty, 0] == near(-49_998 * 10e-4 * qty / 16)
 
 
 # ---- 5. Strategies -----------------------------------------------------------------

@@ -438,6 +438,14 @@ def test_after_a_loss_the_first_whole_second_quotes_and_no_return_runs_across_th
     assert maker.market.ema_volatility == pytest.approx(0.75 * 0.5 ** (10 / 30), rel=1e-12)
 
 
+def test_no_return_is_measured_while_the_book_is_crossed_nor_across_that():
+    maker = warm()
+    assert len(maker.market.returns_bps) == 11
+    maker.hear(delta(13_000, {1: 1}), *beats(14_000, 15_000), delta(15_300, {1: 0, 5: 1}, {7: 1}))
+    maker.hear(delta(15_400, {}, {1: 0, 2: 0, 3: 0}), *beats(16_500, 17_500))
+    assert len(maker.market.returns_bps) == 13 and not any(maker.market.returns_bps)
+
+
 def test_recent_trades_are_those_of_the_last_minute_with_time_side_price_and_size():
     maker = warm()
     maker.hear(trades(13_000, (BID, 3, 1)), trades(20_000, (ASK, -2, 2), (BID, 1, 0.5)))
