@@ -35,7 +35,6 @@ import optimize as opt  # noqa: E402
 FOLDER = ROOT / "data" / "paths"
 SEEDS, HOURS = range(1, 9), 2
 PATHS = [FOLDER / f"seed-{seed}.jsonl.gz" for seed in SEEDS]
-TOUCH = {"default_spread_bps": 0.02, "min_half_spread_bps": 0.01}  # a quote at the best prices
 Runs = list[dict[str, Any]]  # the metrics of a setting, path by path
 Column = Callable[[Runs], str]  # of a table
 
@@ -139,7 +138,7 @@ def control_inventory(pool: ProcessPoolExecutor) -> None:
 
 
 def pay_the_fee(pool: ProcessPoolExecutor) -> None:
-    runs = {half: play(pool, min_half_spread_bps=half) for half in (0.5, 1.0, 2.0, 3.0, 4.0)}
+    runs = {half: play(pool, min_half_spread_bps=half) for half in (0.5, 1.0, 1.5, 2.0)}
     compare("2. The fee, 2 bps a fill: which edge earns it, and at which fee does each break even?",
             "min_half_spread", runs, {
         "fills": FILLS, "gross": GROSS, "fees": error("fees_usdt"), "net": NET,
@@ -184,8 +183,13 @@ def jump(pool: ProcessPoolExecutor) -> None:
          "seconds | the volatility of now | its average", rows)
 
 
+def at_the_touch(p: opt.Parameters, market: Any, q: float) -> opt.Distances:
+    """A strategy that quotes the best bid and the best ask."""
+    return opt.Distances(1e-6, 1e-6)
+
+
 def who_hit_me(pool: ProcessPoolExecutor) -> None:
-    rows, kinds = [], {"our defaults": play(pool), "at the touch": play(pool, "fixed", **TOUCH)}
+    rows, kinds = [], {"our defaults": play(pool), "at the touch": play(pool, at_the_touch)}
     for name, runs in kinds.items():
         for rule in marketmaker.RULES[:3]:
             count = sum(run["rules"][rule]["fills"] for run in runs)
@@ -196,13 +200,18 @@ def who_hit_me(pool: ProcessPoolExecutor) -> None:
 
 
 def wait_in_the_queue(pool: ProcessPoolExecutor) -> None:
-    runs = {m: play(pool, "fixed", **TOUCH, fill_model=m) for m in opt.FILL_MODELS}
+    runs = {model: play(pool, at_the_touch, fill_model=model) for model in opt.FILL_MODELS}
     for ms in (5.0, 500.0):
-        runs[f"queue, {ms:g} ms"] = play(pool, "fixed", **TOUCH, order_latency_ms=ms)
-    runs["queue, a fifth"] = play(pool, "fixed", {"participation": 0.2}, **TOUCH)
-    compare("7. The queue at the touch: what fill model, latency and share of the rest make of it",
+        runs[f"queue, {ms:g} ms"] = play(pool, at_the_touch, order_latency_ms=ms)
+    runs["queue, a fifth of the rest"] = play(pool, at_the_touch, {"participation": 0.2})
+    for qty in (0.01, 0.05):
+        runs[f"impact 20, orders of {qty:g}"] = play(
+            pool, at_the_touch, {"impact_bps": 20.0}, order_qty=qty
+        )
+    compare("7. The queue at the touch: what fill model, latency, share and impact make of it",
             "fills by", runs, {
         "fills": FILLS, "markout 1 s": markout, "gross": GROSS, "net": NET,
+        "gross, bps": per_turnover("gross_usdt"),
     })  # fmt: skip
 
 
