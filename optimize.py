@@ -368,32 +368,6 @@ def quote_by_program(parameters: Parameters, market: Any, q: float,
     return Distances(solution.bid_distance * S, solution.ask_distance * S, base_spread, solution)
 
 
-def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
-    """The strategy `fixed`, the simplest there is: default_spread_bps, shared evenly."""
-    return Distances(parameters.default_spread_bps / 2, parameters.default_spread_bps / 2)
-
-
-def quote_avellaneda_stoikov(parameters: Parameters, market: Any, q: float, gamma: float = 0.05,
-                             A: float = 0.55, k: float = 1.2) -> Distances:  # fmt: skip
-    """The strategy `as`: Avellaneda and Stoikov (2008), in the stationary form of Gueant,
-    Lehalle and Fernandez-Tapia (2013): long, it bids further away and offers nearer.
-
-    Fills come at the rate A exp(-k d) per second at a distance d, bps; gamma is the aversion
-    to inventory, counted in orders; sigma in bps/sqrt(s). The defaults fit BTCUSDT linear.
-
-      c1 = ln(1 + gamma/k) / gamma
-      c2 = sqrt( gamma / (2 A k) * (1 + gamma/k)^(k/gamma + 1) )
-      half spread = c1 + sigma c2 / 2        skew per order = sigma c2
-    """
-    c1, sigma = math.log1p(gamma / k) / gamma, market.volatility
-    c2 = math.sqrt(gamma / (2 * A * k) * (1 + gamma / k) ** (k / gamma + 1))
-    half, orders = c1 + sigma * c2 / 2, q * parameters.max_inventory / parameters.order_qty
-    return Distances(half + orders * sigma * c2, half - orders * sigma * c2)
-
-
-STRATEGIES = {"lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov}
-
-
 def choose_distances(strategy: Callable, source: str, parameters: Parameters, market: Any, q: float,
                      last_good: Distances | None = None,
                      last_good_age_s: float = INF) -> Distances:  # fmt: skip
@@ -419,6 +393,35 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
     if not ema_volatility * MAX_INTERVAL_S**0.5 > parameters.requote_move_bps:
         return MAX_INTERVAL_S  # calm, flat, or nan: not measured yet
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
+
+
+# ---- Other strategies --------------------------------------------------------------
+
+
+def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
+    """The strategy `fixed`, the simplest there is: default_spread_bps, shared evenly."""
+    return Distances(parameters.default_spread_bps / 2, parameters.default_spread_bps / 2)
+
+
+def quote_avellaneda_stoikov(parameters: Parameters, market: Any, q: float, gamma: float = 0.05,
+                             A: float = 0.55, k: float = 1.2) -> Distances:  # fmt: skip
+    """The strategy `as`: Avellaneda and Stoikov (2008), in the stationary form of Gueant,
+    Lehalle and Fernandez-Tapia (2013): long, it bids further away and offers nearer.
+
+    Fills come at the rate A exp(-k d) per second at a distance d, bps; gamma is the aversion
+    to inventory, counted in orders; sigma in bps/sqrt(s). The defaults fit BTCUSDT linear.
+
+      c1 = ln(1 + gamma/k) / gamma
+      c2 = sqrt( gamma / (2 A k) * (1 + gamma/k)^(k/gamma + 1) )
+      half spread = c1 + sigma c2 / 2        skew per order = sigma c2
+    """
+    c1, sigma = math.log1p(gamma / k) / gamma, market.volatility
+    c2 = math.sqrt(gamma / (2 * A * k) * (1 + gamma / k) ** (k / gamma + 1))
+    half, orders = c1 + sigma * c2 / 2, q * parameters.max_inventory / parameters.order_qty
+    return Distances(half + orders * sigma * c2, half - orders * sigma * c2)
+
+
+STRATEGIES = {"lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov}
 
 
 # ---- Searching: a grid, then a finer one around its best point ---------------------
