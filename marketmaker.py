@@ -887,11 +887,11 @@ class MarketMaker:
         """The end: write down the account as the last message leaves it."""
         self._mark(self.market.book.view)
         a = self.account
-        self.decision = self.decision._replace(
+        last = self.decision._replace(
             time_ns=self.last_ns, mid_price=a.mid_price, inventory=a.inventory, cash=a.cash,
             equity=a.equity, fees_paid=a.fees_paid,
         )  # fmt: skip
-        self.history.add(self.decision)
+        self.history.add(last)
 
 
 # ---- Display -----------------------------------------------------------------------
