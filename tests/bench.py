@@ -54,9 +54,9 @@ GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 
 
 
 @contextlib.contextmanager
-def served(path: Path, speed: str) -> Iterator[str]:
+def served(path: Path, *flags: str) -> Iterator[str]:
     """The URL of a loopback exchange in its own process."""
-    command = [sys.executable, str(ROOT / "tests" / "exchange.py"), str(path), "--speed", speed]
+    command = [sys.executable, str(ROOT / "tests" / "exchange.py"), str(path), *flags]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         yield process.stdout.readline().strip()  # it ends with its input
@@ -119,7 +119,7 @@ def bench_live() -> None:
                 file.write(f"{recv_ns} {text}\n")
         for number in range(ROUNDS):
             for name in times:
-                with served(head, "max") as url:
+                with served(head, "--max") as url:
                     path = Path(folder) / f"{number}.gz" if name == "recording" else None
                     times[name].append(time_bare(url) if name == "bare" else time_live(url, path))
     bare = statistics.median(times["bare"])
@@ -144,7 +144,7 @@ def measure_latency(is_fresh: bool) -> None:
             optimize._remembered.cache_clear()
 
     maker.on_decision = note
-    with served(SAMPLE, "1") as url:
+    with served(SAMPLE) as url:
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
         for messages in live_bursts(url, maker, time.time_ns):
             maker.take(*messages)

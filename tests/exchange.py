@@ -13,14 +13,13 @@ not anybody listens: who is disconnected misses messages, and gets a snapshot of
 book as it then is when he comes back.
 
 Time. With first = receive time of the first line, t0 = the clock at the start, a line
-received at x is sent when the clock shows t0 + (x - first) / speed; the times inside
-it (ts, cts, T) are moved by the same rule and rounded down to the millisecond. (So a
-speed above 1 divides the recorded lag too; a faster clock does not.)
+received at x is sent when the clock shows t0 + (x - first); the times inside it (ts, cts,
+T) are moved by the same rule and rounded down to the millisecond.
 
 What it does not do: TLS, compression, unsubscribing, limits on connections and topics, an
 idle time-out, the words of the spot socket, the repeated snapshot of depth 1 (unless recorded).
 
-    python tests/exchange.py FILE [--speed X|max]        prints its URL
+    python tests/exchange.py FILE [--max]        prints its URL
 """
 
 import argparse
@@ -113,8 +112,6 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     """A server with one market, any number of clients, and faults on command.
 
     lines: (recv_ns, text) as in a recording, in order of time, with one order book.
-    speed: times faster than recorded; None = as fast as the sockets take it, with the
-        recorded times left in the messages.
     clock_ns: what the pacing and the moved times go by.
 
     For the tests to look at: `url`, `connections` (handshakes), `subscriptions` (args
@@ -123,10 +120,10 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     """
 
     def __init__(
-        self, lines: Iterable[tuple[int, str]], *, speed: float | None = 1.0,
+        self, lines: Iterable[tuple[int, str]], *,
         clock_ns: Callable[[], int] = time.time_ns, port: int = 0,
     ) -> None:  # fmt: skip
-        self._speed, self._clock_ns = speed, clock_ns
+        self._clock_ns = clock_ns
         parsed = [(recv_ns, text, json.loads(text)) for recv_ns, text in lines]
         self._lines = [line for line in parsed if "topic" in line[2]]  # no acks, nothing of ours
         topics = {message["topic"] for _, _, message in self._lines}
@@ -166,12 +163,15 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     __exit__ = close
 
-    def book(self) -> dict:
-        """The true book: {"b": {price: size}, "a": {...}, "u": int or None}, strings."""
+    def book(self) -> dict[int, dict[int, float]]:
+        """The true book: {1: bids, -1: asks}, each {side x price in ticks of 0.1: size}."""
         with self._lock:
             (book,) = self._books.values()
-            u = book.last["data"]["u"] - book.shift if book.last else None
-            return {"b": dict(book.sides["b"]), "a": dict(book.sides["a"]), "u": u}
+            sides = (1, book.sides["b"]), (-1, book.sides["a"])
+            return {
+                sign: {sign * round(float(price) * 10): float(size) for price, size in side.items()}
+                for sign, side in sides
+            }
 
     # ---- Faults: from any thread, at once or at the next message -------------------
 
@@ -224,7 +224,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def late_trades(self, ms: float) -> None:
         """From now on send trades so many ms of the clock after their due time."""
-        self._late_ns = int(ms * NS_PER_MS * (self._speed or 1))
+        self._late_ns = int(ms * NS_PER_MS)
 
     def send(self, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT) -> None:
         """Send anything to every client; opcode None writes the bytes as they are."""
@@ -260,8 +260,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     def _publish(self, recv_ns: int, text: str, message: dict) -> bool:
         """Send a line to its subscribers; False if it is not yet due."""
         with self._lock:
-            due_ns = self._moved_ns(recv_ns) if self._speed else 0
-            is_due = self._clock_ns() >= max(due_ns, self._paused_until_ns)
+            is_due = self._clock_ns() >= max(self._moved_ns(recv_ns), self._paused_until_ns)
             if not is_due or self._stopping.is_set():
                 return False
 
@@ -284,7 +283,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def _moved_ns(self, recorded_ns: int) -> int:
         """A recorded time on the server's clock."""
-        return self._start_ns + int((recorded_ns - self._lines[0][0]) // self._speed)
+        return self._start_ns + recorded_ns - self._lines[0][0]
 
     def _renew(self, text: str, book: Book | None) -> str:
         """Recorded text with today's times and today's count of updates."""
@@ -294,7 +293,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
         if book and book.shift:
             text = UPDATE_ID.sub(lambda match: f"{match[1]}{int(match[2]) - book.shift}", text)
-        return STAMP.sub(moved, text) if self._speed else text
+        return STAMP.sub(moved, text)
 
     def _send(
         self, client: Client, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT
@@ -398,14 +397,13 @@ class Firehose(LoopbackExchange):
 def main() -> None:
     """Serve one recording until standard input ends, or until Ctrl-C."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", help="recording, .gz or plain")
-    parser.add_argument("--speed", default="1", help="times faster, or max")
+    parser.add_argument("file", help="recording")
+    parser.add_argument("--max", action="store_true", help="as fast as the socket takes it")
     options = parser.parse_args()
-    kind, speed = (Firehose, 1.0) if options.speed == "max" else (LoopbackExchange, options.speed)
-    with (gzip.open if options.file.endswith(".gz") else open)(options.file, "rt") as file:
+    with gzip.open(options.file, "rt") as file:
         rows = [row.rstrip("\n").partition(" ") for row in file]
     lines = [(int(stamp), text) for stamp, _, text in rows]
-    with kind(lines, speed=float(speed)) as exchange:
+    with (Firehose if options.max else LoopbackExchange)(lines) as exchange:
         print(exchange.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             sys.stdin.read()
