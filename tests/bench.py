@@ -18,7 +18,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ os.environ["no_proxy"] = "127.0.0.1"
 import numpy as np  # noqa: E402
 import simulate  # noqa: E402
 import websocket  # noqa: E402
+from exchange import served  # noqa: E402
 
 import backtest  # noqa: E402
 import feed  # noqa: E402
@@ -51,15 +51,6 @@ GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 
 
 
 # ---- The live path -----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def served(path: Path, *flags: str) -> Iterator[str]:
-    """The URL of a loopback exchange in its own process."""
-    command = [sys.executable, str(ROOT / "tests" / "exchange.py"), str(path), *flags]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        yield process.stdout.readline().strip()  # it ends with its input
 
 
 def sample_clock() -> Callable[[], int]:

@@ -31,17 +31,18 @@ import json
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from websocket import ABNF, WebSocketException, frame_buffer
 
 HANDSHAKE_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
-SEND_TIMEOUT_S = 5  # a client that takes nothing for so long is dropped
 POLL_S = 0.001  # the clock may run faster than the wall: look at it this often
 NOTICE_S = 0.02  # how soon close() is noticed where nobody connects
 NS_PER_MS = 1_000_000
@@ -318,8 +319,6 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def _serve(self, client: Client) -> None:
         """One connection from its handshake to its end."""
-        timeout = struct.pack("ll", SEND_TIMEOUT_S, 0)
-        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._clients.append(client)
         with contextlib.suppress(OSError, WebSocketException):
@@ -372,10 +371,9 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         """All topics or none; then the book as it is, and the market opens."""
         topics = request["args"]
         self.subscriptions.append(topics)
-        for topic in topics:
-            if topic not in self._topics:
-                problem = f"error:handler not found,topic:{topic}"
-                return self._reply(client, request, problem, False)
+        if unknown := set(topics) - self._topics:
+            problem = f"error:handler not found,topic:{min(unknown)}"
+            return self._reply(client, request, problem, False)
         self._reply(client, request, "")
         for book in map(self._books.get, topics):
             if book and book.last:
@@ -392,6 +390,16 @@ class Firehose(LoopbackExchange):
         self._open.wait()
         for frame in frames:
             self._clients[0].sock.sendall(frame)
+
+
+@contextlib.contextmanager
+def served(path: Path, *flags: str) -> Iterator[str]:
+    """The URL of an exchange in a process of its own, which ends with its input."""
+    command, pipe = [sys.executable, __file__, path, *flags], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+        assert process.wait(30) == 0
 
 
 def main() -> None:

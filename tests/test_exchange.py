@@ -2,15 +2,12 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 import time
 from itertools import pairwise
 
-import exchange as exchange_module
 import pytest
 import websocket
-from exchange import LoopbackExchange, compact
+from exchange import LoopbackExchange, compact, served
 from test_feed import BOOK, TICKERS, TRADE, PlainBook, record, session_lines
 
 
@@ -103,10 +100,6 @@ def test_late_trades_come_after_later_book_messages(exchange, connect):
 def test_the_command_line_sends_every_line_as_recorded_until_its_input_ends(tmp_path, connect):
     texts = [text for _, text in session_lines(count=50)]
     path = record(tmp_path / "r.gz", *texts)
-    command = [sys.executable, exchange_module.__file__, path, "--max"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        ws = connect(process.stdout.readline().strip(), BOOK, TRADE, TICKERS)
+    with served(path, "--max") as url:
+        ws = connect(url, BOOK, TRADE, TICKERS)
         assert [ws.recv() for _ in texts] == texts
-        process.stdin.close()
-        assert process.wait(5) == 0
