@@ -53,12 +53,6 @@ GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 
 # ---- The live path -----------------------------------------------------------------
 
 
-def sample_clock() -> Callable[[], int]:
-    """The sample's own time, running as the wall clock does."""
-    first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()
-    return lambda: first_ns + time.monotonic_ns()
-
-
 def time_bare(url: str) -> float:
     """Seconds for MESSAGES with websocket-client and json alone."""
     ws = websocket.create_connection(url, timeout=30, skip_utf8_validation=True)
@@ -92,8 +86,9 @@ def live_bursts(
 def time_live(url: str, record: Path | None = None) -> float | None:
     """Seconds for the same MESSAGES through feed thread, queue and market maker."""
     maker, began = MarketMaker(Parameters(), feed.Instrument()), 0.0
+    first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()  # the sample's own time
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
-    for messages in live_bursts(url, maker, sample_clock(), record):
+    for messages in live_bursts(url, maker, lambda: first_ns + time.monotonic_ns(), record):
         maker.take(*messages)
         began = began or time.perf_counter()
         if maker.messages >= MESSAGES:

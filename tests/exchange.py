@@ -45,12 +45,12 @@ from websocket import ABNF, WebSocketException, frame_buffer
 HANDSHAKE_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 POLL_S = 0.001  # the clock may run faster than the wall: look at it this often
 NOTICE_S = 0.02  # how soon close() is noticed where nobody connects
-NS_PER_MS = 1_000_000
+NS_PER_MS, TEXT = 1_000_000, ABNF.OPCODE_TEXT
 STAMP = re.compile(r'("(?:ts|cts|T)"\s*:\s*)(\d+)')
 UPDATE_ID = re.compile(r'("u"\s*:\s*)(\d+)')
 
 
-def build_frame(payload: str | bytes, opcode: int = ABNF.OPCODE_TEXT) -> bytes:
+def build_frame(payload: str | bytes, opcode: int = TEXT) -> bytes:
     """A WebSocket frame as a server sends it: never masked (RFC 6455, section 5.2)."""
     data = payload.encode() if isinstance(payload, str) else payload
     return ABNF(1, opcode=opcode, mask_value=0, data=data).format()
@@ -130,7 +130,8 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         topics = {message["topic"] for _, _, message in self._lines}
         symbols = {topic.rpartition(".")[2] for topic in topics}
         self._topics = topics | {f"{c}.{s}" for c in ("publicTrade", "tickers") for s in symbols}
-        self._books = {topic: Book() for topic in topics if "orderbook." in topic}
+        (self._book_topic,) = (topic for topic in topics if "orderbook." in topic)
+        self._book = Book()
         self.connections = self.pings = 0
         self.subscriptions: list[list[str]] = []
         self.sent: list[tuple[int, str | bytes]] = []
@@ -167,8 +168,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     def book(self) -> dict[int, dict[int, float]]:
         """The true book: {1: bids, -1: asks}, each {side x price in ticks of 0.1: size}."""
         with self._lock:
-            (book,) = self._books.values()
-            sides = (1, book.sides["b"]), (-1, book.sides["a"])
+            sides = (1, self._book.sides["b"]), (-1, self._book.sides["a"])
             return {
                 sign: {sign * round(float(price) * 10): float(size) for price, size in side.items()}
                 for sign, side in sides
@@ -216,8 +216,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def restart(self) -> None:
         """Make the next book message a snapshot with u = 1, and count on from there."""
-        for book in self._books.values():
-            book.is_restarting = True
+        self._book.is_restarting = True
 
     def refuse(self, n: int = 1) -> None:
         """Answer the next n handshakes with HTTP 502."""
@@ -227,7 +226,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         """From now on send trades so many ms of the clock after their due time."""
         self._late_ns = int(ms * NS_PER_MS)
 
-    def send(self, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT) -> None:
+    def send(self, payload: str | bytes, opcode: int | None = TEXT) -> None:
         """Send anything to every client; opcode None writes the bytes as they are."""
         with self._lock:
             for client in self._clients:
@@ -267,7 +266,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
             # The exchange itself misses nothing; after a restart it tells all, from 1 on.
             is_delta = message["type"] == "delta"
-            if book := self._books.get(message["topic"]):
+            if book := self._book if message["topic"] == self._book_topic else None:
                 book.apply(message)
                 if book.is_restarting:
                     book.is_restarting, book.shift = False, message["data"]["u"] - 1
@@ -296,14 +295,12 @@ class LoopbackExchange(contextlib.AbstractContextManager):
             text = UPDATE_ID.sub(lambda match: f"{match[1]}{int(match[2]) - book.shift}", text)
         return STAMP.sub(moved, text)
 
-    def _send(
-        self, client: Client, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT
-    ) -> None:
+    def _send(self, client: Client, payload: str | bytes, opcode: int | None = TEXT) -> None:
         """Write a frame, unless in a silence; the lock keeps frames from mixing."""
         if not client.number or self._clock_ns() < self._silent_until_ns:
             return
         try:
-            if opcode == ABNF.OPCODE_TEXT:
+            if opcode == TEXT:
                 self.sent.append((client.number, payload))  # before it can be received
             client.sock.sendall(payload if opcode is None else build_frame(payload, opcode))
         except OSError:
@@ -354,7 +351,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
                 raise ConnectionError("the client has said goodbye")
             if frame.opcode == ABNF.OPCODE_PING:
                 self._send(client, frame.data, ABNF.OPCODE_PONG)
-            elif frame.opcode == ABNF.OPCODE_TEXT:
+            elif frame.opcode == TEXT:
                 request = json.loads(frame.data)
                 if request["op"] == "subscribe":
                     return self._subscribe(client, request)
@@ -375,9 +372,8 @@ class LoopbackExchange(contextlib.AbstractContextManager):
             problem = f"error:handler not found,topic:{min(unknown)}"
             return self._reply(client, request, problem, False)
         self._reply(client, request, "")
-        for book in map(self._books.get, topics):
-            if book and book.last:
-                self._send(client, self._renew(book.snapshot(), book))
+        if self._book_topic in topics and self._book.last:
+            self._send(client, self._renew(self._book.snapshot(), self._book))
         client.topics.update(topics)
         self._open.set()
 

@@ -61,9 +61,7 @@ def rebuild(messages: list[dict]) -> dict:
 @pytest.mark.parametrize(
     ("fault", "grows"), [("", {1}), ("skip", {1, 2}), ("repeat", {0, 1}), ("restart", {1})]
 )
-def test_book_is_true_whatever_befalls_a_client_at_the_times_of_the_clock(
-    exchange, connect, fault, grows
-):
+def test_whatever_befalls_a_client_the_book_is_true_and_in_time(exchange, connect, fault, grows):
     messages = receive(ws := connect(exchange.url, BOOK), 30)
     assert 0 <= time.time_ns() / 1e6 - messages[-1]["cts"] < 1_000
     assert {b["cts"] - a["cts"] for a, b in pairwise(messages)} <= {3, 4, 5}
