@@ -18,7 +18,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ os.environ["no_proxy"] = "127.0.0.1"
 import numpy as np  # noqa: E402
 import simulate  # noqa: E402
 import websocket  # noqa: E402
+from exchange import served  # noqa: E402
 
 import backtest  # noqa: E402
 import feed  # noqa: E402
@@ -51,21 +51,6 @@ GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 
 
 
 # ---- The live path -----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def served(path: Path, speed: str) -> Iterator[str]:
-    """The URL of a loopback exchange in its own process."""
-    command = [sys.executable, str(ROOT / "tests" / "exchange.py"), str(path), "--speed", speed]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        yield process.stdout.readline().strip()  # it ends with its input
-
-
-def sample_clock() -> Callable[[], int]:
-    """The sample's own time, running as the wall clock does."""
-    first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()
-    return lambda: first_ns + time.monotonic_ns()
 
 
 def time_bare(url: str) -> float:
@@ -101,8 +86,9 @@ def live_bursts(
 def time_live(url: str, record: Path | None = None) -> float | None:
     """Seconds for the same MESSAGES through feed thread, queue and market maker."""
     maker, began = MarketMaker(Parameters(), feed.Instrument()), 0.0
+    first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()  # the sample's own time
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
-    for messages in live_bursts(url, maker, sample_clock(), record):
+    for messages in live_bursts(url, maker, lambda: first_ns + time.monotonic_ns(), record):
         maker.take(*messages)
         began = began or time.perf_counter()
         if maker.messages >= MESSAGES:
@@ -119,7 +105,7 @@ def bench_live() -> None:
                 file.write(f"{recv_ns} {text}\n")
         for number in range(ROUNDS):
             for name in times:
-                with served(head, "max") as url:
+                with served(head, "--max") as url:
                     path = Path(folder) / f"{number}.gz" if name == "recording" else None
                     times[name].append(time_bare(url) if name == "bare" else time_live(url, path))
     bare = statistics.median(times["bare"])
@@ -144,7 +130,7 @@ def measure_latency(is_fresh: bool) -> None:
             optimize._remembered.cache_clear()
 
     maker.on_decision = note
-    with served(SAMPLE, "1") as url:
+    with served(SAMPLE) as url:
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
         for messages in live_bursts(url, maker, time.time_ns):
             maker.take(*messages)

@@ -13,14 +13,13 @@ not anybody listens: who is disconnected misses messages, and gets a snapshot of
 book as it then is when he comes back.
 
 Time. With first = receive time of the first line, t0 = the clock at the start, a line
-received at x is sent when the clock shows t0 + (x - first) / speed; the times inside
-it (ts, cts, T) are moved by the same rule and rounded down to the millisecond. (So a
-speed above 1 divides the recorded lag too; a faster clock does not.)
+received at x is sent when the clock shows t0 + (x - first); the times inside it (ts, cts,
+T) are moved by the same rule and rounded down to the millisecond.
 
 What it does not do: TLS, compression, unsubscribing, limits on connections and topics, an
 idle time-out, the words of the spot socket, the repeated snapshot of depth 1 (unless recorded).
 
-    python tests/exchange.py FILE [--speed X|max]        prints its URL
+    python tests/exchange.py FILE [--max]        prints its URL
 """
 
 import argparse
@@ -32,25 +31,26 @@ import json
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from websocket import ABNF, WebSocketException, frame_buffer
 
 HANDSHAKE_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
-SEND_TIMEOUT_S = 5  # a client that takes nothing for so long is dropped
 POLL_S = 0.001  # the clock may run faster than the wall: look at it this often
 NOTICE_S = 0.02  # how soon close() is noticed where nobody connects
-NS_PER_MS = 1_000_000
+NS_PER_MS, TEXT = 1_000_000, ABNF.OPCODE_TEXT
 STAMP = re.compile(r'("(?:ts|cts|T)"\s*:\s*)(\d+)')
 UPDATE_ID = re.compile(r'("u"\s*:\s*)(\d+)')
 
 
-def build_frame(payload: str | bytes, opcode: int = ABNF.OPCODE_TEXT) -> bytes:
+def build_frame(payload: str | bytes, opcode: int = TEXT) -> bytes:
     """A WebSocket frame as a server sends it: never masked (RFC 6455, section 5.2)."""
     data = payload.encode() if isinstance(payload, str) else payload
     return ABNF(1, opcode=opcode, mask_value=0, data=data).format()
@@ -113,8 +113,6 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     """A server with one market, any number of clients, and faults on command.
 
     lines: (recv_ns, text) as in a recording, in order of time, with one order book.
-    speed: times faster than recorded; None = as fast as the sockets take it, with the
-        recorded times left in the messages.
     clock_ns: what the pacing and the moved times go by.
 
     For the tests to look at: `url`, `connections` (handshakes), `subscriptions` (args
@@ -123,16 +121,17 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     """
 
     def __init__(
-        self, lines: Iterable[tuple[int, str]], *, speed: float | None = 1.0,
+        self, lines: Iterable[tuple[int, str]], *,
         clock_ns: Callable[[], int] = time.time_ns, port: int = 0,
     ) -> None:  # fmt: skip
-        self._speed, self._clock_ns = speed, clock_ns
+        self._clock_ns = clock_ns
         parsed = [(recv_ns, text, json.loads(text)) for recv_ns, text in lines]
         self._lines = [line for line in parsed if "topic" in line[2]]  # no acks, nothing of ours
         topics = {message["topic"] for _, _, message in self._lines}
         symbols = {topic.rpartition(".")[2] for topic in topics}
         self._topics = topics | {f"{c}.{s}" for c in ("publicTrade", "tickers") for s in symbols}
-        self._books = {topic: Book() for topic in topics if "orderbook." in topic}
+        (self._book_topic,) = (topic for topic in topics if "orderbook." in topic)
+        self._book = Book()
         self.connections = self.pings = 0
         self.subscriptions: list[list[str]] = []
         self.sent: list[tuple[int, str | bytes]] = []
@@ -166,12 +165,14 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     __exit__ = close
 
-    def book(self) -> dict:
-        """The true book: {"b": {price: size}, "a": {...}, "u": int or None}, strings."""
+    def book(self) -> dict[int, dict[int, float]]:
+        """The true book: {1: bids, -1: asks}, each {side x price in ticks of 0.1: size}."""
         with self._lock:
-            (book,) = self._books.values()
-            u = book.last["data"]["u"] - book.shift if book.last else None
-            return {"b": dict(book.sides["b"]), "a": dict(book.sides["a"]), "u": u}
+            sides = (1, self._book.sides["b"]), (-1, self._book.sides["a"])
+            return {
+                sign: {sign * round(float(price) * 10): float(size) for price, size in side.items()}
+                for sign, side in sides
+            }
 
     # ---- Faults: from any thread, at once or at the next message -------------------
 
@@ -215,8 +216,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def restart(self) -> None:
         """Make the next book message a snapshot with u = 1, and count on from there."""
-        for book in self._books.values():
-            book.is_restarting = True
+        self._book.is_restarting = True
 
     def refuse(self, n: int = 1) -> None:
         """Answer the next n handshakes with HTTP 502."""
@@ -224,9 +224,9 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def late_trades(self, ms: float) -> None:
         """From now on send trades so many ms of the clock after their due time."""
-        self._late_ns = int(ms * NS_PER_MS * (self._speed or 1))
+        self._late_ns = int(ms * NS_PER_MS)
 
-    def send(self, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT) -> None:
+    def send(self, payload: str | bytes, opcode: int | None = TEXT) -> None:
         """Send anything to every client; opcode None writes the bytes as they are."""
         with self._lock:
             for client in self._clients:
@@ -260,14 +260,13 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     def _publish(self, recv_ns: int, text: str, message: dict) -> bool:
         """Send a line to its subscribers; False if it is not yet due."""
         with self._lock:
-            due_ns = self._moved_ns(recv_ns) if self._speed else 0
-            is_due = self._clock_ns() >= max(due_ns, self._paused_until_ns)
+            is_due = self._clock_ns() >= max(self._moved_ns(recv_ns), self._paused_until_ns)
             if not is_due or self._stopping.is_set():
                 return False
 
             # The exchange itself misses nothing; after a restart it tells all, from 1 on.
             is_delta = message["type"] == "delta"
-            if book := self._books.get(message["topic"]):
+            if book := self._book if message["topic"] == self._book_topic else None:
                 book.apply(message)
                 if book.is_restarting:
                     book.is_restarting, book.shift = False, message["data"]["u"] - 1
@@ -284,7 +283,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def _moved_ns(self, recorded_ns: int) -> int:
         """A recorded time on the server's clock."""
-        return self._start_ns + int((recorded_ns - self._lines[0][0]) // self._speed)
+        return self._start_ns + recorded_ns - self._lines[0][0]
 
     def _renew(self, text: str, book: Book | None) -> str:
         """Recorded text with today's times and today's count of updates."""
@@ -294,16 +293,14 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
         if book and book.shift:
             text = UPDATE_ID.sub(lambda match: f"{match[1]}{int(match[2]) - book.shift}", text)
-        return STAMP.sub(moved, text) if self._speed else text
+        return STAMP.sub(moved, text)
 
-    def _send(
-        self, client: Client, payload: str | bytes, opcode: int | None = ABNF.OPCODE_TEXT
-    ) -> None:
+    def _send(self, client: Client, payload: str | bytes, opcode: int | None = TEXT) -> None:
         """Write a frame, unless in a silence; the lock keeps frames from mixing."""
         if not client.number or self._clock_ns() < self._silent_until_ns:
             return
         try:
-            if opcode == ABNF.OPCODE_TEXT:
+            if opcode == TEXT:
                 self.sent.append((client.number, payload))  # before it can be received
             client.sock.sendall(payload if opcode is None else build_frame(payload, opcode))
         except OSError:
@@ -319,8 +316,6 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def _serve(self, client: Client) -> None:
         """One connection from its handshake to its end."""
-        timeout = struct.pack("ll", SEND_TIMEOUT_S, 0)
-        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._clients.append(client)
         with contextlib.suppress(OSError, WebSocketException):
@@ -356,7 +351,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
                 raise ConnectionError("the client has said goodbye")
             if frame.opcode == ABNF.OPCODE_PING:
                 self._send(client, frame.data, ABNF.OPCODE_PONG)
-            elif frame.opcode == ABNF.OPCODE_TEXT:
+            elif frame.opcode == TEXT:
                 request = json.loads(frame.data)
                 if request["op"] == "subscribe":
                     return self._subscribe(client, request)
@@ -373,14 +368,12 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         """All topics or none; then the book as it is, and the market opens."""
         topics = request["args"]
         self.subscriptions.append(topics)
-        for topic in topics:
-            if topic not in self._topics:
-                problem = f"error:handler not found,topic:{topic}"
-                return self._reply(client, request, problem, False)
+        if unknown := set(topics) - self._topics:
+            problem = f"error:handler not found,topic:{min(unknown)}"
+            return self._reply(client, request, problem, False)
         self._reply(client, request, "")
-        for book in map(self._books.get, topics):
-            if book and book.last:
-                self._send(client, self._renew(book.snapshot(), book))
+        if self._book_topic in topics and self._book.last:
+            self._send(client, self._renew(self._book.snapshot(), self._book))
         client.topics.update(topics)
         self._open.set()
 
@@ -395,17 +388,26 @@ class Firehose(LoopbackExchange):
             self._clients[0].sock.sendall(frame)
 
 
+@contextlib.contextmanager
+def served(path: Path, *flags: str) -> Iterator[str]:
+    """The URL of an exchange in a process of its own, which ends with its input."""
+    command, pipe = [sys.executable, __file__, path, *flags], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+        assert process.wait(30) == 0
+
+
 def main() -> None:
     """Serve one recording until standard input ends, or until Ctrl-C."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", help="recording, .gz or plain")
-    parser.add_argument("--speed", default="1", help="times faster, or max")
+    parser.add_argument("file", help="recording")
+    parser.add_argument("--max", action="store_true", help="as fast as the socket takes it")
     options = parser.parse_args()
-    kind, speed = (Firehose, 1.0) if options.speed == "max" else (LoopbackExchange, options.speed)
-    with (gzip.open if options.file.endswith(".gz") else open)(options.file, "rt") as file:
+    with gzip.open(options.file, "rt") as file:
         rows = [row.rstrip("\n").partition(" ") for row in file]
     lines = [(int(stamp), text) for stamp, _, text in rows]
-    with kind(lines, speed=float(speed)) as exchange:
+    with (Firehose if options.max else LoopbackExchange)(lines) as exchange:
         print(exchange.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             sys.stdin.read()

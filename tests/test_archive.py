@@ -92,10 +92,6 @@ def made(out, *words, category="linear", **archives) -> list[tuple[float, dict]]
     return recorded(out, category)
 
 
-def books_of(lines) -> list[dict]:
-    return [message for _, message in lines if "cts" in message]
-
-
 def trades_of(lines) -> list[list]:
     trades = [t for _, m in lines if m.get("topic") == "publicTrade.BTCUSDT" for t in m["data"]]
     return [[t[name] for name in ("T", "S", "v", "p", "i", "RPI")] for t in trades]
@@ -222,7 +218,7 @@ def test_columns_are_found_and_times_floored_and_equal_times_keep_their_order(
         archives, rows = dict(header=""), rows[::-1]
     lines = made(tmp_path, category=category, rows=rows, **archives)
     assert trades_of(lines) == [trade for _, trade in sorted(trades, key=lambda pair: pair[0])]
-    assert books_of(lines) == list(map(json.loads, BOOK))
+    assert [m for _, m in lines if "cts" in m] == list(map(json.loads, BOOK))
 
 
 @pytest.mark.parametrize("words, tick", [((), "1.5"), (("--tick-size", "0.5"), "0.5")])
@@ -253,7 +249,8 @@ def test_what_is_damaged_overlong_or_a_bomb_is_used_up_to_there_and_the_book_the
         paths[0].write_bytes(content)
     assert convert(tmp_path) == 0
     lines, out = recorded(tmp_path), told(capsys)
-    books, trades, messages = books_of(lines), trades_of(lines), [m for _, m in lines]
+    trades, messages = trades_of(lines), [message for _, message in lines]
+    books = [message for message in messages if "cts" in message]
     assert 500 < len(books) <= len(book) and books[:500] == list(map(json.loads, book[:500]))
     assert 500 < len(trades) < len(rows) and [t[4] for t in trades] == numbers[: len(trades)]
     assert messages[messages.index(books[-1]) + 1].get("event") == "lost"

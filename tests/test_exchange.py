@@ -2,16 +2,13 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 import time
 from itertools import pairwise
 
-import exchange as exchange_module
 import pytest
 import websocket
-from exchange import LoopbackExchange, compact
-from test_feed import BOOK, TICKERS, TRADE, record, session_lines
+from exchange import LoopbackExchange, compact, served
+from test_feed import BOOK, TICKERS, TRADE, PlainBook, record, session_lines
 
 
 @pytest.fixture
@@ -46,7 +43,8 @@ def receive(ws: websocket.WebSocket, n: int = 1, topic: str = BOOK) -> list[dict
 def receive_rest(ws: websocket.WebSocket, exchange: LoopbackExchange, messages: list) -> set[int]:
     """The book's messages to its end; by how much u grows after the last snapshot."""
     assert exchange.finished.wait(5)
-    while messages[-1]["data"]["u"] != exchange.book()["u"]:
+    *_, last = (json.loads(text) for _, text in exchange.sent if BOOK in text)
+    while messages[-1] != last:
         messages += receive(ws)
     del messages[: max(i for i, m in enumerate(messages) if m["type"] == "snapshot")]
     return {b["data"]["u"] - a["data"]["u"] for a, b in pairwise(messages)}
@@ -54,19 +52,16 @@ def receive_rest(ws: websocket.WebSocket, exchange: LoopbackExchange, messages: 
 
 def rebuild(messages: list[dict]) -> dict:
     """The book that a client makes of a snapshot and deltas."""
-    book = {"u": messages[-1]["data"]["u"]}
-    for side in "ba":
-        sizes = dict(row for message in messages for row in message["data"][side])
-        book[side] = {price: size for price, size in sizes.items() if float(size)}
-    return book
+    book = PlainBook()
+    for message in messages:
+        book.apply(json.dumps(message))
+    return book.sides
 
 
 @pytest.mark.parametrize(
     ("fault", "grows"), [("", {1}), ("skip", {1, 2}), ("repeat", {0, 1}), ("restart", {1})]
 )
-def test_book_is_true_whatever_befalls_a_client_at_the_times_of_the_clock(
-    exchange, connect, fault, grows
-):
+def test_whatever_befalls_a_client_the_book_is_true_and_in_time(exchange, connect, fault, grows):
     messages = receive(ws := connect(exchange.url, BOOK), 30)
     assert 0 <= time.time_ns() / 1e6 - messages[-1]["cts"] < 1_000
     assert {b["cts"] - a["cts"] for a, b in pairwise(messages)} <= {3, 4, 5}
@@ -103,10 +98,6 @@ def test_late_trades_come_after_later_book_messages(exchange, connect):
 def test_the_command_line_sends_every_line_as_recorded_until_its_input_ends(tmp_path, connect):
     texts = [text for _, text in session_lines(count=50)]
     path = record(tmp_path / "r.gz", *texts)
-    command = [sys.executable, exchange_module.__file__, path, "--speed", "max"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        ws = connect(process.stdout.readline().strip(), BOOK, TRADE, TICKERS)
+    with served(path, "--max") as url:
+        ws = connect(url, BOOK, TRADE, TICKERS)
         assert [ws.recv() for _ in texts] == texts
-        process.stdin.close()
-        assert process.wait(5) == 0

@@ -432,6 +432,7 @@ def test_any_message_stands_on_one_line_and_comes_back_as_it_was(tmp_path, parse
 def test_lines_are_on_disk_for_any_gzip_once_the_oldest_has_waited(tmp_path, monkeypatch):
     """So a recorder that is killed leaves all but its last lines, as the program gzip sees."""
     now_s, on_disk, recorder = [100.0], [], feed.Recorder(tmp_path / "r.gz")
+    command = ["gzip", "-dcq", recorder.path]  # it complains of a file that is still empty
     monkeypatch.setattr(feed.time, "monotonic", lambda: now_s[0])
     for wait_s, text in ((0, "a"), (0.4, "b"), (0.2, ""), (9, "c"), (0.4, ""), (0.2, "d")):
         now_s[0] += wait_s
@@ -439,8 +440,7 @@ def test_lines_are_on_disk_for_any_gzip_once_the_oldest_has_waited(tmp_path, mon
             recorder.record(1, text)
         else:
             recorder.flush(feed.FLUSH_S)
-        seen = subprocess.run(["gzip", "-dcq", recorder.path], stdout=subprocess.PIPE)
-        on_disk.append(seen.stdout)
+        on_disk.append(subprocess.run(command, stdout=subprocess.PIPE).stdout)
     whole = b"1 a\n1 b\n1 c\n1 d\n"  # c is young, though the file is not
     assert on_disk == [b"", b"", whole[:8], whole[:8], whole[:8], whole]
     recorder.close()

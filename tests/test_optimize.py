@@ -319,10 +319,12 @@ def test_refusal_names_the_value_the_rule_and_the_remedy(name, value, rule):
     assert refusal(**{name: value}).startswith(f"{name} = {value!r} {rule} {flag}")
 
 
-def test_all_wrong_values_are_named_in_one_line():
+def test_all_wrong_values_are_named_in_one_line_and_an_unknown_name_with_the_nearest():
     message = refusal(alpha=-1, max_drawdown_usdt="off", fill_model="hope")
     names = [part.split(" = ")[0] for part in message.split("; ")]
     assert names == ["alpha", "max_drawdown_usdt", "fill_model"] and "\n" not in message
+    assert refusal(aplha=1) == "aplha is not a parameter: did you mean alpha?"
+    assert refusal(xyz=1) == "xyz is not a parameter: see --help for the names"
 
 
 def test_limits_are_allowed_and_values_may_fit_only_just_or_only_together():
@@ -332,11 +334,6 @@ def test_limits_are_allowed_and_values_may_fit_only_just_or_only_together():
     assert refusal(order_qty=0.2).startswith("max_inventory = 0.1 must be at least order_qty")
     three_lots = Parameters(order_qty=0.3, max_inventory=1)
     assert optimize.validate_parameters(three_lots, lot_size=0.1 * 3) is three_lots
-
-
-def test_unknown_parameter_suggests_the_nearest_name():
-    assert refusal(aplha=1) == "aplha is not a parameter: did you mean alpha?"
-    assert refusal(xyz=1) == "xyz is not a parameter: see --help for the names"
 
 
 @pytest.mark.parametrize("name", FIELDS)
