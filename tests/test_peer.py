@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import backtest
+import optimize
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and numba warn of at import is not ours
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 )
 TICK, LOT, MS, FEED_LAG_MS = 0.1, 0.001, 1_000_000, 25
 AT_THE_TOUCH = (
-    "--gamma 0 --delta 0 --zeta 0 --min-half-spread-bps 0.01 --requote-move-bps 0.05 "
+    "--gamma 0 --delta 0 --zeta 0 --min-half-spread-bps 0.01 --requote-move-bps 50 "
     "--max-inventory 1000"  # never reached
 )
 ONE_LOT = "--order-qty 0.001 --max-depth-share 1"
@@ -151,7 +152,11 @@ def fills_of_peer(events, quotes, latency_ms):
     # decisions at .025 s arrive with a book message after 75 ms; sizes change at every decision
     [(0, ONE_LOT), (5, ONE_LOT), (75, MANY_LOTS)],
 )
-def test_every_fill_is_that_of_hftbacktest_on_a_real_recording(events, tmp_path, latency_ms, flags):
+def test_every_fill_is_that_of_hftbacktest_on_a_real_recording(
+    events, tmp_path, monkeypatch, latency_ms, flags
+):
+    """A decision each tenth of a second: the peer cancels no order that is still under way."""
+    monkeypatch.setattr(optimize, "get_optimization_frequency", lambda *_: 0.1)
     flags = f"{AT_THE_TOUCH} {flags} --order-latency-ms {latency_ms}".split()
     given = ["--data", str(RECORDING), "--out", str(tmp_path), "--peer-rules", *flags]
     assert backtest.main(given) == 0
