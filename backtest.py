@@ -15,9 +15,8 @@ Assumptions, with the direction of their bias:
   - `--participation` is the share of what is left of a trade behind the queue that fills us.
     1 (default) is optimistic where others queue behind us and are served first.
   - There is no impact by default: optimistic. `--impact-bps X` moves the prices that we see
-    against us by X x (fill / depth of its side near the mid), with a half-life of 30 s. Our
-    quotes and the marking of the inventory follow the moved prices; the market's own book and
-    trades stay as recorded. It is a rough stand-in, there to see what impact would cost.
+    against us by X x (fill / depth of its side near the mid), with a half-life of 30 s. The
+    market's own book and trades stay as recorded: a rough stand-in, to see what it would cost.
   - `--outages N` draws windows by `--seed` in which we hear nothing and cannot cancel, while
     what rests can be hit. The table lists what each one cost.
   - Recordings made of archives (data/archive.py) carry no receive time of their own, but the
@@ -28,11 +27,10 @@ Assumptions, with the direction of their bias:
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. The result is net =
 gross - fees, in USDT, of an account that starts empty.
 
-How sure is it? One path is no proof. `--bootstrap N` resamples the net of the minutes in blocks;
-`--regimes` asks in which minutes the money is lost. What a search finds looks better than it
-is: `--tune` chooses on the first two thirds of the minutes (in sample), shows the rest (out of
-sample) beside it, and says how often luck does as well; `--walk-forward` tunes and trades in
-turn. The mathematics of all this, and its sources, are in optimize.py.
+How sure is it? One path is no proof, and what a search finds looks better than it is. So
+`--bootstrap` resamples the minutes, `--tune` judges its choice on minutes that it did not look
+at, and `--walk-forward` tunes and trades in turn. The mathematics of this, and its sources, are
+in optimize.py.
 """
 
 from __future__ import annotations
@@ -50,7 +48,6 @@ import shutil
 import signal
 import sys
 import threading
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
@@ -244,18 +241,14 @@ class Result:
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
 
 
-def play(
-    setting: Setting, notes: Sequence[Note] = (), log: Any = None,
-    stop: feed.StopSignal | None = None,
-) -> Result:  # fmt: skip
+def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
+         stop: feed.StopSignal | None = None) -> Result:  # fmt: skip
     """Play the data, with notes put in, through the market maker. The log takes lines; a stop
     ends the run at the next decision.
     """
     data = setting.data
-    maker = mm.MarketMaker(
-        setting.parameters, data.instrument, log, setting.given,
-        strategy=setting.strategy, **setting.exchange,
-    )  # fmt: skip
+    maker = mm.MarketMaker(setting.parameters, data.instrument, log, setting.given,
+                           strategy=setting.strategy, **setting.exchange)  # fmt: skip
     sent = []
 
     def note_decision(maker: mm.MarketMaker) -> None:
@@ -348,7 +341,6 @@ NET, FILLS = 0, 1  # rows of a run by the minute
 TINY = 1e-9  # USDT or base coin: less is rounding
 SIDES_OF = {"both": (1, -1), "bought": (1,), "sold": (-1,)}
 HORIZONS = ["0 s", *(f"{h:g} s" for h in HORIZONS_S)]  # at 0 s the effective half spread
-AFTER_1_S = HORIZONS.index("1 s")
 FEW_FILLS = 30  # below, nothing can be said of them
 FRICTIONS = ["fill_model", "maker_fee_bps", "taker_fee_bps", "order_latency_ms", "clock_offset_ms"]
 
@@ -507,6 +499,40 @@ def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str,
     return measures
 
 
+def estimate_markouts(markouts: np.ndarray, clusters: np.ndarray) -> dict[str, Estimate]:
+    """The mean of some fills' markouts, bps, (fills, HORIZONS), by horizon."""
+    return {name: estimate_mean(x, clusters) for name, x in zip(HORIZONS, markouts.T)}
+
+
+def measure_adverse_selection(fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Who hit us: markouts by side and horizon, and after 1 s by the rule that made the fill.
+
+    The fills of one minute are one cluster: a move that runs over one quote runs over the
+    next. At 60 s neighbouring minutes overlap, and the interval is somewhat too narrow.
+    """
+    minute, markouts, rules = fills["time_ns"] // MINUTE_NS, {}, {}
+    for name, sides in SIDES_OF.items():
+        is_side = np.isin(fills["side"], sides)
+        markouts[name] = estimate_markouts(fills["markouts"][is_side], minute[is_side])
+    for rule in mm.RULES[:-1]:
+        is_rule = fills["rule"] == rule
+        of_rule = estimate_markouts(fills["markouts"][is_rule], minute[is_rule])
+        rules[rule] = {"fills": int(is_rule.sum()), "markout": of_rule["1 s"]}
+    return {"markouts": markouts, "rules": rules}
+
+
+def measure_outages(result: Result) -> list[dict[str, Any]]:
+    """What each cost: net and fills from the last decision before it to that at its end."""
+    time_ns, net, outages = result.columns["time_ns"], result.columns["equity"], []
+    for begin_ns, end_ns in result.setting.outages:
+        begin, end = np.searchsorted(time_ns, [begin_ns, end_ns], "right") - 1
+        if begin >= 0 and time_ns[end] >= end_ns:  # else the run was stopped before
+            inside = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
+            outages.append({"start_ns": begin_ns, "end_ns": end_ns,
+                            "net_usdt": net[end] - net[begin], "fills": inside})  # fmt: skip
+    return outages
+
+
 def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix."""
     maker, account, c = result.maker, result.maker.account, result.columns
@@ -525,31 +551,7 @@ def measure(result: Result) -> dict[str, Any]:
     }  # fmt: skip
     scale = 1e4 / account.turnover if account.turnover else math.nan
     limit_usdt = maker.parameters.max_inventory * account.mid_price
-
-    # Markouts by side and horizon. The fills of one minute are one cluster: a move that runs
-    # over one quote runs over the next. At 60 s neighbouring minutes overlap, and the
-    # interval is somewhat too narrow.
-    minute, markouts = fills["time_ns"] // MINUTE_NS, {}
-    for name, sides in SIDES_OF.items():
-        is_side = np.isin(fills["side"], sides)
-        columns = fills["markouts"][is_side].T
-        markouts[name] = {h: estimate_mean(x, minute[is_side]) for h, x in zip(HORIZONS, columns)}
-
-    # Who hit us: the fills by the rule that made them, and where the mid went within 1 s.
-    rules, sources = {}, (maker.strategy_name, "last_good", "default", "none")
-    for rule in mm.RULES[:-1]:
-        is_rule = fills["rule"] == rule
-        markout = estimate_mean(fills["markouts"][is_rule, AFTER_1_S], minute[is_rule])
-        rules[rule] = {"fills": int(is_rule.sum()), "markout": markout}
-
-    # What each outage cost: net and fills from the last decision before it to that at its end.
-    outages = []
-    for begin_ns, end_ns in result.setting.outages:
-        begin, end = np.searchsorted(c["time_ns"], [begin_ns, end_ns], "right") - 1
-        if begin >= 0 and c["time_ns"][end] >= end_ns:  # else the run was stopped before
-            cost = c["equity"][end] - c["equity"][begin]
-            inside = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
-            outages.append(dict(start_ns=begin_ns, end_ns=end_ns, net_usdt=cost, fills=inside))
+    sources = (maker.strategy_name, "last_good", "default", "none")
 
     return {
         "title": result.title,
@@ -570,14 +572,13 @@ def measure(result: Result) -> dict[str, Any]:
         "turnover_rate": account.turnover / hours / limit_usdt if hours else math.nan,
         **measure_sharpe(net, span_s),
         **measure_drawdown(t_s, c["equity"]),
-        "markouts": markouts,
-        "rules": rules,
+        **measure_adverse_selection(fills),
         **measure_orders(result, fills),
         **measure_quotes(c, t_s, maker.parameters),
         "decisions": {name: maker.sources[name] for name in sources},
         "reasons": {name: n for name, n in maker.reasons.items() if name},
         "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | result.setting.exchange,
-        "outages": outages,
+        "outages": measure_outages(result),
     }
 
 
@@ -631,9 +632,6 @@ time at the inventory limit | {at_limit:.1%} | no room for one more order
 Markouts, bps: bought, how far the mid then stood above our price; sold, below
   mean ± 95 % (fills of one minute count as one event); below 0: we were run over"""
 SOUND = {"book", "trades", "tickers", "acks", "pongs", "ignored", "block trades"}  # no defects
-
-
-tell = partial(print, flush=True)
 
 
 def dash(cell: Any) -> str:
@@ -759,13 +757,12 @@ def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
     Thresholds are quantiles of what came before, so that no class knows the future. A
     value equal to earlier ones counts as the lowest of them; nan is in no class.
     """
-    classed, past = np.full(len(values), -1), []
-    for k, value in enumerate(values.tolist()):
-        if value == value:
-            rank = bisect_left(past, value)
-            if len(past) >= REGIME_WARMUP:
-                classed[k] = min(rank * classes // len(past), classes - 1)
-            past.insert(rank, value)
+    classed, is_known = np.full(len(values), -1), np.isfinite(values)
+    for k in np.flatnonzero(is_known):
+        past = values[:k][is_known[:k]]
+        if len(past) >= REGIME_WARMUP:
+            rank = (past < values[k]).sum()
+            classed[k] = min(rank * classes // len(past), classes - 1)
     return classed
 
 
@@ -811,7 +808,6 @@ def summarize_regimes(result: Result) -> Regimes:
     for name, is_member in members.items():
         rows = np.flatnonzero(is_member)
         of_fill = np.isin(minute_of, rows)
-        columns, clusters = fills["markouts"][of_fill].T, minute_of[of_fill]
         regimes[name] = {
             "minutes": len(rows),
             "volatility_bps": estimate_mean(volatility[rows], rows).mean,
@@ -819,8 +815,8 @@ def summarize_regimes(result: Result) -> Regimes:
             "fees_usdt": fees[rows].sum(),
             "net_usdt": net[rows].sum(),
             "net_a_minute": estimate_mean(net[rows], rows),
-            "fills": len(clusters),
-            "markouts": {h: estimate_mean(x, clusters) for h, x in zip(HORIZONS, columns)},
+            "fills": of_fill.sum(),
+            "markouts": estimate_markouts(fills["markouts"][of_fill], minute_of[of_fill]),
         }
     return regimes
 
@@ -886,10 +882,8 @@ def try_out(setting: Setting, changes: Mapping[str, Any]) -> np.ndarray:
     return cut_into_minutes(play(setting.change(changes)))
 
 
-def try_all(
-    configurations: list[dict[str, float]], setting: Setting, path: Path, executor: Executor,
-    stop: feed.StopSignal,
-) -> list[Trial]:  # fmt: skip
+def try_all(configurations: list[dict[str, float]], setting: Setting, path: Path,
+            executor: Executor, stop: feed.StopSignal) -> list[Trial]:  # fmt: skip
     """The trials of all configurations, in this order. What the file holds is not played again,
     so that a search which was stopped or killed goes on where it was. After a stop only what
     has come by then; UserError if a worker dies.
@@ -933,10 +927,8 @@ def refine_grid(trials: list[Trial], grid: dict, setting: Setting, objective: st
     return finer
 
 
-def judge_search(
-    on_grid: list[Trial], finer: list[Trial], given: np.ndarray, objective: str, count: int,
-    rng: Generator,
-) -> dict[str, Any]:  # fmt: skip
+def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, objective: str,
+                 count: int, rng: Generator) -> dict[str, Any]:  # fmt: skip
     """The best and the given parameters, in sample and out, and the price of having searched."""
     # Choose on the first minutes, and show both parts.
     trials = on_grid + finer
@@ -956,10 +948,7 @@ def judge_search(
     as_good = (luck >= score(mean, variance)[k]).sum()
     sharpes = opt.sharpe_score(mean, variance)
     scatter = float(sharpes.var(ddof=1)) if len(trials) > 1 else 0.0
-    deflated = math.nan
-    if x[:, k].std() > TINY:
-        error = opt.sharpe_error(x[:, k])
-        deflated = opt.deflated_sharpe(sharpes[k], error, scatter, len(trials))
+    deflated = opt.deflated_sharpe(sharpes[k], opt.sharpe_error(x[:, k]), scatter, len(trials))
     _, low, _ = in_sample["measures"]["best"][SCORES[objective]]
     return {
         "objective": objective, "minutes": minutes, "split": split, "judged": minutes - split,
@@ -1022,10 +1011,8 @@ class Walk(NamedTuple):
     result: Result
 
 
-def walk_forward(
-    setting: Setting, trials: list[Trial], given: np.ndarray, count: int, objective: str,
-    stop: feed.StopSignal,
-) -> Walk:  # fmt: skip
+def walk_forward(setting: Setting, trials: list[Trial], given: np.ndarray, count: int,
+                 objective: str, stop: feed.StopSignal) -> Walk:  # fmt: skip
     """Every trial covers everything, and a choice looks at the minutes of its two windows only.
     What the choices would have earned is played in one piece, parameters changing where a
     window begins, inventory and queues carried along. Before the first choice it trades as
@@ -1243,7 +1230,7 @@ def run_each(options: argparse.Namespace) -> None:
         for label, numbers in lines.items():
             forms = (form for _, form in EACH.values())
             rows.append([label, *(format(x, form) for x, form in zip(numbers, forms))])
-        tell("\n".join(align(rows)) + "\n")
+        print("\n".join(align(rows)) + "\n")
 
 
 def run_once(options: argparse.Namespace, setting: Setting) -> None:
@@ -1254,22 +1241,22 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     with open(options.log, "x") if options.log else contextlib.nullcontext() as log:
         result = play(setting, log=log, stop=stop)
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
-    tell(format_table(metrics, result))
+    print(format_table(metrics, result))
     for name in options.strategy[1:] if not stop.is_set else ():
         other = play(dataclasses.replace(setting, strategy=name), stop=stop)
         runs[name] = cut_into_minutes(other)
-        tell("\n" + format_table(measure(other), other))
+        print("\n" + format_table(measure(other), other))
 
     # What is said of whole minutes, if no run was cut short.
     rows = []
     if options.bootstrap and not stop.is_set:
         metrics["bootstrap"] = b = resample(runs, options.bootstrap, default_rng(options.seed))
         rows.append((HEIGHT, [partial(plot_bootstrap, b=b, what="Net")]))
-        tell("\n" + format_bootstrap(b, "Bootstrap"))
+        print("\n" + format_bootstrap(b, "Bootstrap"))
     if options.regimes and not stop.is_set:
         metrics["regimes"] = regimes = summarize_regimes(result)
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
-        tell("\n" + format_regimes(regimes, "of all minutes"))
+        print("\n" + format_regimes(regimes, "of all minutes"))
 
     if options.out:
         write_results(result, metrics, options.out)
@@ -1348,11 +1335,11 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
             finer = play_all(refine_grid(trials, grid, setting, objective))
 
     # Judge what was found, also after a stop; of a walk only a whole one says something.
-    tell(setting.data.title.replace("backtest of", "search over"))
+    print(setting.data.title.replace("backtest of", "search over"))
     count, rows = options.bootstrap or RESAMPLES, []
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
-        tell(format_report(r, dataclasses.asdict(setting.parameters)))
+        print(format_report(r, dataclasses.asdict(setting.parameters)))
         if not stop.is_set:  # a part of a search replaces no whole one
             write_json(folder / "best.json", setting.given | r["best"])
             write_json(folder / "search.json", r)
@@ -1364,13 +1351,13 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         walk = walk_forward(setting, trials, given, options.walk_forward, objective, stop)
     if options.walk_forward and not stop.is_set:  # subtle: the walk may have been stopped
         runs = {"walk-forward": walk.traded, "as given": walk.given}
-        tell("\n" + format_walk(walk, resample(runs, count, default_rng(options.seed))))
+        print("\n" + format_walk(walk, resample(runs, count, default_rng(options.seed))))
         rows.append((HEIGHT, [partial(plot_walk, walk=walk)]))
     if options.regimes and not stop.is_set:
         best = options.tune and play(setting.change(r["best"]))
         regimes = summarize_regimes(best or walk.result)
         whose = "of the best" if options.tune else "of the walk-forward"
-        tell("\n" + format_regimes(regimes, whose + ", all minutes"))
+        print("\n" + format_regimes(regimes, whose + ", all minutes"))
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
     if stop.is_set:
         print("stopped: the same command goes on from the trials that are kept")
