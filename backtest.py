@@ -1,13 +1,12 @@
 """Would it have paid? The market maker of marketmaker.py over history.
 
 The same code decides, fills and accounts, live and here. This module adds where the messages
-come from (history), what makes trading harder (frictions), what the program is compared with
-(baselines), and what came out (metrics, tables, pictures). It makes no decision of its own.
+come from (history), what makes trading harder (frictions), and what came out (metrics, tables,
+pictures). It makes no decision of its own.
 
-History is a recording, or several of one market that are played one after the other, with
-inventory and orders carried along. Two concessions to simplicity there: from the start of a
-further file to its first snapshot there is no quote, and a markout does not look beyond the
-file of its fill.
+History is a recording, or several of one market in a row, with inventory and orders carried
+along. Two concessions to simplicity: from the start of a further file to its first snapshot
+there is no quote, and a markout does not look beyond the file of its fill.
 
 Assumptions, with the direction of their bias:
 
@@ -15,10 +14,8 @@ Assumptions, with the direction of their bias:
   - `--participation` is the share of what is left of a trade behind the queue that fills us.
     1 (default) is optimistic where others queue behind us and are served first.
   - There is no impact by default: optimistic. `--impact-bps X` makes the price of each fill worse
-    by X x (order / depth of its side near the mid): a larger order costs more. The market itself
-    stays as recorded. It is a rough stand-in, there to see what impact would cost.
-  - `--outages N` draws windows by `--seed` in which we hear nothing and cannot cancel, while
-    what rests can be hit. The table lists what each one cost.
+    by X x (order / depth of its side near the mid): a rough stand-in, to see what it would cost.
+  - `--outages N` draws windows in which we hear nothing and cannot cancel: what rests is hit.
   - Recordings made of archives (data/archive.py) carry no receive time of their own, but the
     exchange's plus a constant. Real latency has tails: optimistic.
   - Funding is not modelled. The inventory left at the end is marked to the last mid, without
@@ -27,11 +24,10 @@ Assumptions, with the direction of their bias:
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. The result is net =
 gross - fees, in USDT, of an account that starts empty.
 
-How sure is it? One path is no proof. `--bootstrap N` resamples the net of the minutes in blocks;
-`--regimes` asks in which minutes the money is lost. What a search finds looks better than it
-is: `--tune` chooses on the first two thirds of the minutes (in sample), shows the rest (out of
-sample) beside it, and says how often luck does as well; `--walk-forward` tunes and trades in
-turn. The mathematics of all this, and its sources, are in optimize.py.
+How sure is it? One path is no proof, and what a search finds looks better than it is. So
+`--bootstrap` resamples the minutes, `--tune` judges its choice on minutes that it did not look
+at, and `--walk-forward` tunes and trades in turn. The mathematics of this, and its sources, are
+in optimize.py.
 """
 
 from __future__ import annotations
@@ -49,7 +45,6 @@ import shutil
 import signal
 import sys
 import threading
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
@@ -101,9 +96,7 @@ class Data(NamedTuple):
 
     @property
     def holes(self) -> list[tuple[int, int]]:
-        """Where no book is known for more than a minute: from the last message of the book to the
-        next, receive time. What is said of minutes and of time leaves them out.
-        """
+        """From one book message to the next, receive time, where that is more than a minute."""
         book_ns = np.concatenate([tape.recv_ns[tape.is_book] for tape in self.tapes])
         after = (np.diff(book_ns) > MINUTE_NS).nonzero()[0]
         return [*zip(book_ns[after].tolist(), book_ns[after + 1].tolist())]
@@ -142,9 +135,7 @@ def stamp_file(path: Path) -> Stamp:
 
 
 def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
-    """The tape of a recording, and what its parser counted, from the cache. If it is not there,
-    the recording is parsed, and the tape's columns are kept, each in a file of its own.
-    """
+    """The tape of a recording, and what its parser counted: parsed once, then from the cache."""
     # The folder's name says of which file, and how, the columns were made.
     parser, path = recording.parser, recording.path
     made_of = [CACHE_VERSION, stamp_file(path), parser.instrument.tick_text, [*parser.topics]]
@@ -172,11 +163,10 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
 
 
 def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
-    """The tape with control messages, in order of time, each put in before the first message at
-    or after its time, but never before the tape's first message.
-    """
+    """The tape with control messages, each before what comes at or after its time."""
     if not notes:
         return tape
+    # None comes before the tape's first message.
     times = np.array([time_ns for time_ns, _ in notes]).clip(min=tape.recv_ns[0])
     at = tape.recv_ns.searchsorted(times).clip(min=1)
 
@@ -243,18 +233,12 @@ class Result:
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
 
 
-def play(
-    setting: Setting, notes: Sequence[Note] = (), log: Any = None,
-    stop: feed.StopSignal | None = None,
-) -> Result:  # fmt: skip
-    """Play the data, with notes put in, through the market maker. The log takes lines; a stop
-    ends the run at the next decision.
-    """
+def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
+         stop: feed.StopSignal | None = None) -> Result:  # fmt: skip
+    """Play the data, with notes put in. The log takes lines; a stop ends at the next decision."""
     data = setting.data
-    maker = mm.MarketMaker(
-        setting.parameters, data.instrument, log, setting.given,
-        strategy=setting.strategy, **setting.exchange,
-    )  # fmt: skip
+    maker = mm.MarketMaker(setting.parameters, data.instrument, log, setting.given,
+                           strategy=setting.strategy, **setting.exchange)  # fmt: skip
     sent = []
 
     def note_decision(maker: mm.MarketMaker) -> None:
@@ -340,7 +324,6 @@ NET, FILLS = 0, 1  # rows of a run by the minute
 TINY = 1e-9  # USDT or base coin: less is rounding
 SIDES_OF = {"both": (1, -1), "bought": (1,), "sold": (-1,)}
 HORIZONS = ["0 s", *(f"{h:g} s" for h in HORIZONS_S)]  # at 0 s the effective half spread
-AFTER_1_S = HORIZONS.index("1 s")
 FEW_FILLS = 30  # below, nothing can be said of them
 FRICTIONS = ["fill_model", "maker_fee_bps", "taker_fee_bps", "order_latency_ms", "clock_offset_ms"]
 
@@ -396,9 +379,7 @@ def estimate_mean(values: np.ndarray, clusters: np.ndarray) -> Estimate:
 
 
 def resting_fills(result: Result) -> dict[str, np.ndarray]:
-    """The fills of our quotes as columns, named as in Fill, and `markouts`, bps: (fills,
-    HORIZONS). Taker fills, which close at any price, are left out.
-    """
+    """Fills of our quotes, not as taker, as columns of Fill; markouts, bps: (fills, HORIZONS)."""
     rows = [k for k, fill in enumerate(result.fills) if fill.rule != "taker"]
     resting = [result.fills[k] for k in rows]
     fills = {name: np.array([getattr(f, name) for f in resting]) for name in mm.Fill._fields}
@@ -437,11 +418,8 @@ def measure_drawdown(t_s: np.ndarray, net: np.ndarray) -> dict[str, Any]:
     before, after = np.flatnonzero(is_at_peak[:worst]), np.flatnonzero(is_at_peak[worst:])
     begin_s = t_s[before[-1]] if len(before) else t_s[0]
     end_s = t_s[worst + after[0]] if len(after) else t_s[-1]
-    return {
-        "max_drawdown_usdt": depth,
-        "max_drawdown_s": end_s - begin_s,
-        "max_drawdown_recovered": len(after) > 0,
-    }
+    return {"max_drawdown_usdt": depth, "max_drawdown_s": end_s - begin_s,
+            "max_drawdown_recovered": len(after) > 0}  # fmt: skip
 
 
 def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) -> dict[str, Any]:
@@ -499,6 +477,40 @@ def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str,
     return measures
 
 
+def estimate_markouts(markouts: np.ndarray, clusters: np.ndarray) -> dict[str, Estimate]:
+    """The mean of some fills' markouts, bps, (fills, HORIZONS), by horizon."""
+    return {name: estimate_mean(x, clusters) for name, x in zip(HORIZONS, markouts.T)}
+
+
+def measure_adverse_selection(fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Who hit us: markouts by side and horizon, and after 1 s by the rule that made the fill.
+
+    The fills of one minute are one cluster: a move that runs over one quote runs over the
+    next. At 60 s neighbouring minutes overlap, and the interval is somewhat too narrow.
+    """
+    minute, markouts, rules = fills["time_ns"] // MINUTE_NS, {}, {}
+    for name, sides in SIDES_OF.items():
+        is_side = np.isin(fills["side"], sides)
+        markouts[name] = estimate_markouts(fills["markouts"][is_side], minute[is_side])
+    for rule in mm.RULES[:-1]:
+        is_rule = fills["rule"] == rule
+        of_rule = estimate_markouts(fills["markouts"][is_rule], minute[is_rule])
+        rules[rule] = {"fills": int(is_rule.sum()), "markout": of_rule["1 s"]}
+    return {"markouts": markouts, "rules": rules}
+
+
+def measure_outages(result: Result) -> list[dict[str, Any]]:
+    """What each cost: net and fills from the last decision before it to that at its end."""
+    time_ns, net, outages = result.columns["time_ns"], result.columns["equity"], []
+    for begin_ns, end_ns in result.setting.outages:
+        begin, end = np.searchsorted(time_ns, [begin_ns, end_ns], "right") - 1
+        if begin >= 0 and time_ns[end] >= end_ns:  # else the run was stopped before
+            inside = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
+            outages.append({"start_ns": begin_ns, "end_ns": end_ns,
+                            "net_usdt": net[end] - net[begin], "fills": inside})  # fmt: skip
+    return outages
+
+
 def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix."""
     maker, account, c = result.maker, result.maker.account, result.columns
@@ -517,31 +529,7 @@ def measure(result: Result) -> dict[str, Any]:
     }  # fmt: skip
     scale = 1e4 / account.turnover if account.turnover else math.nan
     limit_usdt = maker.parameters.max_inventory * account.mid_price
-
-    # Markouts by side and horizon. The fills of one minute are one cluster: a move that runs
-    # over one quote runs over the next. At 60 s neighbouring minutes overlap, and the
-    # interval is somewhat too narrow.
-    minute, markouts = fills["time_ns"] // MINUTE_NS, {}
-    for name, sides in SIDES_OF.items():
-        is_side = np.isin(fills["side"], sides)
-        columns = fills["markouts"][is_side].T
-        markouts[name] = {h: estimate_mean(x, minute[is_side]) for h, x in zip(HORIZONS, columns)}
-
-    # Who hit us: the fills by the rule that made them, and where the mid went within 1 s.
-    rules, sources = {}, (maker.strategy_name, "last_good", "default", "none")
-    for rule in mm.RULES[:-1]:
-        is_rule = fills["rule"] == rule
-        markout = estimate_mean(fills["markouts"][is_rule, AFTER_1_S], minute[is_rule])
-        rules[rule] = {"fills": int(is_rule.sum()), "markout": markout}
-
-    # What each outage cost: net and fills from the last decision before it to that at its end.
-    outages = []
-    for begin_ns, end_ns in result.setting.outages:
-        begin, end = np.searchsorted(c["time_ns"], [begin_ns, end_ns], "right") - 1
-        if begin >= 0 and c["time_ns"][end] >= end_ns:  # else the run was stopped before
-            cost = c["equity"][end] - c["equity"][begin]
-            inside = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
-            outages.append(dict(start_ns=begin_ns, end_ns=end_ns, net_usdt=cost, fills=inside))
+    sources = (maker.strategy_name, "last_good", "default", "none")
 
     return {
         "title": result.title,
@@ -562,14 +550,13 @@ def measure(result: Result) -> dict[str, Any]:
         "turnover_rate": account.turnover / hours / limit_usdt if hours else math.nan,
         **measure_sharpe(net, span_s),
         **measure_drawdown(t_s, c["equity"]),
-        "markouts": markouts,
-        "rules": rules,
+        **measure_adverse_selection(fills),
         **measure_orders(result, fills),
         **measure_quotes(c, t_s, maker.parameters),
         "decisions": {name: maker.sources[name] for name in sources},
         "reasons": {name: n for name, n in maker.reasons.items() if name},
         "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | result.setting.exchange,
-        "outages": outages,
+        "outages": measure_outages(result),
     }
 
 
@@ -623,9 +610,6 @@ time at the inventory limit | {at_limit:.1%} | no room for one more order
 Markouts, bps: bought, how far the mid then stood above our price; sold, below
   mean ± 95 % (fills of one minute count as one event); below 0: we were run over"""
 SOUND = {"book", "trades", "tickers", "acks", "pongs", "ignored", "block trades"}  # no defects
-
-
-tell = partial(print, flush=True)
 
 
 def dash(cell: Any) -> str:
@@ -697,9 +681,8 @@ MEASURES = {  # of optimize.measure_paths: label and format in the tables
 
 
 def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict[str, Any]:
-    """Intervals of 95 % by the stationary bootstrap of the minutes, for runs by the minute and for
-    the difference of the first two. All are resampled at the same minutes: what the market did
-    to both cancels.
+    """Intervals of 95 % by the stationary bootstrap, for runs by the minute and the difference of
+    the first two. All are resampled at the same minutes: what the market did to both cancels.
     """
     x = np.column_stack([run[NET] for run in runs.values()])
     drawn, measured = opt.bootstrap(x, count, rng), opt.measure_paths(x.T)
@@ -751,13 +734,12 @@ def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
     Thresholds are quantiles of what came before, so that no class knows the future. A
     value equal to earlier ones counts as the lowest of them; nan is in no class.
     """
-    classed, past = np.full(len(values), -1), []
-    for k, value in enumerate(values.tolist()):
-        if value == value:
-            rank = bisect_left(past, value)
-            if len(past) >= REGIME_WARMUP:
-                classed[k] = min(rank * classes // len(past), classes - 1)
-            past.insert(rank, value)
+    classed, is_known = np.full(len(values), -1), np.isfinite(values)
+    for k in np.flatnonzero(is_known):
+        past = values[:k][is_known[:k]]
+        if len(past) >= REGIME_WARMUP:
+            rank = (past < values[k]).sum()
+            classed[k] = min(rank * classes // len(past), classes - 1)
     return classed
 
 
@@ -773,13 +755,12 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     grid_ns = begins[:, None] + np.arange(parts + 1) * (GRID_S * NS)
     mids = values_at(grid_ns, time_ns[is_known], mid[is_known])
 
-    # A row of returns for each minute; there are none before the first mid (0).
-    with np.errstate(divide="ignore", invalid="ignore"):
-        returns = np.diff(np.log(mids)) * 1e4
-        returns[~np.isfinite(returns)] = np.nan
-        volatility = np.sqrt((returns**2).mean(axis=1) / GRID_S)
+    # A row of returns for each minute; there are none before the first mid.
+    mids[mids == 0] = np.nan
+    returns = np.diff(np.log(mids)) * 1e4
+    with np.errstate(invalid="ignore"):  # 0 / 0: in a minute without a move it is nan
         direct = np.abs(returns.sum(axis=1)) / np.abs(returns).sum(axis=1)
-    return volatility, direct
+    return np.sqrt((returns**2).mean(axis=1) / GRID_S), direct
 
 
 def summarize_regimes(result: Result) -> Regimes:
@@ -803,7 +784,6 @@ def summarize_regimes(result: Result) -> Regimes:
     for name, is_member in members.items():
         rows = np.flatnonzero(is_member)
         of_fill = np.isin(minute_of, rows)
-        columns, clusters = fills["markouts"][of_fill].T, minute_of[of_fill]
         regimes[name] = {
             "minutes": len(rows),
             "volatility_bps": estimate_mean(volatility[rows], rows).mean,
@@ -811,8 +791,8 @@ def summarize_regimes(result: Result) -> Regimes:
             "fees_usdt": fees[rows].sum(),
             "net_usdt": net[rows].sum(),
             "net_a_minute": estimate_mean(net[rows], rows),
-            "fills": len(clusters),
-            "markouts": {h: estimate_mean(x, clusters) for h, x in zip(HORIZONS, columns)},
+            "fills": of_fill.sum(),
+            "markouts": estimate_markouts(fills["markouts"][of_fill], minute_of[of_fill]),
         }
     return regimes
 
@@ -825,10 +805,8 @@ def format_regimes(regimes: Regimes, whose: str) -> str:
         money = (r["volatility_bps"], r["gross_usdt"], 0 - r["fees_usdt"], r["net_usdt"])
         rows.append([name, r["minutes"], *(f"{x:.2f}" for x in money), r["net_a_minute"],
                      r["fills"], r["markouts"]["1 s"], r["markouts"]["10 s"]])  # fmt: skip
-    return "\n".join([
-        f"Regimes {whose} (± 95 %). A minute is classed, at its end, against those before it:",
-        "by thirds of volatility, and by halves of directness", *align(rows),
-    ])  # fmt: skip
+    title = f"Regimes {whose} (± 95 %). A minute is classed, at its end, against those before it:"
+    return "\n".join([title, "by thirds of volatility, and by halves of directness", *align(rows)])
 
 
 # ---- Search: tuning on the past ----------------------------------------------------
@@ -843,6 +821,13 @@ LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
 RESAMPLES = 1000  # where --bootstrap gives no number
 LUCK = 0.05  # if luck does as well at least this often, the report says that it may be luck
+PRICE = """
+The price of having searched
+  deflated Sharpe ratio {deflated_sharpe:.3f}: the confidence that the best's true ratio is above
+  {sharpe_by_luck:.3f} a minute, which the best of {trials:,} as scattered as these shows by luck
+  plateau: {plateau:,} trials not below the best's interval in sample
+  In plain words: {luck_probability:.1%} of searches through these configurations, had they no
+  skill, would find a best that looks at least as good: """
 Trial = tuple[dict[str, float], np.ndarray]  # what was changed, and the run by the minute
 
 
@@ -878,13 +863,10 @@ def try_out(setting: Setting, changes: Mapping[str, Any]) -> np.ndarray:
     return cut_into_minutes(play(setting.change(changes)))
 
 
-def try_all(
-    configurations: list[dict[str, float]], setting: Setting, path: Path, executor: Executor,
-    stop: feed.StopSignal,
-) -> list[Trial]:  # fmt: skip
-    """The trials of all configurations, in this order. What the file holds is not played again,
-    so that a search which was stopped or killed goes on where it was. After a stop only what
-    has come by then; UserError if a worker dies.
+def try_all(configurations: list[dict[str, float]], setting: Setting, path: Path,
+            executor: Executor, stop: feed.StopSignal) -> list[Trial]:  # fmt: skip
+    """The trials of all configurations, in this order; after a stop, those done by then. What the
+    file holds from an earlier search is not played again. UserError if a worker dies.
     """
     # Each trial is a line of JSON; a search that was killed may have left half of one.
     kept = {}
@@ -925,10 +907,8 @@ def refine_grid(trials: list[Trial], grid: dict, setting: Setting, objective: st
     return finer
 
 
-def judge_search(
-    on_grid: list[Trial], finer: list[Trial], given: np.ndarray, objective: str, count: int,
-    rng: Generator,
-) -> dict[str, Any]:  # fmt: skip
+def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, objective: str,
+                 count: int, rng: Generator) -> dict[str, Any]:  # fmt: skip
     """The best and the given parameters, in sample and out, and the price of having searched."""
     # Choose on the first minutes, and show both parts.
     trials = on_grid + finer
@@ -940,6 +920,14 @@ def judge_search(
         for part in (slice(0, split), slice(split, None))
     )
 
+    # Which of its values is the last that was tried, though the parameter could go further?
+    at_edge = []
+    for name, value in changes.items():
+        tried, rule = {other[name] for other, _ in trials}, FIELDS[name].metadata
+        is_last = value in (min(tried), max(tried)) and len(tried) > 1
+        if is_last and rule["low"] < value < rule["high"]:
+            at_edge.append(name)
+
     # How good would the best of as many trials look, if none had skill?
     x = np.column_stack([run[NET, :split] for _, run in trials])
     mean, variance = x.mean(axis=0), x.var(axis=0, ddof=1)
@@ -948,10 +936,7 @@ def judge_search(
     as_good = (luck >= score(mean, variance)[k]).sum()
     sharpes = opt.sharpe_score(mean, variance)
     scatter = float(sharpes.var(ddof=1)) if len(trials) > 1 else 0.0
-    deflated = math.nan
-    if x[:, k].std() > TINY:
-        error = opt.sharpe_error(x[:, k])
-        deflated = opt.deflated_sharpe(sharpes[k], error, scatter, len(trials))
+    deflated = opt.deflated_sharpe(sharpes[k], opt.sharpe_error(x[:, k]), scatter, len(trials))
     _, low, _ = in_sample["measures"]["best"][SCORES[objective]]
     return {
         "objective": objective, "minutes": minutes, "split": split, "judged": minutes - split,
@@ -962,30 +947,14 @@ def judge_search(
         "deflated_sharpe": deflated,
         "sharpe_by_luck": opt.best_sharpe_by_luck(scatter, len(trials)),
         "luck_probability": (1 + as_good) / (1 + count),
-        "at_edge": [name for name, value in changes.items() if is_at_edge(name, value, trials)],
+        "at_edge": at_edge,
     }  # fmt: skip
-
-
-def is_at_edge(name: str, value: float, trials: list[Trial]) -> bool:
-    """Whether a value is the last that was tried, though the parameter could go further."""
-    tried, rule = {changes[name] for changes, _ in trials}, FIELDS[name].metadata
-    is_last = value in (min(tried), max(tried)) and len(tried) > 1
-    return is_last and rule["low"] < value < rule["high"]
-
-
-LUCK_WORDS = {True: "it may be luck", False: "luck alone would rarely do this"}
-PRICE = """
-The price of having searched
-  deflated Sharpe ratio {deflated_sharpe:.3f}: the confidence that the best's true ratio is above
-  {sharpe_by_luck:.3f} a minute, which the best of {trials:,} as scattered as these shows by luck
-  plateau: {plateau:,} trials not below the best's interval in sample
-  In plain words: {luck_probability:.1%} of searches through these configurations, had they no
-  skill, would find a best that looks at least as good: """
 
 
 def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
     """What was tried, the best, how it fares out of sample, and what the search costs."""
     is_luck = r["luck_probability"] >= LUCK
+    verdict = "it may be luck" if is_luck else "luck alone would rarely do this"
     return "\n".join([
         "{minutes:,} minutes: chosen by {objective} on the first {split:,}, judged on the other "
         "{judged:,}".format(**r),
@@ -996,69 +965,55 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
           for name in r["at_edge"]),
         format_bootstrap(r["in_sample"], "In sample, where it was chosen") + "\n",
         format_bootstrap(r["out_of_sample"], "Out of sample"),
-        dash(PRICE.format(**r)) + LUCK_WORDS[is_luck],
+        dash(PRICE.format(**r)) + verdict,
     ])  # fmt: skip
 
 
 # ---- Walk-forward ------------------------------------------------------------------
 
 LOOK_BACK = 2  # windows on which each choice is made
+Window = tuple[int, dict[str, float], float]  # begin, ns; choice; its net a minute in sample
 
 
-class Walk(NamedTuple):
-    """Tune on two windows, trade the next, roll on."""
+def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: str,
+                 stop: feed.StopSignal) -> tuple[list[Window], slice, Result]:  # fmt: skip
+    """Tune on two windows, trade the next, roll on: the windows, their minutes, and what came out.
 
-    windows: list[tuple[int, dict[str, float], float]]  # begin, ns; choice; its net in sample
-    traded: np.ndarray  # all windows joined, by the minute
-    given: np.ndarray  # the given parameters in the same minutes
-    result: Result
-
-
-def walk_forward(
-    setting: Setting, trials: list[Trial], given: np.ndarray, count: int, objective: str,
-    stop: feed.StopSignal,
-) -> Walk:  # fmt: skip
-    """Every trial covers everything, and a choice looks at the minutes of its two windows only.
-    What the choices would have earned is played in one piece, parameters changing where a
-    window begins, inventory and queues carried along. Before the first choice it trades as
-    given, and that does not count.
+    It is played in one piece, parameters changing where a window begins, inventory and queues
+    carried along. Before the first choice it trades as given, and that does not count.
     """
-    length, windows, notes = given.shape[1] // (LOOK_BACK + count), [], []
+    length, windows, notes = trials[0][1].shape[1] // (LOOK_BACK + count), [], []
     for k in range(count):
         past = slice(k * length, (k + LOOK_BACK) * length)
         choice, run = trials[best_of(trials, objective, past)]
         begin_ns = setting.data.minutes_ns.item(past.stop)
         windows.append((begin_ns, choice, run[NET, past].mean()))
         notes.append((begin_ns, {"event": "params", "overrides": {**setting.given, **choice}}))
-    # One run, as given until the first choice; the minutes that count begin there.
-    result = play(setting, notes, stop=stop)
     span = slice(LOOK_BACK * length, (LOOK_BACK + count) * length)
-    return Walk(windows, cut_into_minutes(result)[:, span], given[:, span], result)
+    return windows, span, play(setting, notes, stop=stop)
 
 
-def format_walk(walk: Walk, joined: Mapping[str, Any]) -> str:
+def format_walk(windows: list[Window], traded: np.ndarray, c: Mapping[str, np.ndarray]) -> str:
     """Each window: what was chosen, net a minute in sample and out of it."""
     rows = [["from, UTC", "in sample", "out of it", "fills", "carried in", "chosen"]]
-    count, length = len(walk.windows), walk.traded.shape[1] // len(walk.windows)
-    c, begins_ns = walk.result.columns, [begin_ns for begin_ns, _, _ in walk.windows]
-    held = values_at(np.array(begins_ns), c["time_ns"], c["inventory"])
+    count, length = len(windows), traded.shape[1] // len(windows)
+    begins_ns = np.array([begin_ns for begin_ns, _, _ in windows])
+    held = values_at(begins_ns, c["time_ns"], c["inventory"])
     is_known = np.isfinite(c["mid_price"])
     times_ns, mids = c["time_ns"][is_known], c["mid_price"][is_known]
-    mids = values_at(np.array([*begins_ns, NEVER]), times_ns, mids)
+    mids = values_at(np.append(begins_ns, NEVER), times_ns, mids)
     carried = held * np.diff(mids)  # USDT: what it brings if it is held through the window
-    for k, (begin_ns, choice, inside) in enumerate(walk.windows):
-        net, fills = walk.traded[:, k * length : (k + 1) * length]
-        nets = [f"{inside:+.3f}", f"{net.mean():+.3f}"]
-        cells = f"{fills.sum():,.0f}", f"{carried[k]:+.2f}", opt.in_words(choice)
-        rows.append([clock_text(begin_ns), *nets, *cells])
-    changed = sum(a[1] != b[1] for a, b in zip(walk.windows, walk.windows[1:]))
+    for k, (begin_ns, choice, inside) in enumerate(windows):
+        net, fills = traded[:, k * length : (k + 1) * length]
+        numbers = f"{net.mean():+.3f}", f"{fills.sum():,.0f}", f"{carried[k]:+.2f}"
+        rows.append([clock_text(begin_ns), f"{inside:+.3f}", *numbers, opt.in_words(choice)])
+    changed = sum(a[1] != b[1] for a, b in zip(windows, windows[1:]))
     return "\n".join([
         f"Walk-forward: {count} windows of {length} minutes, traded with what was best in the "
         f"{LOOK_BACK * length} before it; net a minute",
         *align(rows),
         f"  the choice changed {changed} of {count - 1} times; carried in: what the inventory of",
         "  before the window, which no choice of it bought, brings by its end, USDT\n",
-        format_bootstrap(joined, "Out of sample, windows joined"),
     ])  # fmt: skip
 
 
@@ -1080,15 +1035,15 @@ def plot_spread(ax: Any, c: Mapping[str, np.ndarray], first_ns: int) -> None:
     mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
 
 
-def plot_markouts(ax: Any, markouts: dict[str, dict[str, Estimate]], fee_bps: float) -> None:
+def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
     """Markouts over the horizon, by side."""
-    for (name, cells), color, dodge in zip(
-        markouts.items(), (mm.BLACK, mm.BLUE, mm.RED), (0, -0.05, 0.05)
-    ):
+    colors, dodges = (mm.BLACK, mm.BLUE, mm.RED), (0, -0.05, 0.05)
+    for (name, cells), color, dodge in zip(metrics["markouts"].items(), colors, dodges):
         mean, half = np.array([(e.mean, e.half_width) for e in cells.values()]).T
         ax.errorbar(np.arange(len(mean)) + dodge, mean, yerr=np.nan_to_num(half), color=color,
                     capsize=3, marker="o", markersize=4, linewidth=1.2, label=name)  # fmt: skip
     ax.axhline(0, color="grey", linewidth=0.8)
+    fee_bps = metrics["frictions"]["maker_fee_bps"]
     ax.axhline(fee_bps, color=mm.PINK, linestyle="--", label="maker fee, to be earned")
     ax.set_xticks(range(len(HORIZONS)), HORIZONS)
     ax.set_xlabel("after the fill; at 0 s it is the effective half spread")
@@ -1125,11 +1080,12 @@ def plot_regimes(ax: Any, regimes: Regimes) -> None:
     mm.finish_panel(ax, "Result by regimes (net ± 95 %)", "USDT")
 
 
-def plot_trials(ax: Any, groups: Mapping[str, list[np.ndarray]], split: int) -> None:
+def plot_trials(ax: Any, groups: Sequence[list[np.ndarray]], split: int) -> None:
     """Every trial's net a minute, in sample and out."""
+    labels = "grid", "around its best", "as given", "best"
     styles = (dict(s=14, color=mm.BLUE, alpha=0.6), dict(s=14, color=mm.GREEN, alpha=0.6),
               dict(s=50, color=mm.BLACK, marker="D"), dict(s=170, color=mm.RED, marker="*"))
-    for (label, group), style in zip(groups.items(), styles):
+    for group, label, style in zip(groups, labels, styles):
         inside = [run[NET, :split].mean() for run in group]
         ax.scatter(inside, [run[NET, split:].mean() for run in group], label=label, **style)
     ax.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
@@ -1138,11 +1094,11 @@ def plot_trials(ax: Any, groups: Mapping[str, list[np.ndarray]], split: int) -> 
     ax.margins(0.05)
 
 
-def plot_walk(ax: Any, walk: Walk) -> None:
+def plot_walk(ax: Any, windows: list[Window], runs: Mapping[str, np.ndarray]) -> None:
     """Net out of sample, joined, and what each choice promised in sample."""
-    net, given = (np.append(0, np.cumsum(run[NET])) for run in (walk.traded, walk.given))
-    length = (len(net) - 1) // len(walk.windows)
-    for k, (_, _, inside) in enumerate(walk.windows):
+    net, given = (np.append(0, np.cumsum(run[NET])) for run in runs.values())
+    length = (len(net) - 1) // len(windows)
+    for k, (_, _, inside) in enumerate(windows):
         at, end = k * length, (k + 1) * length
         promise = net[at] + inside * length
         ax.plot([at, end], [net[at], promise], color=mm.PINK, linestyle="--", linewidth=1.2,
@@ -1151,13 +1107,18 @@ def plot_walk(ax: Any, walk: Walk) -> None:
     ax.plot(given, color=mm.SKY, linewidth=1.2, label="as given")
     ax.plot(net, color=mm.BLACK, linewidth=1.4, label="walk-forward")
     ax.axhline(0, color="grey", linewidth=0.6)
-    ax.set_xlabel(f"minutes since {clock_text(walk.windows[0][0])} UTC")
+    ax.set_xlabel(f"minutes since {clock_text(windows[0][0])} UTC")
     mm.finish_panel(ax, "Walk-forward: net out of sample", "USDT")
 
 
 # ---- Command line ------------------------------------------------------------------
 
 GRACE_S = 0.3  # for a worker to end by itself
+EACH = {  # metrics of --each: label, format
+    "net_usdt": ("net", "+.2f"), "gross_usdt": ("gross", "+.2f"), "fees_usdt": ("fees", ".2f"),
+    "fills": ("fills", ".0f"), "spread_captured_usdt": ("captured", "+.2f"),
+    "inventory_std": ("inventory_sd", ".4f"), "max_drawdown_usdt": ("drawdown", ".2f"),
+}  # fmt: skip
 
 
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
@@ -1171,8 +1132,7 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     if options.grid and not is_search:
         raise UserError("--grid needs --tune or --walk-forward: give one of them")
     if options.each:
-        run_each(options)
-        return
+        return run_each(options)
     setting = make_setting(options, options.data)
 
     # Both parts of a split, and every window, must be long enough to say something.
@@ -1203,13 +1163,6 @@ def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
     return dataclasses.replace(setting, outages=outages)
 
 
-EACH = {  # of measure: label, format
-    "net_usdt": ("net", "+.2f"), "gross_usdt": ("gross", "+.2f"), "fees_usdt": ("fees", ".2f"),
-    "fills": ("fills", ".0f"), "spread_captured_usdt": ("captured", "+.2f"),
-    "inventory_std": ("inventory_sd", ".4f"), "max_drawdown_usdt": ("drawdown", ".2f"),
-}  # fmt: skip
-
-
 def run_each(options: argparse.Namespace) -> None:
     """Every file on its own, a line for each, and below the mean with its standard error; of
     several strategies a block each, and what the first has more than the second, file by file.
@@ -1233,9 +1186,9 @@ def run_each(options: argparse.Namespace) -> None:
         if len(values) > 1:
             lines["standard error"] = values.std(axis=0, ddof=1) / math.sqrt(len(values))
         for label, numbers in lines.items():
-            forms = (form for _, form in EACH.values())
-            rows.append([label, *(format(x, form) for x, form in zip(numbers, forms))])
-        tell("\n".join(align(rows)) + "\n")
+            cells = [format(x, form) for x, (_, form) in zip(numbers, EACH.values())]
+            rows.append([label, *cells])
+        print("\n".join(align(rows)) + "\n")
 
 
 def run_once(options: argparse.Namespace, setting: Setting) -> None:
@@ -1246,32 +1199,31 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     with open(options.log, "x") if options.log else contextlib.nullcontext() as log:
         result = play(setting, log=log, stop=stop)
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
-    tell(format_table(metrics, result))
+    print(format_table(metrics, result))
     for name in options.strategy[1:] if not stop.is_set else ():
         other = play(dataclasses.replace(setting, strategy=name), stop=stop)
         runs[name] = cut_into_minutes(other)
-        tell("\n" + format_table(measure(other), other))
+        print("\n" + format_table(measure(other), other))
 
     # What is said of whole minutes, if no run was cut short.
     rows = []
     if options.bootstrap and not stop.is_set:
         metrics["bootstrap"] = b = resample(runs, options.bootstrap, default_rng(options.seed))
         rows.append((HEIGHT, [partial(plot_bootstrap, b=b, what="Net")]))
-        tell("\n" + format_bootstrap(b, "Bootstrap"))
+        print("\n" + format_bootstrap(b, "Bootstrap"))
     if options.regimes and not stop.is_set:
         metrics["regimes"] = regimes = summarize_regimes(result)
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
-        tell("\n" + format_regimes(regimes, "of all minutes"))
+        print("\n" + format_regimes(regimes, "of all minutes"))
 
     if options.out:
         write_results(result, metrics, options.out)
     if options.plot:
         maker, step = result.maker, len(result.columns["time_ns"]) // MOST_POINTS + 1
         c = {name: column[::step] for name, column in result.columns.items()}
-        markouts, fee_bps = metrics["markouts"], maker.parameters.maker_fee_bps
         of_run = mm.plot_rows(maker, c)
         of_run.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
-        of_run.append((HEIGHT, [partial(plot_markouts, markouts=markouts, fee_bps=fee_bps)]))
+        of_run.append((HEIGHT, [partial(plot_markouts, metrics=metrics)]))
         mm.draw_figure(of_run + rows, result.title, options.plot, shared=4)
         print(f"plot: {options.plot}")
 
@@ -1282,11 +1234,10 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
     c, digits = result.columns, result.maker.instrument.digits
 
     quotes = ["time_ns,bid_price,bid_qty,ask_price,ask_qty"]
-    columns = [c[name][result.sent].tolist() for name in quotes[0].split(",")]
-    for time_ns, bid, bid_qty, ask, ask_qty in zip(*columns):
-        orders = [f"{p:.{digits}f},{mm.plain(qty)}" if p == p else ","
-                  for p, qty in ((bid, bid_qty), (ask, ask_qty))]  # fmt: skip
-        quotes.append(f"{time_ns},{','.join(orders)}")
+    for k in result.sent:
+        orders = [(c[f"{side}_price"][k], c[f"{side}_qty"][k]) for side in ("bid", "ask")]
+        cells = [f"{p:.{digits}f},{mm.plain(qty)}" if p == p else "," for p, qty in orders]
+        quotes.append(",".join([str(c["time_ns"][k]), *cells]))
 
     fills = ["time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead,rule"]
     for f in result.fills:
@@ -1295,7 +1246,7 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
 
     equity, gross = ["time_ns,mid_price,inventory,gross,fees,net"], c["equity"] + c["fees_paid"]
     table = (c["time_ns"], c["mid_price"], c["inventory"], gross, c["fees_paid"], c["equity"])
-    for time_ns, *values in zip(*(column.tolist() for column in table)):
+    for time_ns, *values in zip(*table):
         equity.append(",".join([str(time_ns), *map(mm.plain, values)]))
 
     for name, lines in (("quotes", quotes), ("fills", fills), ("equity", equity)):
@@ -1340,29 +1291,30 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
             finer = play_all(refine_grid(trials, grid, setting, objective))
 
     # Judge what was found, also after a stop; of a walk only a whole one says something.
-    tell(setting.data.title.replace("backtest of", "search over"))
+    print(setting.data.title.replace("backtest of", "search over"))
     count, rows = options.bootstrap or RESAMPLES, []
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
-        tell(format_report(r, dataclasses.asdict(setting.parameters)))
+        print(format_report(r, dataclasses.asdict(setting.parameters)))
         if not stop.is_set:  # a part of a search replaces no whole one
             write_json(folder / "best.json", setting.given | r["best"])
             write_json(folder / "search.json", r)
         runs = [run for _, run in trials], [run for _, run in finer], [given], [r["run"]]
-        groups = dict(zip(("grid", "around its best", "as given", "best"), runs))
-        rows.append((4.4, [partial(plot_trials, groups=groups, split=r["split"])]))
+        rows.append((4.4, [partial(plot_trials, groups=runs, split=r["split"])]))
         rows.append((HEIGHT, [partial(plot_bootstrap, b=r["out_of_sample"])]))
     if options.walk_forward and not stop.is_set:
-        walk = walk_forward(setting, trials, given, options.walk_forward, objective, stop)
+        windows, span, walk = walk_forward(setting, trials, options.walk_forward, objective, stop)
     if options.walk_forward and not stop.is_set:  # subtle: the walk may have been stopped
-        runs = {"walk-forward": walk.traded, "as given": walk.given}
-        tell("\n" + format_walk(walk, resample(runs, count, default_rng(options.seed))))
-        rows.append((HEIGHT, [partial(plot_walk, walk=walk)]))
+        runs = {"walk-forward": cut_into_minutes(walk)[:, span], "as given": given[:, span]}
+        print("\n" + format_walk(windows, runs["walk-forward"], walk.columns))
+        joined = resample(runs, count, default_rng(options.seed))
+        print(format_bootstrap(joined, "Out of sample, windows joined"))
+        rows.append((HEIGHT, [partial(plot_walk, windows=windows, runs=runs)]))
     if options.regimes and not stop.is_set:
         best = options.tune and play(setting.change(r["best"]))
-        regimes = summarize_regimes(best or walk.result)
+        regimes = summarize_regimes(best or walk)
         whose = "of the best" if options.tune else "of the walk-forward"
-        tell("\n" + format_regimes(regimes, whose + ", all minutes"))
+        print("\n" + format_regimes(regimes, whose + ", all minutes"))
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
     if stop.is_set:
         print("stopped: the same command goes on from the trials that are kept")
@@ -1402,9 +1354,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):
-            value = type(low)(text)
-            if low <= value <= high:
-                return value
+            return feed.must_be(type(low), type(low)(text), low, high)
         raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low:g} to {high:g}")
 
     return convert
@@ -1412,9 +1362,8 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 def build_arguments() -> argparse.ArgumentParser:
     """The command line of `python backtest.py`."""
-    parser = feed.Arguments(
-        prog="backtest.py", description="The paper market maker over recorded history."
-    )
+    what = "The paper market maker over recorded history."
+    parser = feed.Arguments(prog="backtest.py", description=what)
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[mm.SAMPLE], metavar="FILE",
         help="recordings, in order of time (default: the bundled synthetic sample)")  # fmt: skip
