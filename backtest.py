@@ -11,30 +11,25 @@ there is no quote, and a markout does not look beyond the file of its fill.
 Assumptions, with the direction of their bias:
 
   - Fills, queue and latency follow the rules in marketmaker.py's docstring.
-  - `--participation` is the share of what is left of a trade behind the queue that fills us.
-    1 (default) is optimistic where others queue behind us and are served first.
+  - `--participation` is our share of what a trade leaves after the queue; 1: optimistic.
   - There is no impact by default: optimistic. `--impact-bps X` makes the price of each fill worse
     by X x (order / depth of its side near the mid): a rough stand-in, to see what it would cost.
   - `--outages N` draws windows in which we hear nothing and cannot cancel: what rests is hit.
-  - Recordings made of archives (data/archive.py) carry no receive time of their own, but the
-    exchange's plus a constant. Real latency has tails: optimistic.
-  - Funding is not modelled. The inventory left at the end is marked to the last mid, without
-    fee or slippage for closing it: slightly optimistic.
+  - Archives (data/archive.py) are heard after a constant; real latency has tails: optimistic.
+  - No funding; what is held at the end is marked to the mid, not closed: slightly optimistic.
 
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. The result is net =
 gross - fees, in USDT, of an account that starts empty.
 
-How sure is it? One path is no proof, and what a search finds looks better than it is. So
-`--bootstrap` resamples the minutes, `--tune` judges its choice on minutes that it did not look
-at, and `--walk-forward` tunes and trades in turn. The mathematics of this, and its sources, are
-in optimize.py.
+How sure is it? One path is no proof, and what a search finds looks better than it is: so
+`--bootstrap` resamples the minutes, `--tune` judges its choice on others than it looked at, and
+`--walk-forward` tunes and trades in turn. Their mathematics, with sources, is in optimize.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -48,7 +43,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,7 +179,7 @@ def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
 
     moved = {m + int((at <= m).sum()): note for m, note in tape.notes.items()}
     moved |= {int(m): note for m, (_, note) in zip(places, notes)}
-    return dataclasses.replace(tape, **columns, notes=moved)
+    return replace(tape, **columns, notes=moved)
 
 
 # ---- A run -------------------------------------------------------------------------
@@ -216,7 +211,7 @@ class Setting:
 
     def change(self, changes: Mapping[str, Any]) -> Setting:
         """The same with some parameters changed."""
-        return dataclasses.replace(self, given={**self.given, **changes})
+        return replace(self, given={**self.given, **changes})
 
 
 @dataclass(frozen=True)
@@ -263,7 +258,7 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
         notes, before = notes[len(of_tape) :], len(fills)
         with contextlib.suppress(StopIteration):
             maker.follow(insert_notes(tape, of_tape))
-        markouts.append(measure_markouts(fills[before:], *seen_mids(tape, maker)))
+        markouts.append(measure_markouts(fills[before:], tape, data.instrument.tick_size))
         if stop and stop.is_set:
             break
 
@@ -271,12 +266,11 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
     maker.finish()
     columns = maker.history.columns()
     minutes_ns = data.minutes_ns[data.minutes_ns + MINUTE_NS <= columns["time_ns"][-1]]
-    is_stopped = bool(stop and stop.is_set)
     differing = opt.in_words(opt.differing(setting.parameters)) or "parameters at their defaults"
     words = [f"strategy {maker.strategy_name}", differing]
     words += [f"{n} {v:g}" for n, v in setting.exchange.items() if v != FRICTIONLESS[n]]
     words += [f"{len(setting.outages)} outages"] if setting.outages else []
-    title = f"{data.title}{'   STOPPED EARLY' * is_stopped}\n{', '.join(words)}"
+    title = f"{data.title}{'   STOPPED EARLY' if stop and stop.is_set else ''}\n{', '.join(words)}"
     return Result(setting, title, maker, fills, columns, sent, minutes_ns, np.concatenate(markouts))
 
 
@@ -292,19 +286,13 @@ def draw_outages(count: int, tapes: list[Tape], rng: Generator) -> list[tuple[in
     return windows
 
 
-def seen_mids(tape: Tape, maker: mm.MarketMaker) -> tuple[np.ndarray, np.ndarray]:
-    """Exchange time of every book message of a tape, and the mid after it, USDT or nan."""
-    book_ns = tape.exch_ns[tape.is_book]
-    mids = tape.mid_ticks[tape.is_book] * maker.instrument.tick_size
-    return book_ns, mids
-
-
-def measure_markouts(fills: list[mm.Fill], book_ns: np.ndarray, mids: np.ndarray) -> np.ndarray:
+def measure_markouts(fills: list[mm.Fill], tape: Tape, tick_size: float) -> np.ndarray:
     """side (mid at fill time + h - price) / price x 1e4, bps: (fills, HORIZONS_S).
 
     That mid is the one after the last book message up to then, exchange time; nan before the
     first, in a hole and beyond the last. Bought at 100, mid 99.9 after 1 s: -10, run over.
     """
+    book_ns, mids = tape.exch_ns[tape.is_book], tape.mid_ticks[tape.is_book] * tick_size
     side = np.array([fill.side for fill in fills])[:, None]
     price = np.array([fill.price for fill in fills])[:, None]
     time_ns = np.array([fill.time_ns for fill in fills], np.int64)[:, None]
@@ -1160,7 +1148,7 @@ def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
     )
     _ = setting.parameters  # raises what is wrong with them
     outages = draw_outages(options.outages, setting.data.tapes, default_rng(options.seed))
-    return dataclasses.replace(setting, outages=outages)
+    return replace(setting, outages=outages)
 
 
 def run_each(options: argparse.Namespace) -> None:
@@ -1171,7 +1159,7 @@ def run_each(options: argparse.Namespace) -> None:
     for path in options.data:
         setting = make_setting(options, [path])
         for name in options.strategy:
-            metrics = measure(play(dataclasses.replace(setting, strategy=name), stop=stop))
+            metrics = measure(play(replace(setting, strategy=name), stop=stop))
             measured[name].append([metrics[measure] for measure in EACH])
         if stop.is_set:
             raise UserError("stopped: nothing is said of a part of the files")
@@ -1201,7 +1189,7 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
     print(format_table(metrics, result))
     for name in options.strategy[1:] if not stop.is_set else ():
-        other = play(dataclasses.replace(setting, strategy=name), stop=stop)
+        other = play(replace(setting, strategy=name), stop=stop)
         runs[name] = cut_into_minutes(other)
         print("\n" + format_table(measure(other), other))
 
@@ -1277,7 +1265,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     # The name of the file of trials holds a hash of code, data and setting, so that trials of
     # different kinds never mix.
     modules = (feed.__file__, opt.__file__, mm.__file__, __file__)
-    about = [dataclasses.astuple(setting), [Path(module).read_text() for module in modules]]
+    about = [astuple(setting), [Path(module).read_text() for module in modules]]
     path = folder / f"trials-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:10]}.jsonl"
 
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
@@ -1291,11 +1279,12 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
             finer = play_all(refine_grid(trials, grid, setting, objective))
 
     # Judge what was found, also after a stop; of a walk only a whole one says something.
-    print(setting.data.title.replace("backtest of", "search over"))
+    title = setting.data.title.replace("backtest of", "search over")
+    print(title)
     count, rows = options.bootstrap or RESAMPLES, []
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
-        print(format_report(r, dataclasses.asdict(setting.parameters)))
+        print(format_report(r, asdict(setting.parameters)))
         if not stop.is_set:  # a part of a search replaces no whole one
             write_json(folder / "best.json", setting.given | r["best"])
             write_json(folder / "search.json", r)
@@ -1320,7 +1309,8 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         print("stopped: the same command goes on from the trials that are kept")
     print(f"written to {folder}, trials to {path.name}")
     if rows and options.plot:
-        mm.draw_figure(rows, setting.data.title, options.plot)
+        title += f"\n{opt.in_words(opt.differing(setting.parameters))}"
+        mm.draw_figure(rows, title, options.plot)
         print(f"plot: {options.plot}")
 
 

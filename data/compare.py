@@ -185,7 +185,7 @@ def fill_rows(path: Path) -> dict[str, str]:
     for name, strategy in MAKERS.items():
         maker = play(path, tape, strategy)
         tape, fills = maker.tape, maker.account.fills
-        markouts = backtest.measure_markouts(fills, *backtest.seen_mids(tape, maker))
+        markouts = backtest.measure_markouts(fills, tape, maker.instrument.tick_size)
         rules, n = Counter(fill.rule for fill in fills), len(fills)
         minutes = np.array([fill.time_ns // MINUTE_NS for fill in fills])
         say = len(fills) >= FEWEST
