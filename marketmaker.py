@@ -333,8 +333,7 @@ class Order:
     """A paper order. It stands on the exchange in (arrival_ns, cancel_ns].
 
     It carries its own queue: at its arrival the size shown at its price, from then on it only
-    gets shorter (but see `see_row`). Rows at its price wait on the tape, from `next_message`
-    on, and are looked at when a message reaches the order: nobody needs its queue before.
+    gets shorter (but see `see_row`).
     """
 
     side: int
@@ -349,7 +348,6 @@ class Order:
     queue_at_arrival: float = INF
     eaten: float = 0.0  # of the queue, by trades
     due: float = 0.0  # base coin, our share of what trades left, below a lot so far
-    next_message: int = 0  # of the tape
 
     def see_row(self, shown: float, exch_ns: int) -> None:
         """A book row says what is shown at our price: a smaller size shortens the queue."""
@@ -382,7 +380,7 @@ class PaperExchange:
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
-    trade_ns: int = 0  # exchange time of the last trade of the tapes before
+    trade_ns: int = 0  # exchange time of the last trade that was met
     recv_ns: int = 0  # of the message that is matched
     mid_price: float = NAN  # just before that message
 
@@ -451,32 +449,23 @@ class PaperExchange:
                 levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
                 if levels:
                     m = first_place(self.reach[side][start:m] <= max(levels), start, m)
-            self.book.apply(tape, start, m)
+            self._apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
             start = m + 1
 
-    def end(self, tape: Tape) -> None:
-        """The tape ends: what it says of our queues is looked at before it goes."""
-        for order in self.orders:
-            self._catch_up(order, tape, len(tape))
-            order.next_message = 0
-        if len(tape.trade_ns):
-            self.trade_ns = tape.trade_ns.item(-1)
-
-    def _catch_up(self, order: Order, tape: Tape, stop: int) -> None:
-        """Rows at the order's price in the messages before stop that it has not looked at."""
-        if not order.has_arrived:
-            return
-        first, last = tape.first_row.item(order.next_message), tape.first_row.item(stop)
-        order.next_message = stop
-        worst = tape.worst_bid if order.side == BID else tape.worst_ask
-        for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
-            m = int(tape.first_row.searchsorted(first + row, "right")) - 1
-            shown = tape.size.item(first + row)
-            if not shown and order.level < worst.item(m) and not self.peer_rules:
-                shown = INF  # it was not deleted, it has left the window
-            order.see_row(shown, tape.exch_ns.item(m))
+    def _apply(self, tape: Tape, start: int, stop: int) -> None:
+        """Messages change the book, and by their rows at the price of an order its queue."""
+        self.book.apply(tape, start, stop)
+        first, last = tape.first_row.item(start), tape.first_row.item(stop)
+        levels = tape.level[first:last]
+        for order in [order for order in self.orders if order.has_arrived and first < last]:
+            for row in (levels == order.level).nonzero()[0].tolist():
+                m = int(tape.first_row.searchsorted(first + row, "right")) - 1
+                shown, worst = tape.size.item(first + row), View.worst(tape, order.side).item(m)
+                if not shown and order.level < worst and not self.peer_rules:
+                    shown = INF  # it was not deleted, it has left the window
+                order.see_row(shown, tape.exch_ns.item(m))
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -498,16 +487,14 @@ class PaperExchange:
 
         # A cancelled order is kept as long as a trade or a row of before its end may still
         # come: until both streams have gone past it, at most LATE_NS.
-        last_trade = tape.first_trade.item(m) - 1
-        trade_ns = tape.trade_ns.item(last_trade) if last_trade >= 0 else self.trade_ns
         late_ns = self.recv_ns - self.offset_ns - LATE_NS
-        passed_ns = max(min(trade_ns, self.book.exch_ns), late_ns)
+        passed_ns = max(min(self.trade_ns, self.book.exch_ns), late_ns)
         self.orders = [order for order in self.orders if order.cancel_ns >= passed_ns]
 
         # Who has arrived meets the book as it stands. He is refused where he would take.
         limit = self.parameters.max_inventory + self.instrument.lot_size / 2
         for order in [o for o in self.orders if not o.has_arrived and o.arrival_ns < exch_ns]:
-            order.has_arrived, order.next_message = True, m
+            order.has_arrived = True
             if order.is_taker:
                 self._walk_the_book(order)
             elif self._is_reached(order):
@@ -519,19 +506,17 @@ class PaperExchange:
 
         # A message of trades: each meets the orders as those before it left them.
         if kind == feed.TRADES:
-            for order in self.orders:
-                self._catch_up(order, tape, m)
-            for t in range(last_trade + 1, tape.first_trade.item(m + 1)):
+            for t in range(tape.first_trade.item(m), tape.first_trade.item(m + 1)):
                 if tape.trade_ns.item(t) >= late_ns:
                     self._meet_trade(tape, t)
+            self.trade_ns = exch_ns
             return
 
         # Of the book, or a ticker: does it shorten our queue, or reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
-        self.book.apply(tape, m, m + 1)
+        self._apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
-            self._catch_up(order, tape, m + 1)
             if kind == feed.SNAPSHOT:  # it tells of every level
                 order.see_row(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
@@ -682,7 +667,6 @@ class MarketMaker:
                 self._hear(m + 1)
                 self.decide(now_ns)
                 m += 1
-        self.exchange.end(tape)
         self.last_ns = max(self.last_ns, tape.recv_ns.item(-1))
 
     def _hear(self, stop: int) -> None:
