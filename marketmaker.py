@@ -118,10 +118,10 @@ class Market:
     liquidity: float = NAN  # million USDT traded per bp of mid movement
     mid_price: float = NAN  # USDT, at the last decision, as are the depths
     depths: dict[int, float] = field(default_factory=lambda: {BID: NAN, ASK: NAN})  # base coin
-    grid_mid: float = NAN  # USDT, the mid at the last whole second
+    grid_mid: float = NAN  # USDT, at the last whole second; nan after a hole: no return spans it
     returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # of 1 s
     turnovers: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
-    parts: deque = field(default_factory=deque)  # (tape, first, stop) of the last minute's trades
+    trades: deque = field(default_factory=deque)  # (exch_ns, level hit, size) of the last minute
 
     @property
     def depth_musd(self) -> float:
@@ -130,14 +130,9 @@ class Market:
 
     def recent_trades(self, tick_size: float) -> list[Trade]:
         """The trades of the last minute, exchange time, in the order received."""
-        trades: list[Trade] = []
-        for tape, first, stop in self.parts:
-            of_part = tape.trade_ns, tape.trade_level, tape.trade_size
-            for time_ns, level, size in zip(*(column[first:stop].tolist() for column in of_part)):
-                side = ASK if level > 0 else BID
-                trades.append(Trade(time_ns, side, abs(level) * tick_size, size))
-        newest_ns = max((trade.time_ns for trade in trades), default=0)
-        return [trade for trade in trades if trade.time_ns > newest_ns - MINUTE_NS]
+        newest_ns = max((time_ns for time_ns, _, _ in self.trades), default=0)
+        return [Trade(time_ns, ASK if level > 0 else BID, abs(level) * tick_size, size)
+                for time_ns, level, size in self.trades if time_ns > newest_ns - MINUTE_NS]
 
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
                        tick_size: float, half_life_s: float) -> None:  # fmt: skip
@@ -159,10 +154,6 @@ class Market:
         self.ema_ns = second_ns
         moved_bps = max(sum(map(abs, self.returns_bps)), 1e4 * tick_size / mid_price)  # a tick
         self.liquidity = sum(self.turnovers) / moved_bps
-
-    def restart(self) -> None:
-        """After a loss or a silence: no return runs across the hole. What is measured is kept."""
-        self.grid_mid = NAN
 
 
 # ---- Our account -------------------------------------------------------------------
@@ -285,11 +276,10 @@ def plain(value: float) -> str:
 
 def log_row(decision: Decision, digits: int) -> str:
     """A line of the log; empty where nothing is known. digits: decimals of a price."""
-    price = f".{digits}f"
-    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), price)
-    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f", "time_ns": ""}
-    cells = []
-    for name in LOGGED[:-2]:
+    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), f".{digits}f")
+    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f"}
+    cells = [str(decision.time_ns)]
+    for name in LOGGED[1:-2]:
         value = getattr(decision, name)
         is_missing = value != value or (name.endswith("_qty") and not value)
         text = format(value, forms[name]) if name in forms else plain(value)
@@ -610,13 +600,11 @@ class MarketMaker:
         self.is_stopped = False  # by max_drawdown_usdt, for good
         self.is_cut_off = False  # by an outage
         self.due_ns = 0  # the next decision
-        self.mid_ticks = NAN  # of the last one: one is due when the mid leaves this band around it
-        self.band_ticks = NAN
+        self.mid_ticks = NAN  # at the last one; the mid a requote_move away makes the next
         self.second_ns = 0  # the next whole second of receive time
         self.tape = feed.build_tape([])
         self.heard = 0  # its first message not yet heard
-        self.turnover = np.zeros(0)  # of each trade of the tape, ticks x base coin
-        self.traded: list[float] = []  # the turnover heard of in this second
+        self.traded: list[float] = []  # turnovers heard of in this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
         self.sources: Counter[str] = Counter()  # of decisions
         self.reasons: Counter[str] = Counter()
@@ -631,8 +619,6 @@ class MarketMaker:
     def follow(self, tape: Tape) -> None:
         """Hear messages until something is due; decide; go on."""
         self.tape, self.heard = tape, 0
-        self.turnover = np.abs(tape.trade_level) * tape.trade_size
-        mids = tape.mid_ticks
         self.messages += len(tape)
         self.exchange.begin(tape)
         # Snapshots, losses and control lines change the rules; the end of the tape ends all.
@@ -647,7 +633,8 @@ class MarketMaker:
             if self.is_stale:
                 stop = first_place(tape.kind[m:stop] == feed.DELTA, m, stop)
             stop = m + int(tape.recv_ns[m:stop].searchsorted(due_ns))
-            has_moved = np.abs(mids[m:stop] - self.mid_ticks) >= self.band_ticks
+            band_ticks = self.mid_ticks * self.parameters.requote_move_bps * 1e-4
+            has_moved = np.abs(tape.mid_ticks[m:stop] - self.mid_ticks) >= band_ticks
             m = first_place(has_moved, m, stop)
             is_move = m < stop
             self._hear(m)
@@ -671,18 +658,19 @@ class MarketMaker:
 
     def _hear(self, stop: int) -> None:
         """Messages before `stop` have come: our orders meet them, and the book shows them."""
-        first, last = self.tape.first_trade.item(self.heard), self.tape.first_trade.item(stop)
-        if last > first:
-            self.traded += self.turnover[first:last].tolist()
-            parts, newest_ns = self.market.parts, self.tape.trade_ns[last - 1]
-            parts.append((self.tape, first, last))
-            while parts[0][0].trade_ns[parts[0][2] - 1] < newest_ns - MINUTE_NS - LATE_NS:
-                parts.popleft()
-        self.exchange.match(self.tape, self.heard, stop)
+        tape, trades = self.tape, self.market.trades
+        first, last = tape.first_trade.item(self.heard), tape.first_trade.item(stop)
+        columns = tape.trade_ns, tape.trade_level, tape.trade_size
+        heard = [*zip(*(column[first:last].tolist() for column in columns))]
+        self.traded += [abs(level) * size for _, level, size in heard]
+        trades.extend(heard)
+        while heard and trades[0][0] < heard[-1][0] - MINUTE_NS - LATE_NS:
+            trades.popleft()
+        self.exchange.match(tape, self.heard, stop)
         self.heard = stop
-        book = self.tape.last_book.item(stop - 1) if stop else -1
+        book = tape.last_book.item(stop - 1) if stop else -1
         if book >= 0:
-            self.market.book_recv_ns = self.tape.recv_ns.item(book)
+            self.market.book_recv_ns = tape.recv_ns.item(book)
 
     def _change_rules(self, m: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
@@ -693,13 +681,13 @@ class MarketMaker:
             market.lost = ""
         elif self.tape.kind[m] == feed.LOST and not market.lost:
             market.lost = note["reason"]
-            market.restart()
+            market.grid_mid = NAN
             # At what price a taker order would trade, nobody can say: it is sent again later.
             self.exchange.orders = [o for o in self.exchange.orders if not o.is_taker]
         elif note.get("event") == "params":
             is_due = self._change_parameters(note)
         elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
-            market.restart()
+            market.grid_mid = NAN
             self.is_cut_off, self.exchange.back_ns = True, note["back_ns"]
         elif note.get("event") == "back":
             self.is_cut_off = False
@@ -751,21 +739,22 @@ class MarketMaker:
 
     def _pass_second(self, second_ns: int) -> None:
         """The mid after the last message before this second is a point of the grid."""
-        view = self.market.book.view
-        self._mark(view, second_ns)
+        self._mark(second_ns)
         tick_size, mid_price = self.instrument.tick_size, self.account.mid_price
         turnover_musd = math.fsum(self.traded) * tick_size * 1e-6  # subtle: exact in any order
         self.traded.clear()
         if mid_price == mid_price:
             half_life_s = self.parameters.half_life_s
             self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
-            if self._guard(view, second_ns) != self.last_guard:
+            if self._guard(second_ns) != self.last_guard:
                 self.due_ns = second_ns  # the next message decides
 
-    def _mark(self, view: View, time_ns: int) -> float:
-        """Mark the inventory to the mid that we see, own impact included; look at the drawdown."""
+    def _mark(self, time_ns: int) -> float:
+        """Mark the inventory to the mid that we see, own impact included, and return that mid in
+        ticks; look at the drawdown.
+        """
         account, limit = self.account, self.parameters.max_drawdown_usdt
-        mid_ticks = view.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
+        mid_ticks = self.market.book.view.mid_ticks * (1 + self.exchange.shift_bps(time_ns) * 1e-4)
         account.mark(mid_ticks * self.instrument.tick_size)
         account.peak_equity = max(account.peak_equity, account.equity)
         if limit is not None and account.peak_equity - account.equity > limit:
@@ -774,9 +763,9 @@ class MarketMaker:
 
     # -- deciding
 
-    def _guard(self, view: View, time_ns: int) -> str:
+    def _guard(self, time_ns: int) -> str:
         """Why there must be no quote now, the first reason of these; empty if there may be one."""
-        p, market = self.parameters, self.market
+        p, market, view = self.parameters, self.market, self.market.book.view
         gap_bps = abs(self.account.mid_price / view.mark_price - 1) * 1e4  # nan without a mark
         guards = {
             "outage": self.is_cut_off,
@@ -797,19 +786,18 @@ class MarketMaker:
         view, tick_size = market.book.view, self.instrument.tick_size
 
         # Mark the inventory, and measure the depth of a book that can be trusted.
-        mid_ticks = self._mark(view, time_ns)
-        move = NAN if self.is_cut_off else p.requote_move_bps * 1e-4
-        self.mid_ticks, self.band_ticks = view.mid_ticks, view.mid_ticks * move
+        mid_ticks = self._mark(time_ns)
+        self.mid_ticks = view.mid_ticks
         is_sound = not (market.lost or view.fault)
         market.mid_price = account.mid_price
         for side in SIDES:
             market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
 
         # Is there a reason to stay out? A book that has fallen silent is measured anew.
-        reason = self.last_guard = self._guard(view, time_ns)
+        reason = self.last_guard = self._guard(time_ns)
         is_stale = time_ns >= self.stale_ns()
         if is_stale and not self.is_stale:
-            market.restart()
+            market.grid_mid = NAN
         self.is_stale = is_stale
 
         # What to quote: distances from the mid, then levels and quantities.
@@ -836,7 +824,7 @@ class MarketMaker:
             account.equity, account.fees_paid, *terms, source, reason, any(sent), distances,
         )  # fmt: skip
         interval_s = opt.get_optimization_frequency(p, market.ema_volatility)
-        self.due_ns = NEVER if self.is_cut_off else time_ns + round(interval_s * NS)
+        self.due_ns = time_ns + round(interval_s * NS)
         self.sources[source] += 1
         self.reasons[reason] += 1
         if self.log is not None:
@@ -846,11 +834,10 @@ class MarketMaker:
 
     def _choose(self, time_ns: int) -> Distances:
         """Distances from the mid, by the strategy or its fallbacks."""
-        p, market, account = self.parameters, self.market, self.account
-        q = min(max(account.inventory / p.max_inventory, -1.0), 1.0)
+        p, market, name = self.parameters, self.market, self.strategy_name
+        q = min(max(self.account.inventory / p.max_inventory, -1.0), 1.0)
         good_ns, good = self.last_good
         age_s = (time_ns - good_ns) / NS
-        name = self.strategy_name
         distances = opt.choose_distances(self.strategy, name, p, market, q, good, age_s)
         if distances.source == name:
             self.last_good = (time_ns, distances)
@@ -878,7 +865,7 @@ class MarketMaker:
 
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
-        self._mark(self.market.book.view, self.last_ns)
+        self._mark(self.last_ns)
         a = self.account
         self.decision = self.decision._replace(
             time_ns=self.last_ns, mid_price=a.mid_price, inventory=a.inventory, cash=a.cash,
@@ -889,48 +876,7 @@ class MarketMaker:
 
 # ---- Display -----------------------------------------------------------------------
 
-ACCOUNT = """\
-Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills}{last_fill}
-Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
-               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
-               a round trip costs {round_trip_bps:g} bps, twice the maker fee
-"""
-SCREEN = """\
-{title}   {now} UTC
-paper trading: no order is ever sent
-
-Market         bid {bid:,.{digits}f}   ask {ask:,.{digits}f}   \
-last {view.last_price:,.{digits}f}   mark {view.mark_price:,.{digits}f} USDT
-               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
-               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s)
-               liquidity {d.liquidity:.2f} M USDT per bp   last trades {trades}
-Our quote      bid {d.bid_price:,.{digits}f} x {d.bid_qty:g}, {bid_bps:.2f} bps away
-               ask {d.ask_price:,.{digits}f} x {d.ask_qty:g}, {ask_bps:.2f} bps away
-               source {d.source}   {d.reason}   {market.lost}
-Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
-liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
-               at least {p.min_half_spread_bps:g}: no quote nearer to the mid
-Parameters     {changed}
-At the margin  {margin}
-""" + ACCOUNT + """\
-Feed           {feed}{maker.messages:,} messages   {counts[gaps]} gaps   \
-{counts[malformed]} malformed   lag {lag_ms:.0f} ms{problem}
-
-{notice}
-"""  # fmt: skip
-LINE = (
-    "{now}  mid {a.mid_price:,.{mid_digits}f}  quote {d.bid_price:,.{digits}f} / "
-    "{d.ask_price:,.{digits}f}  {d.source} {d.reason}  net {a.equity:+.2f}  {notice}\n"
-)
-SUMMARY = """\
-{title}
-Span           {first} to {now} UTC   {maker.messages} messages
-Decisions      {sources}
-Reasons        {reasons}
-Orders         {orders}
-""" + ACCOUNT + """\
-               turnover {a.turnover:,.0f}   the sum is off by {a.residual:.0e}
-"""  # fmt: skip
+VERBS = {BID: "bought", ASK: "sold"}
 
 
 def list_counts(counts: Counter) -> str:
@@ -949,6 +895,60 @@ def price_constraints(solution: opt.Solution, p: Parameters) -> str:
     words = (f"{what}: {100 * price / solution.cost:+.1f} %"
              for what, price in prices.items() if abs(price) > 1e-9)  # fmt: skip
     return "cost of the quote, " + "   ".join(words)
+
+
+def describe_market(maker: MarketMaker) -> str:
+    """What is known of the market and wanted, as of the last decision."""
+    d, p, market = maker.decision, maker.parameters, maker.market
+    view, n, coin = market.book.view, maker.instrument.digits, maker.instrument.base_coin
+    recent = market.recent_trades(maker.instrument.tick_size)[-3:]
+    trades = ", ".join(f"{VERBS[trade.side]} {trade.size:g}" for trade in recent)
+    bid_bps, ask_bps = (1e4 * abs(ours / d.mid_price - 1) for ours in (d.bid_price, d.ask_price))
+    solution = d.distances and d.distances.solution
+    return f"""\
+Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
+last {view.last_price:,.{n}f}   mark {view.mark_price:,.{n}f} USDT
+               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
+               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s)
+               liquidity {d.liquidity:.2f} M USDT per bp   last trades {trades or "none"}
+Our quote      bid {d.bid_price:,.{n}f} x {d.bid_qty:g}, {bid_bps:.2f} bps away
+               ask {d.ask_price:,.{n}f} x {d.ask_qty:g}, {ask_bps:.2f} bps away
+               source {d.source}   {d.reason}   {market.lost}
+Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
+liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
+               at least {p.min_half_spread_bps:g}: no quote nearer to the mid
+Parameters     {opt.in_words(opt.differing(p)) or "all at their defaults"}
+At the margin  {price_constraints(solution, p) if solution else "-"}
+"""
+
+
+def describe_account(maker: MarketMaker) -> str:
+    """Inventory, fills and result."""
+    a, p, coin = maker.account, maker.parameters, maker.instrument.base_coin
+    fills = f"{len(a.fills)} fill{'s' * (len(a.fills) != 1)}"
+    for last in a.fills[-1:]:
+        price = f"{last.price:,.{maker.instrument.digits}f}"
+        fills += f"   last: {VERBS[last.side]} {last.qty:g} at {price}"
+    return f"""\
+Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills}
+Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
+               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
+               a round trip costs {2 * p.maker_fee_bps:g} bps, twice the maker fee
+"""
+
+
+def summarize(maker: MarketMaker) -> str:
+    """What there is to say at the end."""
+    first, last = clock_text(maker.first_ns), clock_text(maker.last_ns)
+    return f"""\
+Span           {first} to {last} UTC   {maker.messages} messages
+Decisions      {list_counts(maker.sources)}
+Reasons        {list_counts(maker.reasons)}
+Orders         {list_counts(maker.exchange.counts)}
+{describe_account(maker)}\
+               turnover {maker.account.turnover:,.0f}   \
+the sum is off by {maker.account.residual:.0e}
+"""
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -977,22 +977,23 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
     fills, limit = maker.account.fills, maker.parameters.max_inventory
     x = c["x"] = (c["time_ns"] - maker.first_ns) / MINUTE_NS
 
+    def draw(ax: Any, values: np.ndarray, color: str, label: str, width: float = 0.9) -> None:
+        ax.step(x, values, color, where="post", linewidth=width, label=label)
+
     def plot_prices(ax: Any) -> None:
-        ax.plot(x, c["mid_price"], color=BLACK, linewidth=0.9, label="mid", zorder=4)
-        for side, name, verb, color, marker in (
-            (BID, "bid", "bought", BLUE, "^"), (ASK, "ask", "sold", RED, "v"),
-        ):  # fmt: skip
-            prices, ours = c[f"{name}_price"], [fill for fill in fills if fill.side == side]
-            ax.step(x, prices, color, where="post", linewidth=0.6, alpha=0.6, label=f"our {name}")
+        draw(ax, c["mid_price"], BLACK, "mid")
+        for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
+            draw(ax, c[f"{name}_price"], color, f"our {name}", 0.4)
+            ours = [fill for fill in fills if fill.side == side]
             at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
             ax.scatter(at, [fill.price for fill in ours], s=30 if len(fills) < 300 else 15,
                        c=color, marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
-                       label=f"{verb} ({len(ours):,})")  # fmt: skip
+                       label=f"{VERBS[side]} ({len(ours):,})")  # fmt: skip
         ax.ticklabel_format(axis="y", useOffset=False)
         finish_panel(ax, "Price", "USDT")
 
     def plot_inventory(ax: Any) -> None:
-        ax.step(x, c["inventory"], BLACK, where="post", linewidth=0.9, label="held")
+        draw(ax, c["inventory"], BLACK, "held")
         ax.axhline(limit, color=RED, linewidth=1.0, label="limit")
         ax.axhline(-limit, color=RED, linewidth=1.0)
         ax.axhline(0, color="grey", linewidth=0.6)
@@ -1002,10 +1003,9 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
         net, fees = c["equity"], c["fees_paid"]
         peak = np.maximum.accumulate(np.append(0.0, net))[1:]
         ax.fill_between(x, net, peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
-        for values, label, color in (
-            (net + fees, "gross", GREEN), (-fees, "- fees", PINK), (net, "= net", BLACK),
-        ):  # fmt: skip
-            ax.step(x, values, color, where="post", linewidth=1.2, label=label)
+        draw(ax, net + fees, GREEN, "gross", 1.2)
+        draw(ax, -fees, PINK, "- fees", 1.2)
+        draw(ax, net, BLACK, "= net", 1.2)
         ax.axhline(0, color="grey", linewidth=0.6)
         finish_panel(ax, "Result", "USDT")
 
@@ -1102,7 +1102,7 @@ class Session:
         maker.finish()
         if self.stream.isatty():
             self.show()
-        print(self.describe(SUMMARY), end="", file=self.stream)
+        print(f"{self.title}\n{summarize(maker)}", end="", file=self.stream)
         if self.options.plot and maker.messages:
             rows = plot_rows(maker, maker.history.columns())
             words = opt.in_words(opt.differing(maker.parameters)) or "parameters at their defaults"
@@ -1123,7 +1123,7 @@ class Session:
             self.read_edits()
         if self.source:
             self.source.tend()
-            if market.book.view.fault and not market.lost:
+            if market.book.view.fault and not market.lost:  # it heals by a new snapshot only
                 self.source.cut(f"resync: {market.book.view.fault}")
         if now_s >= self.next_show_s:
             self.next_show_s = now_s + (0.25 if self.stream.isatty() else 1.0)
@@ -1152,63 +1152,38 @@ class Session:
         except (UserError, ValueError, TypeError) as error:
             self.notice = f"edit of {self.options.params} refused: {error}"
 
-    def describe(self, template: str) -> str:
-        """A template from above, filled in; "-" stands for what is not known."""
-        maker, parser, source, feed_text = self.maker, self.parser, self.source, ""
-        decision, account, market = maker.decision, maker.account, maker.market
-        view, digits = market.book.view, maker.instrument.digits
-        is_sound = not (market.lost or view.fault)
-        bid, ask = (side * view.best(side) * maker.instrument.tick_size if is_sound else NAN
-                    for side in SIDES)  # fmt: skip
-
-        # In words: the last fill, the multipliers of the program, the feed.
-        last_fill, margin = "", "-"
-        if account.fills:
-            fill = account.fills[-1]
-            verb = "bought" if fill.side == BID else "sold"
-            last_fill = f"   last: {verb} {fill.qty:g} at {fill.price:,.{digits}f}"
-        if decision.distances and decision.distances.solution:
-            margin = price_constraints(decision.distances.solution, maker.parameters)
+    def describe_feed(self) -> str:
+        """How the connection is, and what went wrong."""
+        market, parser, source, text = self.maker.market, self.parser, self.source, ""
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            feed_text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
-            feed_text = "ENDED   " if source.stopping.is_set() else feed_text
-            feed_text += f"{source.reconnects} reconnects   "
-        trades = [f"{'bought' if t.side == BID else 'sold'} {t.size:g}"
-                  for t in market.recent_trades(maker.instrument.tick_size)[-3:]]  # fmt: skip
-        changed = opt.in_words(opt.differing(maker.parameters))
-        lag_ns = market.book_recv_ns - market.book.exch_ns - maker.exchange.offset_ns
-        problem = "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
-        if parser.problem:
-            problem += f"\n               last problem: {parser.problem}"
-
-        text = template.format(
-            maker=maker, d=decision, a=account, p=maker.parameters, view=view, bid=bid, ask=ask,
-            title=self.title, notice=self.notice, coin=maker.instrument.base_coin, market=market,
-            digits=digits, mid_digits=digits + 1, last_fill=last_fill,
-            fills=f"{len(account.fills)} fill{'s' * (len(account.fills) != 1)}",
-            bid_bps=1e4 * (1 - decision.bid_price / decision.mid_price),
-            ask_bps=1e4 * (decision.ask_price / decision.mid_price - 1), margin=margin,
-            first=clock_text(maker.first_ns), now=clock_text(maker.last_ns),
-            sources=list_counts(maker.sources), reasons=list_counts(maker.reasons),
-            orders=list_counts(maker.exchange.counts), feed=feed_text, counts=parser.counts,
-            lag_ms=lag_ns / MS, problem=problem, trades=", ".join(trades) or "none",
-            changed=changed or "all at their defaults",
-            round_trip_bps=2 * maker.parameters.maker_fee_bps,
-        )  # fmt: skip
-        return re.sub(r"\bnan\b", "-", text)
+            text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
+            text = "ENDED   " if source.stopping.is_set() else text
+            text += f"{source.reconnects} reconnects   "
+        text += f"{self.maker.messages:,} messages   {parser.counts['gaps']} gaps   "
+        lag_ns = market.book_recv_ns - market.book.exch_ns - self.maker.exchange.offset_ns
+        text += f"{parser.counts['malformed']} malformed   lag {lag_ns / MS:.0f} ms"
+        text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
+        return text + (f"\n               last problem: {parser.problem}" if parser.problem else "")
 
     def show(self) -> None:
         """The screen in place on a terminal; else the title, and then a line each time."""
+        maker, now = self.maker, clock_text(self.maker.last_ns)
+        d, net, digits = maker.decision, maker.account.equity, maker.instrument.digits
         if self.stream.isatty():
+            text = f"{self.title}   {now} UTC\npaper trading: no order is ever sent\n\n"
+            text += describe_market(maker) + describe_account(maker)
+            text += f"Feed           {self.describe_feed()}\n\n{self.notice}"
             columns, rows = shutil.get_terminal_size((80, 24))
-            lines = self.describe(SCREEN).splitlines()[: rows - 1]
+            lines = re.sub(r"\bnan\b", "-", text).splitlines()[: rows - 1]  # nan: not known
             text = "".join(f"{line[:columns]}\x1b[K\n" for line in lines)
             print(f"\x1b[H{text}\x1b[J", end="", file=self.stream, flush=True)
-        elif self.maker.messages:
-            if not self.has_begun:
-                print(self.title, file=self.stream)
-            print(self.describe(LINE), end="", file=self.stream, flush=True)
+        elif maker.messages:
+            text = "" if self.has_begun else f"{self.title}\n"
+            text += f"{now}  mid {maker.account.mid_price:,.{digits + 1}f}  "
+            text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
+            text += f"{d.source} {d.reason}  net {net:+.2f}  {self.notice}"
+            print(re.sub(r"\bnan\b", "-", text), file=self.stream, flush=True)
             self.has_begun, self.notice = True, ""
 
 
