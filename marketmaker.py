@@ -7,9 +7,8 @@ The loop, the same for the live socket, a recording and the backtest:
       show it to the book
       if a decision is due:  measure the market, solve the program, quote, log
 
-Between two decisions our orders do not move, so messages come as columns (a tape) and are
-matched in slices: only a message that reaches an order of ours, or at which one arrives,
-is looked at alone. Where a tape or a slice ends changes nothing.
+Messages come as columns (a tape), in slices that end at a decision: only one that reaches an
+order of ours, or at which one arrives, is looked at alone. Where a slice ends changes nothing.
 
 A decision is made at the first message that is due, with that message applied; its time is
 the message's recv_ns. The next is due one optimization interval later, or as soon as the mid is
@@ -39,6 +38,7 @@ has the same rules in their plainest form, message by message: `simulate`.)
     already: it neither eats the queue nor fills. Pessimistic.
   - While the connection is down we hear of no trade, so none fills us then: optimistic.
   - We take no volume from others, and move no price unless impact_bps says so: optimistic.
+  - Funding is not modelled.
 
 The feed *receives* a message, the market maker *hears* it, the exchange *matches* it with
 our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*; a fill is *settled*
@@ -46,7 +46,6 @@ in the *account*; the inventory is *marked* to the mid. A *decision* says what t
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
-Not modelled: funding. Our own impact and outages: only if backtest.py asks for them.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ import shutil
 import sys
 import time
 from array import array
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -622,14 +620,14 @@ class MarketMaker:
         self.messages += len(tape)
         self.exchange.begin(tape)
         # Snapshots, losses and control lines change the rules; the end of the tape ends all.
-        changes = [*(tape.kind > feed.TICKER).nonzero()[0].tolist(), len(tape)]
+        changes = np.append((tape.kind > feed.TICKER).nonzero()[0], len(tape))
         m = 0
         while m < len(tape):
             # What is due next: a decision, a whole second, or the end of our patience with a
             # silent book. Which message is as late as that, or changes the rules, or is of
             # the book and ends a silence?
             due_ns = min(self.due_ns, self.second_ns, self.silent_ns() + 1)
-            stop = min(changes[bisect_left(changes, m)], m + LOOK_AHEAD)
+            stop = min(changes.item(changes.searchsorted(m)), m + LOOK_AHEAD)
             if self.is_stale:
                 stop = first_place(tape.kind[m:stop] == feed.DELTA, m, stop)
             stop = m + int(tape.recv_ns[m:stop].searchsorted(due_ns))
@@ -1014,9 +1012,7 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
 
 def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path,
                 shared: int = 0) -> None:  # fmt: skip
-    """Panels below each other, each with its height in inches, as a PNG. The first
-    `shared` of them have one x axis.
-    """
+    """Panels, each with its height in inches, as a PNG; the first `shared` have one x axis."""
     from matplotlib.figure import Figure  # slow to import
 
     heights, panels = zip(*rows)
@@ -1072,10 +1068,7 @@ def choose_parameters(given: Mapping[str, Any], start: Mapping[str, Any],
 
 
 class Session:
-    """One run as its user sees it: the screen, the files, the edits of --params.
-
-    source is the live feed, None in a replay.
-    """
+    """One run as its user sees it: screen, files, edits of --params. A replay has no source."""
 
     def __init__(self, options: argparse.Namespace, maker: MarketMaker, title: str,
                  parser: feed.Parser, source: feed.LiveFeed | None = None) -> None:  # fmt: skip
@@ -1130,17 +1123,15 @@ class Session:
             self.show()
 
     def read_edits(self) -> None:
-        """A sound edit of --params becomes a message of the session; another gives a notice. What
-        is taken out of the file goes back to what it was without it.
-        """
+        """A sound edit of --params becomes a message of the session; another gives a notice."""
         maker, min_order = self.maker, self.maker.instrument.min_order
         try:
             given = given_parameters(self.options)
             if given == self.given:
                 return
-            before, values = maker.parameters, DEFAULTS | given
-            if not self.source:
-                values = DEFAULTS | maker.recorded | given
+            # What is taken out of the file goes back to what it was without it.
+            before, recorded = maker.parameters, {} if self.source else maker.recorded
+            values = DEFAULTS | recorded | given
             p = opt.change_parameters(before, values, min_order, running=True)
             if self.source:
                 self.source.emit(feed.control_line("params", parameters=asdict(p)))
@@ -1282,7 +1273,6 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
 
 STRATEGY_HELP = "lp (the program, default), fixed (default_spread_bps), as (Avellaneda-Stoikov), \
 or a file's quote(parameters, market, q)"
-
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
