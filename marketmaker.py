@@ -73,7 +73,7 @@ import websocket
 
 import feed
 import optimize as opt
-from feed import ASK, BID, MS, NEVER, NO_LEVEL, NS, SIDES, Tape, UserError, View, clock_text
+from feed import ASK, BID, MS, NEVER, NO_LEVEL, NS, SIDES, Tape, UserError, clock_text
 from optimize import INF, Distances, Parameters
 
 NAN = math.nan  # not known, or none
@@ -364,7 +364,7 @@ class PaperExchange:
     peer_rules: bool = False
     impact_bps: float = 0.0  # of a fill as large as the depth near the mid
     shifts: list = field(default_factory=lambda: [(0, 0.0)])  # (exch_ns, bps that we see from then)
-    back_ns: int = 0  # our clock; cut off until then: we and the exchange hear of nothing
+    back_ns: int = 0  # our clock; above 0: cut off until then, we and the exchange hear of nothing
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
@@ -446,12 +446,12 @@ class PaperExchange:
         """Messages change the book, and by their rows at the price of an order its queue."""
         self.book.apply(tape, start, stop)
         first, last = tape.first_row.item(start), tape.first_row.item(stop)
-        levels = tape.level[first:last]
-        for order in [order for order in self.orders if order.has_arrived and first < last]:
-            for row in (levels == order.level).nonzero()[0].tolist():
+        for order in [order for order in self.orders if order.has_arrived]:
+            worst = tape.worst_bid if order.side == BID else tape.worst_ask
+            for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
                 m = int(tape.first_row.searchsorted(first + row, "right")) - 1
-                shown, worst = tape.size.item(first + row), View.worst(tape, order.side).item(m)
-                if not shown and order.level < worst and not self.peer_rules:
+                shown = tape.size.item(first + row)
+                if not shown and order.level < worst.item(m) and not self.peer_rules:
                     shown = INF  # it was not deleted, it has left the window
                 order.see_row(shown, tape.exch_ns.item(m))
 
@@ -596,12 +596,10 @@ class MarketMaker:
         self.last_guard = "book lost"
         self.is_stale = False  # the book is silent
         self.is_stopped = False  # by max_drawdown_usdt, for good
-        self.is_cut_off = False  # by an outage
         self.due_ns = 0  # the next decision
         self.mid_ticks = NAN  # at the last one; the mid a requote_move away makes the next
         self.second_ns = 0  # the next whole second of receive time
-        self.tape = feed.build_tape([])
-        self.heard = 0  # its first message not yet heard
+        self.heard = 0  # the first message of the tape not yet heard
         self.traded: list[float] = []  # turnovers heard of in this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
         self.sources: Counter[str] = Counter()  # of decisions
@@ -616,7 +614,7 @@ class MarketMaker:
 
     def follow(self, tape: Tape) -> None:
         """Hear messages until something is due; decide; go on."""
-        self.tape, self.heard = tape, 0
+        self.heard = 0
         self.messages += len(tape)
         self.exchange.begin(tape)
         # Snapshots, losses and control lines change the rules; the end of the tape ends all.
@@ -635,7 +633,7 @@ class MarketMaker:
             has_moved = np.abs(tape.mid_ticks[m:stop] - self.mid_ticks) >= band_ticks
             m = first_place(has_moved, m, stop)
             is_move = m < stop
-            self._hear(m)
+            self._hear(tape, m)
             if m == len(tape):
                 break
             kind, now_ns = tape.kind.item(m), tape.recv_ns.item(m)
@@ -646,17 +644,17 @@ class MarketMaker:
             # and it is looked at again with a later due_ns.
             ends_silence = self.is_stale and kind == feed.DELTA
             if kind > feed.TICKER:
-                self._change_rules(m, now_ns)
+                self._change_rules(tape, m, now_ns)
                 m += 1
             elif ends_silence or is_move or now_ns >= self.due_ns:
-                self._hear(m + 1)
+                self._hear(tape, m + 1)
                 self.decide(now_ns)
                 m += 1
         self.last_ns = max(self.last_ns, tape.recv_ns.item(-1))
 
-    def _hear(self, stop: int) -> None:
+    def _hear(self, tape: Tape, stop: int) -> None:
         """Messages before `stop` have come: our orders meet them, and the book shows them."""
-        tape, trades = self.tape, self.market.trades
+        trades = self.market.trades
         first, last = tape.first_trade.item(self.heard), tape.first_trade.item(stop)
         columns = tape.trade_ns, tape.trade_level, tape.trade_size
         heard = [*zip(*(column[first:last].tolist() for column in columns))]
@@ -670,14 +668,14 @@ class MarketMaker:
         if book >= 0:
             self.market.book_recv_ns = tape.recv_ns.item(book)
 
-    def _change_rules(self, m: int, now_ns: int) -> None:
+    def _change_rules(self, tape: Tape, m: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
-        self._hear(m + 1)
-        market, note, is_due = self.market, self.tape.notes.get(m, {}), True
-        if self.tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
+        self._hear(tape, m + 1)
+        market, note, is_due = self.market, tape.notes.get(m, {}), True
+        if tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
             is_due = market.lost or self.is_stale or now_ns >= self.due_ns
             market.lost = ""
-        elif self.tape.kind[m] == feed.LOST and not market.lost:
+        elif tape.kind[m] == feed.LOST and not market.lost:
             market.lost = note["reason"]
             market.grid_mid = NAN
             # At what price a taker order would trade, nobody can say: it is sent again later.
@@ -686,9 +684,9 @@ class MarketMaker:
             is_due = self._change_parameters(note)
         elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
             market.grid_mid = NAN
-            self.is_cut_off, self.exchange.back_ns = True, note["back_ns"]
+            self.exchange.back_ns = note["back_ns"]
         elif note.get("event") == "back":
-            self.is_cut_off = False
+            self.exchange.back_ns = 0
         else:
             return
         if is_due:
@@ -716,7 +714,7 @@ class MarketMaker:
 
     def silent_ns(self) -> int:
         """When the book will fall silent; NEVER while nothing is measured."""
-        is_measured = not (self.market.lost or self.is_stale or self.is_cut_off)
+        is_measured = not (self.market.lost or self.is_stale or self.exchange.back_ns)
         return self.stale_ns() if is_measured else NEVER
 
     def pass_time(self, now_ns: int) -> None:
@@ -766,7 +764,7 @@ class MarketMaker:
         p, market, view = self.parameters, self.market, self.market.book.view
         gap_bps = abs(self.account.mid_price / view.mark_price - 1) * 1e4  # nan without a mark
         guards = {
-            "outage": self.is_cut_off,
+            "outage": self.exchange.back_ns,
             "book lost": market.lost,
             view.fault: view.fault,  # crossed, one-sided; empty: sound
             "book stale": time_ns >= self.stale_ns(),
@@ -778,7 +776,7 @@ class MarketMaker:
 
     def decide(self, time_ns: int) -> None:
         """Measure, choose, quote, log; the next decision is due an interval later."""
-        if self.is_cut_off and self.last_guard == "outage":
+        if self.exchange.back_ns and self.last_guard == "outage":
             return
         p, market, account = self.parameters, self.market, self.account
         view, tick_size = market.book.view, self.instrument.tick_size
@@ -793,10 +791,9 @@ class MarketMaker:
 
         # Is there a reason to stay out? A book that has fallen silent is measured anew.
         reason = self.last_guard = self._guard(time_ns)
-        is_stale = time_ns >= self.stale_ns()
-        if is_stale and not self.is_stale:
+        self.is_stale = time_ns >= self.stale_ns()
+        if self.is_stale:
             market.grid_mid = NAN
-        self.is_stale = is_stale
 
         # What to quote: distances from the mid, then levels and quantities.
         source, distances, wanted = "none", None, dict.fromkeys(SIDES, (None, 0.0))
