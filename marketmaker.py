@@ -7,9 +7,8 @@ The loop, the same for the live socket, a recording and the backtest:
       show it to the book
       if a decision is due:  measure the market, solve the program, quote, log
 
-Between two decisions our orders do not move, so messages come as columns (a tape) and are
-matched in slices: only a message that reaches an order of ours, or at which one arrives,
-is looked at alone. Where a tape or a slice ends changes nothing.
+Messages come as columns (a tape), in slices that end at a decision: only one that reaches an
+order of ours, or at which one arrives, is looked at alone. Where a slice ends changes nothing.
 
 A decision is made at the first message that is due, with that message applied; its time is
 the message's recv_ns. The next is due one optimization interval later, or as soon as the mid is
@@ -40,6 +39,7 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - While the connection is down we hear of no trade, so none fills us then: optimistic.
   - We take no volume from others and move no price: optimistic. impact_bps is a rough stand-in:
     each fill's price is that much worse, times the order's share of the depth near the mid.
+  - Funding is not modelled.
 
 The feed *receives* a message, the market maker *hears* it, the exchange *matches* it with
 our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*; a fill is *settled*
@@ -47,7 +47,6 @@ in the *account*; the inventory is *marked* to the mid. A *decision* says what t
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
-Not modelled: funding. Impact and outages: only if backtest.py asks for them.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ import shutil
 import sys
 import time
 from array import array
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -76,7 +74,7 @@ import websocket
 
 import feed
 import optimize as opt
-from feed import ASK, BID, MS, NEVER, NO_LEVEL, NS, SIDES, Tape, UserError, View, clock_text
+from feed import ASK, BID, MS, NEVER, NO_LEVEL, NS, SIDES, Tape, UserError, clock_text
 from optimize import INF, Distances, Parameters
 
 NAN = math.nan  # not known, or none
@@ -118,10 +116,10 @@ class Market:
     liquidity: float = NAN  # million USDT traded per bp of mid movement
     mid_price: float = NAN  # USDT, at the last decision, as are the depths
     depths: dict[int, float] = field(default_factory=lambda: {BID: NAN, ASK: NAN})  # base coin
-    grid_mid: float = NAN  # USDT, the mid at the last whole second
+    grid_mid: float = NAN  # USDT, at the last whole second; nan after a hole: no return spans it
     returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # of 1 s
     turnovers: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
-    parts: deque = field(default_factory=deque)  # (tape, first, stop) of the last minute's trades
+    trades: deque = field(default_factory=deque)  # (exch_ns, level hit, size) of the last minute
 
     @property
     def depth_musd(self) -> float:
@@ -130,14 +128,9 @@ class Market:
 
     def recent_trades(self, tick_size: float) -> list[Trade]:
         """The trades of the last minute, exchange time, in the order received."""
-        trades: list[Trade] = []
-        for tape, first, stop in self.parts:
-            of_part = tape.trade_ns, tape.trade_level, tape.trade_size
-            for time_ns, level, size in zip(*(column[first:stop].tolist() for column in of_part)):
-                side = ASK if level > 0 else BID
-                trades.append(Trade(time_ns, side, abs(level) * tick_size, size))
-        newest_ns = max((trade.time_ns for trade in trades), default=0)
-        return [trade for trade in trades if trade.time_ns > newest_ns - MINUTE_NS]
+        newest_ns = max((time_ns for time_ns, _, _ in self.trades), default=0)
+        return [Trade(time_ns, ASK if level > 0 else BID, abs(level) * tick_size, size)
+                for time_ns, level, size in self.trades if time_ns > newest_ns - MINUTE_NS]
 
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
                        tick_size: float, half_life_s: float) -> None:  # fmt: skip
@@ -159,10 +152,6 @@ class Market:
         self.ema_ns = second_ns
         moved_bps = max(sum(map(abs, self.returns_bps)), 1e4 * tick_size / mid_price)  # a tick
         self.liquidity = sum(self.turnovers) / moved_bps
-
-    def restart(self) -> None:
-        """After a loss or a silence: no return runs across the hole. What is measured is kept."""
-        self.grid_mid = NAN
 
 
 # ---- Our account -------------------------------------------------------------------
@@ -285,11 +274,10 @@ def plain(value: float) -> str:
 
 def log_row(decision: Decision, digits: int) -> str:
     """A line of the log; empty where nothing is known. digits: decimals of a price."""
-    price = f".{digits}f"
-    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), price)
-    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f", "time_ns": ""}
-    cells = []
-    for name in LOGGED[:-2]:
+    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), f".{digits}f")
+    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f"}
+    cells = [str(decision.time_ns)]
+    for name in LOGGED[1:-2]:
         value = getattr(decision, name)
         is_missing = value != value or (name.endswith("_qty") and not value)
         text = format(value, forms[name]) if name in forms else plain(value)
@@ -332,8 +320,7 @@ class Order:
     """A paper order. It stands on the exchange in (arrival_ns, cancel_ns].
 
     It carries its own queue: at its arrival the size shown at its price, from then on it only
-    gets shorter (but see `see_row`). Rows at its price wait on the tape, from `next_message`
-    on, and are looked at when a message reaches the order: nobody needs its queue before.
+    gets shorter (but see `see_row`).
     """
 
     side: int
@@ -348,7 +335,6 @@ class Order:
     queue_at_arrival: float = INF
     eaten: float = 0.0  # of the queue, by trades
     due: float = 0.0  # base coin, our share of what trades left, below a lot so far
-    next_message: int = 0  # of the tape
 
     def see_row(self, shown: float, exch_ns: int) -> None:
         """A book row says what is shown at our price: a smaller size shortens the queue."""
@@ -376,11 +362,11 @@ class PaperExchange:
     participation: float = 1.0  # our share of what is left of a trade
     peer_rules: bool = False
     impact_bps: float = 0.0  # of an order as large as the depth near the mid
-    back_ns: int = 0  # our clock; cut off until then: we and the exchange hear of nothing
+    back_ns: int = 0  # our clock; above 0: cut off until then, we and the exchange hear of nothing
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
-    trade_ns: int = 0  # exchange time of the last trade of the tapes before
+    trade_ns: int = 0  # exchange time of the last trade that was met
     recv_ns: int = 0  # of the message that is matched
     mid_price: float = NAN  # just before that message
 
@@ -444,32 +430,23 @@ class PaperExchange:
                 levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
                 if levels:
                     m = first_place(self.reach[side][start:m] <= max(levels), start, m)
-            self.book.apply(tape, start, m)
+            self._apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
             start = m + 1
 
-    def end(self, tape: Tape) -> None:
-        """The tape ends: what it says of our queues is looked at before it goes."""
-        for order in self.orders:
-            self._catch_up(order, tape, len(tape))
-            order.next_message = 0
-        if len(tape.trade_ns):
-            self.trade_ns = tape.trade_ns.item(-1)
-
-    def _catch_up(self, order: Order, tape: Tape, stop: int) -> None:
-        """Rows at the order's price in the messages before stop that it has not looked at."""
-        if not order.has_arrived:
-            return
-        first, last = tape.first_row.item(order.next_message), tape.first_row.item(stop)
-        order.next_message = stop
-        worst = tape.worst_bid if order.side == BID else tape.worst_ask
-        for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
-            m = int(tape.first_row.searchsorted(first + row, "right")) - 1
-            shown = tape.size.item(first + row)
-            if not shown and order.level < worst.item(m) and not self.peer_rules:
-                shown = INF  # it was not deleted, it has left the window
-            order.see_row(shown, tape.exch_ns.item(m))
+    def _apply(self, tape: Tape, start: int, stop: int) -> None:
+        """Messages change the book, and by their rows at the price of an order its queue."""
+        self.book.apply(tape, start, stop)
+        first, last = tape.first_row.item(start), tape.first_row.item(stop)
+        for order in [order for order in self.orders if order.has_arrived]:
+            worst = tape.worst_bid if order.side == BID else tape.worst_ask
+            for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
+                m = int(tape.first_row.searchsorted(first + row, "right")) - 1
+                shown = tape.size.item(first + row)
+                if not shown and order.level < worst.item(m) and not self.peer_rules:
+                    shown = INF  # it was not deleted, it has left the window
+                order.see_row(shown, tape.exch_ns.item(m))
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -491,16 +468,14 @@ class PaperExchange:
 
         # A cancelled order is kept as long as a trade or a row of before its end may still
         # come: until both streams have gone past it, at most LATE_NS.
-        last_trade = tape.first_trade.item(m) - 1
-        trade_ns = tape.trade_ns.item(last_trade) if last_trade >= 0 else self.trade_ns
         late_ns = self.recv_ns - self.offset_ns - LATE_NS
-        passed_ns = max(min(trade_ns, self.book.exch_ns), late_ns)
+        passed_ns = max(min(self.trade_ns, self.book.exch_ns), late_ns)
         self.orders = [order for order in self.orders if order.cancel_ns >= passed_ns]
 
         # Who has arrived meets the book as it stands. He is refused where he would take.
         limit = self.parameters.max_inventory + self.instrument.lot_size / 2
         for order in [o for o in self.orders if not o.has_arrived and o.arrival_ns < exch_ns]:
-            order.has_arrived, order.next_message = True, m
+            order.has_arrived = True
             if order.is_taker:
                 self._walk_the_book(order)
             elif self._is_reached(order):
@@ -512,19 +487,17 @@ class PaperExchange:
 
         # A message of trades: each meets the orders as those before it left them.
         if kind == feed.TRADES:
-            for order in self.orders:
-                self._catch_up(order, tape, m)
-            for t in range(last_trade + 1, tape.first_trade.item(m + 1)):
+            for t in range(tape.first_trade.item(m), tape.first_trade.item(m + 1)):
                 if tape.trade_ns.item(t) >= late_ns:
                     self._meet_trade(tape, t)
+            self.trade_ns = exch_ns
             return
 
         # Of the book, or a ticker: does it shorten our queue, or reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
-        self.book.apply(tape, m, m + 1)
+        self._apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
-            self._catch_up(order, tape, m + 1)
             if kind == feed.SNAPSHOT:  # it tells of every level
                 order.see_row(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
@@ -614,15 +587,11 @@ class MarketMaker:
         self.last_guard = "book lost"
         self.is_stale = False  # the book is silent
         self.is_stopped = False  # by max_drawdown_usdt, for good
-        self.is_cut_off = False  # by an outage
         self.due_ns = 0  # the next decision
-        self.mid_ticks = NAN  # of the last one: one is due when the mid leaves this band around it
-        self.band_ticks = NAN
+        self.mid_ticks = NAN  # at the last one; the mid a requote_move away makes the next
         self.second_ns = 0  # the next whole second of receive time
-        self.tape = feed.build_tape([])
-        self.heard = 0  # its first message not yet heard
-        self.turnover = np.zeros(0)  # of each trade of the tape, ticks x base coin
-        self.traded: list[float] = []  # the turnover heard of in this second
+        self.heard = 0  # the first message of the tape not yet heard
+        self.traded: list[float] = []  # turnovers heard of in this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
         self.sources: Counter[str] = Counter()  # of decisions
         self.reasons: Counter[str] = Counter()
@@ -636,27 +605,26 @@ class MarketMaker:
 
     def follow(self, tape: Tape) -> None:
         """Hear messages until something is due; decide; go on."""
-        self.tape, self.heard = tape, 0
-        self.turnover = np.abs(tape.trade_level) * tape.trade_size
-        mids = tape.mid_ticks
+        self.heard = 0
         self.messages += len(tape)
         self.exchange.begin(tape)
         # Snapshots, losses and control lines change the rules; the end of the tape ends all.
-        changes = [*(tape.kind > feed.TICKER).nonzero()[0].tolist(), len(tape)]
+        changes = np.append((tape.kind > feed.TICKER).nonzero()[0], len(tape))
         m = 0
         while m < len(tape):
             # What is due next: a decision, a whole second, or the end of our patience with a
             # silent book. Which message is as late as that, or changes the rules, or is of
             # the book and ends a silence?
             due_ns = min(self.due_ns, self.second_ns, self.silent_ns() + 1)
-            stop = min(changes[bisect_left(changes, m)], m + LOOK_AHEAD)
+            stop = min(changes.item(changes.searchsorted(m)), m + LOOK_AHEAD)
             if self.is_stale:
                 stop = first_place(tape.kind[m:stop] == feed.DELTA, m, stop)
             stop = m + int(tape.recv_ns[m:stop].searchsorted(due_ns))
-            has_moved = np.abs(mids[m:stop] - self.mid_ticks) >= self.band_ticks
+            band_ticks = self.mid_ticks * self.parameters.requote_move_bps * 1e-4
+            has_moved = np.abs(tape.mid_ticks[m:stop] - self.mid_ticks) >= band_ticks
             m = first_place(has_moved, m, stop)
             is_move = m < stop
-            self._hear(m)
+            self._hear(tape, m)
             if m == len(tape):
                 break
             kind, now_ns = tape.kind.item(m), tape.recv_ns.item(m)
@@ -667,49 +635,49 @@ class MarketMaker:
             # and it is looked at again with a later due_ns.
             ends_silence = self.is_stale and kind == feed.DELTA
             if kind > feed.TICKER:
-                self._change_rules(m, now_ns)
+                self._change_rules(tape, m, now_ns)
                 m += 1
             elif ends_silence or is_move or now_ns >= self.due_ns:
-                self._hear(m + 1)
+                self._hear(tape, m + 1)
                 self.decide(now_ns)
                 m += 1
-        self.exchange.end(tape)
         self.last_ns = max(self.last_ns, tape.recv_ns.item(-1))
 
-    def _hear(self, stop: int) -> None:
+    def _hear(self, tape: Tape, stop: int) -> None:
         """Messages before `stop` have come: our orders meet them, and the book shows them."""
-        first, last = self.tape.first_trade.item(self.heard), self.tape.first_trade.item(stop)
-        if last > first:
-            self.traded += self.turnover[first:last].tolist()
-            parts, newest_ns = self.market.parts, self.tape.trade_ns[last - 1]
-            parts.append((self.tape, first, last))
-            while parts[0][0].trade_ns[parts[0][2] - 1] < newest_ns - MINUTE_NS - LATE_NS:
-                parts.popleft()
-        self.exchange.match(self.tape, self.heard, stop)
+        trades = self.market.trades
+        first, last = tape.first_trade.item(self.heard), tape.first_trade.item(stop)
+        columns = tape.trade_ns, tape.trade_level, tape.trade_size
+        heard = [*zip(*(column[first:last].tolist() for column in columns))]
+        self.traded += [abs(level) * size for _, level, size in heard]
+        trades.extend(heard)
+        while heard and trades[0][0] < heard[-1][0] - MINUTE_NS - LATE_NS:
+            trades.popleft()
+        self.exchange.match(tape, self.heard, stop)
         self.heard = stop
-        book = self.tape.last_book.item(stop - 1) if stop else -1
+        book = tape.last_book.item(stop - 1) if stop else -1
         if book >= 0:
-            self.market.book_recv_ns = self.tape.recv_ns.item(book)
+            self.market.book_recv_ns = tape.recv_ns.item(book)
 
-    def _change_rules(self, m: int, now_ns: int) -> None:
+    def _change_rules(self, tape: Tape, m: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
-        self._hear(m + 1)
-        market, note, is_due = self.market, self.tape.notes.get(m, {}), True
-        if self.tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
+        self._hear(tape, m + 1)
+        market, note, is_due = self.market, tape.notes.get(m, {}), True
+        if tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
             is_due = market.lost or self.is_stale or now_ns >= self.due_ns
             market.lost = ""
-        elif self.tape.kind[m] == feed.LOST and not market.lost:
+        elif tape.kind[m] == feed.LOST and not market.lost:
             market.lost = note["reason"]
-            market.restart()
+            market.grid_mid = NAN
             # At what price a taker order would trade, nobody can say: it is sent again later.
             self.exchange.orders = [o for o in self.exchange.orders if not o.is_taker]
         elif note.get("event") == "params":
             is_due = self._change_parameters(note)
         elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
-            market.restart()
-            self.is_cut_off, self.exchange.back_ns = True, note["back_ns"]
+            market.grid_mid = NAN
+            self.exchange.back_ns = note["back_ns"]
         elif note.get("event") == "back":
-            self.is_cut_off = False
+            self.exchange.back_ns = 0
         else:
             return
         if is_due:
@@ -737,7 +705,7 @@ class MarketMaker:
 
     def silent_ns(self) -> int:
         """When the book will fall silent; NEVER while nothing is measured."""
-        is_measured = not (self.market.lost or self.is_stale or self.is_cut_off)
+        is_measured = not (self.market.lost or self.is_stale or self.exchange.back_ns)
         return self.stale_ns() if is_measured else NEVER
 
     def pass_time(self, now_ns: int) -> None:
@@ -759,7 +727,7 @@ class MarketMaker:
     def _pass_second(self, second_ns: int) -> None:
         """The mid after the last message before this second is a point of the grid."""
         view = self.market.book.view
-        self._mark(view)
+        self._mark()
         tick_size, mid_price = self.instrument.tick_size, view.mid_ticks * self.instrument.tick_size
         turnover_musd = math.fsum(self.traded) * tick_size * 1e-6  # subtle: exact in any order
         self.traded.clear()
@@ -767,26 +735,26 @@ class MarketMaker:
             half_life_s = self.parameters.half_life_s
             self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
         else:
-            self.market.restart()
-        if self._guard(view, second_ns) != self.last_guard:
+            self.market.grid_mid = NAN
+        if self._guard(second_ns) != self.last_guard:
             self.due_ns = second_ns  # the next message decides
 
-    def _mark(self, view: View) -> None:
+    def _mark(self) -> None:
         """Mark the inventory to the mid, and look at the drawdown."""
         account, limit = self.account, self.parameters.max_drawdown_usdt
-        account.mark(view.mid_ticks * self.instrument.tick_size)
+        account.mark(self.market.book.view.mid_ticks * self.instrument.tick_size)
         account.peak_equity = max(account.peak_equity, account.equity)
         if limit is not None and account.peak_equity - account.equity > limit:
             self.is_stopped = True  # for good
 
     # -- deciding
 
-    def _guard(self, view: View, time_ns: int) -> str:
+    def _guard(self, time_ns: int) -> str:
         """Why there must be no quote now, the first reason of these; empty if there may be one."""
-        p, market = self.parameters, self.market
+        p, market, view = self.parameters, self.market, self.market.book.view
         gap_bps = abs(self.account.mid_price / view.mark_price - 1) * 1e4  # nan without a mark
         guards = {
-            "outage": self.is_cut_off,
+            "outage": self.exchange.back_ns,
             "book lost": market.lost,
             view.fault: view.fault,  # crossed, one-sided; empty: sound
             "book stale": time_ns >= self.stale_ns(),
@@ -798,26 +766,24 @@ class MarketMaker:
 
     def decide(self, time_ns: int) -> None:
         """Measure, choose, quote, log; the next decision is due an interval later."""
-        if self.is_cut_off and self.last_guard == "outage":
+        if self.exchange.back_ns and self.last_guard == "outage":
             return
         p, market, account = self.parameters, self.market, self.account
         view, tick_size = market.book.view, self.instrument.tick_size
 
         # Mark the inventory, and measure the depth of a book that can be trusted.
-        self._mark(view)
-        move = NAN if self.is_cut_off else p.requote_move_bps * 1e-4
-        self.mid_ticks, self.band_ticks = view.mid_ticks, view.mid_ticks * move
+        self._mark()
+        self.mid_ticks = view.mid_ticks
         is_sound = not (market.lost or view.fault)
         market.mid_price = account.mid_price
         for side in SIDES:
             market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
 
         # Is there a reason to stay out? No return runs across a silence of the book.
-        reason = self.last_guard = self._guard(view, time_ns)
-        is_stale = time_ns >= self.stale_ns()
-        if is_stale and not self.is_stale:
-            market.restart()
-        self.is_stale = is_stale
+        reason = self.last_guard = self._guard(time_ns)
+        self.is_stale = time_ns >= self.stale_ns()
+        if self.is_stale:
+            market.grid_mid = NAN
 
         # What to quote: distances from the mid, then levels and quantities.
         source, distances, wanted = "none", None, dict.fromkeys(SIDES, (None, 0.0))
@@ -843,7 +809,7 @@ class MarketMaker:
             account.equity, account.fees_paid, *terms, source, reason, any(sent), distances,
         )  # fmt: skip
         interval_s = opt.get_optimization_frequency(p, market.ema_volatility)
-        self.due_ns = NEVER if self.is_cut_off else time_ns + round(interval_s * NS)
+        self.due_ns = time_ns + round(interval_s * NS)
         self.sources[source] += 1
         self.reasons[reason] += 1
         if self.log is not None:
@@ -853,11 +819,10 @@ class MarketMaker:
 
     def _choose(self, time_ns: int) -> Distances:
         """Distances from the mid, by the strategy or its fallbacks."""
-        p, market, account = self.parameters, self.market, self.account
-        q = min(max(account.inventory / p.max_inventory, -1.0), 1.0)
+        p, market, name = self.parameters, self.market, self.strategy_name
+        q = min(max(self.account.inventory / p.max_inventory, -1.0), 1.0)
         good_ns, good = self.last_good
         age_s = (time_ns - good_ns) / NS
-        name = self.strategy_name
         distances = opt.choose_distances(self.strategy, name, p, market, q, good, age_s)
         if distances.source == name:
             self.last_good = (time_ns, distances)
@@ -885,7 +850,7 @@ class MarketMaker:
 
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
-        self._mark(self.market.book.view)
+        self._mark()
         a = self.account
         last = self.decision._replace(
             time_ns=self.last_ns, mid_price=a.mid_price, inventory=a.inventory, cash=a.cash,
@@ -896,48 +861,7 @@ class MarketMaker:
 
 # ---- Display -----------------------------------------------------------------------
 
-ACCOUNT = """\
-Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills}{last_fill}
-Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
-               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
-               a round trip costs {round_trip_bps:g} bps, twice the maker fee
-"""
-SCREEN = """\
-{title}   {now} UTC
-paper trading: no order is ever sent
-
-Market         bid {bid:,.{digits}f}   ask {ask:,.{digits}f}   \
-last {view.last_price:,.{digits}f}   mark {view.mark_price:,.{digits}f} USDT
-               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
-               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s)
-               liquidity {d.liquidity:.2f} M USDT per bp   last trades {trades}
-Our quote      bid {d.bid_price:,.{digits}f} x {d.bid_qty:g}, {bid_bps:.2f} bps away
-               ask {d.ask_price:,.{digits}f} x {d.ask_qty:g}, {ask_bps:.2f} bps away
-               source {d.source}   {d.reason}   {market.lost}
-Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
-liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
-               at least {p.min_half_spread_bps:g}: no quote nearer to the mid
-Parameters     {changed}
-At the margin  {margin}
-""" + ACCOUNT + """\
-Feed           {feed}{maker.messages:,} messages   {counts[gaps]} gaps   \
-{counts[malformed]} malformed   lag {lag_ms:.0f} ms{problem}
-
-{notice}
-"""  # fmt: skip
-LINE = (
-    "{now}  mid {a.mid_price:,.{mid_digits}f}  quote {d.bid_price:,.{digits}f} / "
-    "{d.ask_price:,.{digits}f}  {d.source} {d.reason}  net {a.equity:+.2f}  {notice}\n"
-)
-SUMMARY = """\
-{title}
-Span           {first} to {now} UTC   {maker.messages} messages
-Decisions      {sources}
-Reasons        {reasons}
-Orders         {orders}
-""" + ACCOUNT + """\
-               turnover {a.turnover:,.0f}   the sum is off by {a.residual:.0e}
-"""  # fmt: skip
+VERBS = {BID: "bought", ASK: "sold"}
 
 
 def list_counts(counts: Counter) -> str:
@@ -956,6 +880,60 @@ def price_constraints(solution: opt.Solution, p: Parameters) -> str:
     words = (f"{what}: {100 * price / solution.cost:+.1f} %"
              for what, price in prices.items() if abs(price) > 1e-9)  # fmt: skip
     return "cost of the quote, " + "   ".join(words)
+
+
+def describe_market(maker: MarketMaker) -> str:
+    """What is known of the market and wanted, as of the last decision."""
+    d, p, market = maker.decision, maker.parameters, maker.market
+    view, n, coin = market.book.view, maker.instrument.digits, maker.instrument.base_coin
+    recent = market.recent_trades(maker.instrument.tick_size)[-3:]
+    trades = ", ".join(f"{VERBS[trade.side]} {trade.size:g}" for trade in recent)
+    bid_bps, ask_bps = (1e4 * abs(ours / d.mid_price - 1) for ours in (d.bid_price, d.ask_price))
+    solution = d.distances and d.distances.solution
+    return f"""\
+Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
+last {view.last_price:,.{n}f}   mark {view.mark_price:,.{n}f} USDT
+               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
+               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s)
+               liquidity {d.liquidity:.2f} M USDT per bp   last trades {trades or "none"}
+Our quote      bid {d.bid_price:,.{n}f} x {d.bid_qty:g}, {bid_bps:.2f} bps away
+               ask {d.ask_price:,.{n}f} x {d.ask_qty:g}, {ask_bps:.2f} bps away
+               source {d.source}   {d.reason}   {market.lost}
+Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
+liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
+               at least {p.min_half_spread_bps:g}: no quote nearer to the mid
+Parameters     {opt.in_words(opt.differing(p)) or "all at their defaults"}
+At the margin  {price_constraints(solution, p) if solution else "-"}
+"""
+
+
+def describe_account(maker: MarketMaker) -> str:
+    """Inventory, fills and result."""
+    a, p, coin = maker.account, maker.parameters, maker.instrument.base_coin
+    fills = f"{len(a.fills)} fill{'s' * (len(a.fills) != 1)}"
+    for last in a.fills[-1:]:
+        price = f"{last.price:,.{maker.instrument.digits}f}"
+        fills += f"   last: {VERBS[last.side]} {last.qty:g} at {price}"
+    return f"""\
+Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills}
+Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
+               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
+               a round trip costs {2 * p.maker_fee_bps:g} bps, twice the maker fee
+"""
+
+
+def summarize(maker: MarketMaker) -> str:
+    """What there is to say at the end."""
+    first, last = clock_text(maker.first_ns), clock_text(maker.last_ns)
+    return f"""\
+Span           {first} to {last} UTC   {maker.messages} messages
+Decisions      {list_counts(maker.sources)}
+Reasons        {list_counts(maker.reasons)}
+Orders         {list_counts(maker.exchange.counts)}
+{describe_account(maker)}\
+               turnover {maker.account.turnover:,.0f}   \
+the sum is off by {maker.account.residual:.0e}
+"""
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -984,22 +962,23 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
     fills, limit = maker.account.fills, maker.parameters.max_inventory
     x = c["x"] = (c["time_ns"] - maker.first_ns) / MINUTE_NS
 
+    def draw(ax: Any, values: np.ndarray, color: str, label: str, width: float = 0.9) -> None:
+        ax.step(x, values, color, where="post", linewidth=width, label=label)
+
     def plot_prices(ax: Any) -> None:
-        ax.plot(x, c["mid_price"], color=BLACK, linewidth=0.9, label="mid", zorder=4)
-        for side, name, verb, color, marker in (
-            (BID, "bid", "bought", BLUE, "^"), (ASK, "ask", "sold", RED, "v"),
-        ):  # fmt: skip
-            prices, ours = c[f"{name}_price"], [fill for fill in fills if fill.side == side]
-            ax.step(x, prices, color, where="post", linewidth=0.6, alpha=0.6, label=f"our {name}")
+        draw(ax, c["mid_price"], BLACK, "mid")
+        for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
+            draw(ax, c[f"{name}_price"], color, f"our {name}", 0.4)
+            ours = [fill for fill in fills if fill.side == side]
             at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
             ax.scatter(at, [fill.price for fill in ours], s=30 if len(fills) < 300 else 15,
                        c=color, marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
-                       label=f"{verb} ({len(ours):,})")  # fmt: skip
+                       label=f"{VERBS[side]} ({len(ours):,})")  # fmt: skip
         ax.ticklabel_format(axis="y", useOffset=False)
         finish_panel(ax, "Price", "USDT")
 
     def plot_inventory(ax: Any) -> None:
-        ax.step(x, c["inventory"], BLACK, where="post", linewidth=0.9, label="held")
+        draw(ax, c["inventory"], BLACK, "held")
         ax.axhline(limit, color=RED, linewidth=1.0, label="limit")
         ax.axhline(-limit, color=RED, linewidth=1.0)
         ax.axhline(0, color="grey", linewidth=0.6)
@@ -1009,10 +988,9 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
         net, fees = c["equity"], c["fees_paid"]
         peak = np.maximum.accumulate(np.append(0.0, net))[1:]
         ax.fill_between(x, net, peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
-        for values, label, color in (
-            (net + fees, "gross", GREEN), (-fees, "- fees", PINK), (net, "= net", BLACK),
-        ):  # fmt: skip
-            ax.step(x, values, color, where="post", linewidth=1.2, label=label)
+        draw(ax, net + fees, GREEN, "gross", 1.2)
+        draw(ax, -fees, PINK, "- fees", 1.2)
+        draw(ax, net, BLACK, "= net", 1.2)
         ax.axhline(0, color="grey", linewidth=0.6)
         finish_panel(ax, "Result", "USDT")
 
@@ -1021,9 +999,7 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
 
 def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path,
                 shared: int = 0) -> None:  # fmt: skip
-    """Panels below each other, each with its height in inches, as a PNG. The first
-    `shared` of them have one x axis.
-    """
+    """Panels, each with its height in inches, as a PNG; the first `shared` have one x axis."""
     from matplotlib.figure import Figure  # slow to import
 
     heights, panels = zip(*rows)
@@ -1079,10 +1055,7 @@ def choose_parameters(given: Mapping[str, Any], start: Mapping[str, Any],
 
 
 class Session:
-    """One run as its user sees it: the screen, the files, the edits of --params.
-
-    source is the live feed, None in a replay.
-    """
+    """One run as its user sees it: screen, files, edits of --params. A replay has no source."""
 
     def __init__(self, options: argparse.Namespace, maker: MarketMaker, title: str,
                  parser: feed.Parser, source: feed.LiveFeed | None = None) -> None:  # fmt: skip
@@ -1109,7 +1082,7 @@ class Session:
         maker.finish()
         if self.stream.isatty():
             self.show()
-        print(self.describe(SUMMARY), end="", file=self.stream)
+        print(f"{self.title}\n{summarize(maker)}", end="", file=self.stream)
         if self.options.plot and maker.messages:
             rows = plot_rows(maker, maker.history.columns())
             words = opt.in_words(opt.differing(maker.parameters)) or "parameters at their defaults"
@@ -1130,24 +1103,22 @@ class Session:
             self.read_edits()
         if self.source:
             self.source.tend()
-            if market.book.view.fault and not market.lost:
+            if market.book.view.fault and not market.lost:  # it heals by a new snapshot only
                 self.source.cut(f"resync: {market.book.view.fault}")
         if now_s >= self.next_show_s:
             self.next_show_s = now_s + (0.25 if self.stream.isatty() else 1.0)
             self.show()
 
     def read_edits(self) -> None:
-        """A sound edit of --params becomes a message of the session; another gives a notice. What
-        is taken out of the file goes back to what it was without it.
-        """
+        """A sound edit of --params becomes a message of the session; another gives a notice."""
         maker, min_order = self.maker, self.maker.instrument.min_order
         try:
             given = given_parameters(self.options)
             if given == self.given:
                 return
-            before, values = maker.parameters, DEFAULTS | given
-            if not self.source:
-                values = DEFAULTS | maker.recorded | given
+            # What is taken out of the file goes back to what it was without it.
+            before, recorded = maker.parameters, {} if self.source else maker.recorded
+            values = DEFAULTS | recorded | given
             p = opt.change_parameters(before, values, min_order, running=True)
             if self.source:
                 self.source.emit(feed.control_line("params", parameters=asdict(p)))
@@ -1159,63 +1130,38 @@ class Session:
         except (UserError, ValueError, TypeError) as error:
             self.notice = f"edit of {self.options.params} refused: {error}"
 
-    def describe(self, template: str) -> str:
-        """A template from above, filled in; "-" stands for what is not known."""
-        maker, parser, source, feed_text = self.maker, self.parser, self.source, ""
-        decision, account, market = maker.decision, maker.account, maker.market
-        view, digits = market.book.view, maker.instrument.digits
-        is_sound = not (market.lost or view.fault)
-        bid, ask = (side * view.best(side) * maker.instrument.tick_size if is_sound else NAN
-                    for side in SIDES)  # fmt: skip
-
-        # In words: the last fill, the multipliers of the program, the feed.
-        last_fill, margin = "", "-"
-        if account.fills:
-            fill = account.fills[-1]
-            verb = "bought" if fill.side == BID else "sold"
-            last_fill = f"   last: {verb} {fill.qty:g} at {fill.price:,.{digits}f}"
-        if decision.distances and decision.distances.solution:
-            margin = price_constraints(decision.distances.solution, maker.parameters)
+    def describe_feed(self) -> str:
+        """How the connection is, and what went wrong."""
+        market, parser, source, text = self.maker.market, self.parser, self.source, ""
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            feed_text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
-            feed_text = "ENDED   " if source.stopping.is_set() else feed_text
-            feed_text += f"{source.reconnects} reconnects   "
-        trades = [f"{'bought' if t.side == BID else 'sold'} {t.size:g}"
-                  for t in market.recent_trades(maker.instrument.tick_size)[-3:]]  # fmt: skip
-        changed = opt.in_words(opt.differing(maker.parameters))
-        lag_ns = market.book_recv_ns - market.book.exch_ns - maker.exchange.offset_ns
-        problem = "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
-        if parser.problem:
-            problem += f"\n               last problem: {parser.problem}"
-
-        text = template.format(
-            maker=maker, d=decision, a=account, p=maker.parameters, view=view, bid=bid, ask=ask,
-            title=self.title, notice=self.notice, coin=maker.instrument.base_coin, market=market,
-            digits=digits, mid_digits=digits + 1, last_fill=last_fill,
-            fills=f"{len(account.fills)} fill{'s' * (len(account.fills) != 1)}",
-            bid_bps=1e4 * (1 - decision.bid_price / decision.mid_price),
-            ask_bps=1e4 * (decision.ask_price / decision.mid_price - 1), margin=margin,
-            first=clock_text(maker.first_ns), now=clock_text(maker.last_ns),
-            sources=list_counts(maker.sources), reasons=list_counts(maker.reasons),
-            orders=list_counts(maker.exchange.counts), feed=feed_text, counts=parser.counts,
-            lag_ms=lag_ns / MS, problem=problem, trades=", ".join(trades) or "none",
-            changed=changed or "all at their defaults",
-            round_trip_bps=2 * maker.parameters.maker_fee_bps,
-        )  # fmt: skip
-        return re.sub(r"\bnan\b", "-", text)
+            text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
+            text = "ENDED   " if source.stopping.is_set() else text
+            text += f"{source.reconnects} reconnects   "
+        text += f"{self.maker.messages:,} messages   {parser.counts['gaps']} gaps   "
+        lag_ns = market.book_recv_ns - market.book.exch_ns - self.maker.exchange.offset_ns
+        text += f"{parser.counts['malformed']} malformed   lag {lag_ns / MS:.0f} ms"
+        text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
+        return text + (f"\n               last problem: {parser.problem}" if parser.problem else "")
 
     def show(self) -> None:
         """The screen in place on a terminal; else the title, and then a line each time."""
+        maker, now = self.maker, clock_text(self.maker.last_ns)
+        d, net, digits = maker.decision, maker.account.equity, maker.instrument.digits
         if self.stream.isatty():
+            text = f"{self.title}   {now} UTC\npaper trading: no order is ever sent\n\n"
+            text += describe_market(maker) + describe_account(maker)
+            text += f"Feed           {self.describe_feed()}\n\n{self.notice}"
             columns, rows = shutil.get_terminal_size((80, 24))
-            lines = self.describe(SCREEN).splitlines()[: rows - 1]
+            lines = re.sub(r"\bnan\b", "-", text).splitlines()[: rows - 1]  # nan: not known
             text = "".join(f"{line[:columns]}\x1b[K\n" for line in lines)
             print(f"\x1b[H{text}\x1b[J", end="", file=self.stream, flush=True)
-        elif self.maker.messages:
-            if not self.has_begun:
-                print(self.title, file=self.stream)
-            print(self.describe(LINE), end="", file=self.stream, flush=True)
+        elif maker.messages:
+            text = "" if self.has_begun else f"{self.title}\n"
+            text += f"{now}  mid {maker.account.mid_price:,.{digits + 1}f}  "
+            text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
+            text += f"{d.source} {d.reason}  net {net:+.2f}  {self.notice}"
+            print(re.sub(r"\bnan\b", "-", text), file=self.stream, flush=True)
             self.has_begun, self.notice = True, ""
 
 
@@ -1314,7 +1260,6 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
 
 STRATEGY_HELP = "lp (the program, default), fixed (default_spread_bps), as (Avellaneda-Stoikov), \
 or a file's quote(parameters, market, q)"
-
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:

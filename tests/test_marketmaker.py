@@ -362,7 +362,7 @@ def run(bursts: list[list[Message]], **values) -> tuple[Maker, list[str]]:
     for burst in bursts:
         maker.take(*burst)
     market = vars(maker.market) | {"book": maker.market.book.view}
-    market["parts"] = maker.market.recent_trades(COIN.tick_size)
+    market["trades"] = maker.market.recent_trades(COIN.tick_size)
     orders = [(o.side, o.level, o.left, o.arrival_ns) for o in maker.exchange.orders]
     memory = maker.account, market, orders, maker.exchange.counts, maker.decision, maker.due_ns
     return maker, [*log.getvalue().splitlines(), *map(repr, memory)]
