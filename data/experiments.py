@@ -1,19 +1,16 @@
 """Nine experiments on simulated markets: the tables of the README.
 
-    python data/experiments.py [1 2 ... 9]      (all: some five minutes on 2 cores)
+    python data/experiments.py [1 2 ... 9]      (all: some four minutes on 2 cores)
 
-The problem. One path of the market proves nothing: a result that is +3 on one is -4 on the
-next. Here every question is asked on the same eight paths of two hours (simulate.py, seeds 1
-to 8, kept in data/paths), and the answer is a mean over the paths with its standard error
-(±). Where two settings are compared, they are compared path by path: what the market did to
-both cancels. All data are SYNTHETIC: they show what the program does, not what it earns.
+The problem. One path of the market proves nothing. Here every question is asked on the same
+eight paths of two hours (simulate.py, seeds 1 to 8, kept in data/paths); the answer is a mean
+over the paths ± its standard error, of differences path by path where two settings are compared.
+All data are SYNTHETIC: they show what the program does at its defaults, not what it earns.
 
 Units: money in USDT over two hours of a path, inventory in BTC, spreads and markouts in bps.
-The market maker is marketmaker.py at its defaults, but for what an experiment says.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,15 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import backtest  # noqa: E402
-import feed  # noqa: E402
 import marketmaker  # noqa: E402
 import optimize as opt  # noqa: E402
 
-FOLDER = ROOT / "data" / "paths"
 SEEDS, HOURS = range(1, 9), 2
-PATHS = [FOLDER / f"seed-{seed}.jsonl.gz" for seed in SEEDS]
-Runs = list[dict[str, Any]]  # the metrics of a setting, path by path
-Column = Callable[[Runs], str]  # of a table
+PATHS = [ROOT / "data" / "paths" / f"seed-{seed}.jsonl.gz" for seed in SEEDS]
+Runs = dict[str, np.ndarray]  # the metrics of a setting: (paths,) each
+Column = Callable[[Runs, Runs], str]  # of a table: its cell, from a line's runs and the first's
 
 
 # ---- Paths and runs ----------------------------------------------------------------
@@ -44,20 +39,18 @@ Column = Callable[[Runs], str]  # of a table
 
 def make_paths(pool: ProcessPoolExecutor) -> None:
     """Simulate what is missing."""
-    FOLDER.mkdir(exist_ok=True)
-    script = ROOT / "data" / "simulate.py"
-    commands = [
-        [sys.executable, script, "--out", path, "--hours", str(HOURS), "--seed", str(seed)]
-        for seed, path in zip(SEEDS, PATHS) if not path.exists()
-    ]  # fmt: skip
+    PATHS[0].parent.mkdir(exist_ok=True)
+    simulate = [sys.executable, ROOT / "data" / "simulate.py", "--hours", str(HOURS)]
+    commands = [[*simulate, "--out", path, "--seed", str(seed)]
+                for seed, path in zip(SEEDS, PATHS) if not path.exists()]  # fmt: skip
     for k, _ in enumerate(pool.map(partial(subprocess.run, check=True), commands), 1):
         print(f"  {k} of {len(commands)} paths simulated", file=sys.stderr, flush=True)
 
 
 def play_one(path: Path, strategy: str | Callable, exchange: dict, given: dict) -> dict[str, Any]:
     """What a worker does: the metrics of one run."""
-    stamps, steps = (backtest.stamp_file(path),), (None, None, None)
-    setting = backtest.Setting(stamps, steps, given, strategy, exchange)
+    stamps = (backtest.stamp_file(path),)
+    setting = backtest.Setting(stamps, (None, None, None), given, strategy, exchange)
     return backtest.measure(backtest.play(setting))
 
 
@@ -69,43 +62,29 @@ def play(pool: ProcessPoolExecutor, strategy: str | Callable | Sequence = "lp",
         of_path = [v[k] if isinstance(v, list) else v for v in (strategy, *given.values())]
         mine = dict(zip(given, of_path[1:]))
         waiting.append(pool.submit(play_one, path, of_path[0], exchange or {}, mine))
-    return [future.result() for future in waiting]
-
-
-def values(runs: Runs, name: str) -> np.ndarray:
-    """One metric, path by path."""
-    return np.array([run[name] for run in runs], float)
+    runs = [future.result() for future in waiting]
+    return {name: np.array([run[name] for run in runs]) for name in runs[0]}
 
 
 def with_error(x: np.ndarray) -> str:
-    """Mean ± standard error over the paths."""
-    return f"{x.mean():+.2f} ± {x.std(ddof=1) / math.sqrt(len(x)):.2f}"
+    """Mean ± standard error over paths."""
+    return f"{x.mean():+.2f} ± {x.std(ddof=1) / np.sqrt(len(x)):.2f}"
 
 
 def mean(name: str, form: str) -> Column:
     """A column: the plain mean over the paths."""
-    return lambda runs: format(values(runs, name).mean(), form)
+    return lambda runs, _: format(runs[name].mean(), form)
 
 
-def error(name: str) -> Column:
-    """A column: mean ± standard error."""
-    return lambda runs: with_error(values(runs, name))
+def error(name: str, more: bool = False) -> Column:
+    """A column: mean ± standard error, or that of what there is more of than in the first line."""
+    return lambda runs, first: with_error(runs[name] - (first[name] if more else 0))
 
 
-def per_turnover(name: str) -> Column:
-    """A column: bps of the turnover."""
-    return lambda runs: with_error(values(runs, name) / values(runs, "turnover_usdt") * 1e4)
-
-
-def less(name: str, others: Runs) -> Column:
-    """A column: what there is more of than in other runs on the same paths."""
-    return lambda runs: with_error(values(runs, name) - values(others, name))
-
-
-def markout(runs: Runs, rule: str = "") -> str:
-    """A column: the markout after 1 s, over the paths that have fills."""
-    cells = [run["rules"][rule]["markout"] if rule else run["markouts"]["both"]["1 s"]
-             for run in runs]  # fmt: skip
+def markout(runs: Runs, _: Runs, rule: str = "") -> str:
+    """A column: the markout after 1 s, over the paths that have fills (of a rule)."""
+    of_rule = [rules[rule]["markout"] for rules in runs["rules"] if rule]
+    cells = of_rule or [markouts["both"]["1 s"] for markouts in runs["markouts"]]
     known = np.array([cell.mean for cell in cells if cell.n])
     return with_error(known) if len(known) > 1 else "-"
 
@@ -121,57 +100,48 @@ def show(title: str, head: str, rows: list[list[Any]]) -> None:
 
 def compare(title: str, what: str, runs: dict[Any, Runs], columns: dict[str, Column]) -> None:
     """A table of settings, a line each."""
-    rows = [[name, *(column(of) for column in columns.values())] for name, of in runs.items()]
+    first = next(iter(runs.values()))
+    rows = [[name, *(cell(of, first) for cell in columns.values())] for name, of in runs.items()]
     show(title, " | ".join([what, *columns]), rows)
 
 
 # ---- The experiments ---------------------------------------------------------------
 
 
-def control_inventory(pool: ProcessPoolExecutor) -> None:
-    runs = {alpha: play(pool, alpha=alpha) for alpha in (0.0, 0.25, 1.0, 4.0)}
-    compare("1. Inventory control: what does the lean do?", "alpha", runs, {
+def sweep(number: int, pool: ProcessPoolExecutor) -> None:
+    """An experiment that varies one parameter."""
+    title, name, tried, columns = SWEEPS[number]
+    runs = {value: play(pool, **{name: value}) for value in tried}
+    compare(f"{number}. {title}", name.removesuffix("_bps"), runs, columns)
+
+
+SWEEPS = {  # title, parameter, what is tried, columns
+    1: ("Inventory control: what does the lean do?", "alpha", (0.0, 0.25, 1.0, 4.0), {
         "sd of inventory": mean("inventory_std", ".4f"), "gross": GROSS,
-        "sd over paths": lambda runs: f"{values(runs, 'gross_usdt').std(ddof=1):.2f}",
-        "more than at 0": less("gross_usdt", runs[0.0]), "drawdown": error("max_drawdown_usdt"),
-    })  # fmt: skip
-
-
-def pay_the_fee(pool: ProcessPoolExecutor) -> None:
-    runs = {half: play(pool, min_half_spread_bps=half) for half in (0.5, 1.0, 1.5, 2.0)}
-    compare("2. The fee, 2 bps a fill: which edge earns it, and at which fee does each break even?",
-            "min_half_spread", runs, {
+        "sd over paths": lambda runs, _: f"{runs['gross_usdt'].std(ddof=1):.2f}",
+        "more than at 0": error("gross_usdt", more=True), "drawdown": error("max_drawdown_usdt")}),
+    2: ("The fee, 2 bps a fill: which edge earns it, and at which fee does each break even?",
+        "min_half_spread_bps", (0.5, 1.0, 1.5, 2.0), {
         "fills": FILLS, "gross": GROSS, "fees": error("fees_usdt"), "net": NET,
-        "break-even fee, bps": per_turnover("gross_usdt"),
-    })  # fmt: skip
-
-
-def choose_a_width(pool: ProcessPoolExecutor) -> None:
-    runs = {gamma: play(pool, gamma=gamma) for gamma in (0.0, 0.25, 0.5, 1.0, 2.0)}
-    compare("3. Width: what does a spread that follows volatility buy?", "gamma", runs, {
-        "quoted spread": WIDTH, "fills": FILLS, "markout 1 s": markout, "gross": GROSS, "net": NET,
-    })  # fmt: skip
-
-
-def grow_stale(pool: ProcessPoolExecutor) -> None:
-    runs = {move: play(pool, requote_move_bps=move) for move in (0.25, 0.5, 1.0, 2.0, 5.0)}
-    compare("4. Staleness: a quote that waits for a larger move of the mid", "requote_move", runs, {
+        "break-even fee, bps": error("gross_bps")}),
+    3: ("Width: what does a spread that follows volatility buy?",
+        "gamma", (0.0, 0.25, 0.5, 1.0, 2.0), {"quoted spread": WIDTH,
+        "fills": FILLS, "markout 1 s": markout, "gross": GROSS, "net": NET}),
+    4: ("Staleness: a quote that waits for a larger move of the mid",
+        "requote_move_bps", (0.25, 0.5, 1.0, 2.0, 5.0), {
         "orders": mean("orders_sent", ",.0f"), "fills": FILLS, "quoted spread": WIDTH,
-        "captured, bps": per_turnover("spread_captured_usdt"), "gross": GROSS,
-    })  # fmt: skip
+        "captured, bps": error("spread_captured_bps"), "gross": GROSS}),
+}  # fmt: skip
 
 
 def follow_jump(seconds: range) -> np.ndarray:
-    """Half the base spread around a jump of 50 bps at second 0: (seconds, 2), bps, by the
-    volatility of now and by its average.
-    """
+    """Half the base spread, bps, around a jump at second 0, by both volatilities: (seconds, 2)."""
     market, halves, p = marketmaker.Market(), [], opt.Parameters()
     for second in seconds:
         mid_price = 65_000 * (1 + 50e-4 * (second >= 0)) + 2 * (second % 2)
-        market.measure_second(second * feed.NS, mid_price, 0.3, 0.1, p.half_life_s)
-        sigmas = market.volatility, market.ema_volatility
+        market.measure_second(second * 1_000_000_000, mid_price, 0.3, 0.1, p.half_life_s)
         halves.append([opt.base_spread_function(p, sigma, market.liquidity, 1.0).total_bps / 2
-                       for sigma in sigmas])  # fmt: skip
+                       for sigma in (market.volatility, market.ema_volatility)])  # fmt: skip
     return np.array(halves)
 
 
@@ -192,36 +162,31 @@ def who_hit_me(pool: ProcessPoolExecutor) -> None:
     rows, kinds = [], {"our defaults": play(pool), "at the touch": play(pool, at_the_touch)}
     for name, runs in kinds.items():
         for rule in marketmaker.RULES[:3]:
-            count = sum(run["rules"][rule]["fills"] for run in runs)
-            share = count / values(runs, "fills").sum()
-            rows.append([name, rule, f"{count:,}", f"{share:.0%}", markout(runs, rule)])
+            count = sum(rules[rule]["fills"] for rules in runs["rules"])
+            share = f"{count / runs['fills'].sum():.0%}"
+            rows.append([name, rule, f"{count:,}", share, markout(runs, runs, rule)])
     show("6. Who hit me: fills by the rule that made them",
          "quote | rule | fills | share | markout 1 s", rows)
 
 
 def wait_in_the_queue(pool: ProcessPoolExecutor) -> None:
-    runs = {model: play(pool, at_the_touch, fill_model=model) for model in opt.FILL_MODELS}
+    quote = partial(play, pool, at_the_touch)
+    runs = {model: quote(fill_model=model) for model in opt.FILL_MODELS}
     for ms in (5.0, 500.0):
-        runs[f"queue, {ms:g} ms"] = play(pool, at_the_touch, order_latency_ms=ms)
-    runs["queue, a fifth of the rest"] = play(pool, at_the_touch, {"participation": 0.2})
+        runs[f"queue, {ms:g} ms"] = quote(order_latency_ms=ms)
+    runs["queue, a fifth of the rest"] = quote({"participation": 0.2})
     for qty in (0.01, 0.05):
-        runs[f"impact 20, orders of {qty:g}"] = play(
-            pool, at_the_touch, {"impact_bps": 20.0}, order_qty=qty
-        )
+        runs[f"impact 20, orders of {qty:g}"] = quote({"impact_bps": 20.0}, order_qty=qty)
     compare("7. The queue at the touch: what fill model, latency, share and impact make of it",
-            "fills by", runs, {
-        "fills": FILLS, "markout 1 s": markout, "gross": GROSS, "net": NET,
-        "gross, bps": per_turnover("gross_usdt"),
-    })  # fmt: skip
+            "fills by", runs, {"fills": FILLS, "markout 1 s": markout, "gross": GROSS,
+                               "net": NET, "gross, bps": error("gross_bps")})  # fmt: skip
 
 
 def overfit(pool: ProcessPoolExecutor) -> None:
-    grid = opt.expand_grid({"alpha": [0.25, 1.0, 4.0], "gamma": [0.0, 0.5, 2.0],
-                            "zeta": [0.0, 1.0, 4.0]})  # fmt: skip
-    work = [pool.submit(play_one, PATHS[0], "lp", {}, changes) for changes in grid]
-    nets = [future.result()["gross_usdt"] for future in work]
-    best = grid[int(np.argmax(nets))]
-    gain = values(play(pool, **best), "gross_usdt") - values(play(pool), "gross_usdt")
+    grid = opt.expand_grid({"alpha": [0.25, 1, 4], "gamma": [0, 0.5, 2], "zeta": [0, 1, 4]})
+    tried = pool.map(partial(play_one, PATHS[0], "lp", {}), grid)
+    best = grid[int(np.argmax([run["gross_usdt"] for run in tried]))]
+    gain = play(pool, **best)["gross_usdt"] - play(pool)["gross_usdt"]
     rows = [["on the path where it was chosen", f"{gain[0]:+.2f}"],
             ["on the seven others", with_error(gain[1:])]]  # fmt: skip
     show(f"8. Overfitting: the best of {len(grid)} by gross on path 1 ({opt.in_words(best)}),\n"
@@ -239,7 +204,7 @@ def compare_strategies(pool: ProcessPoolExecutor) -> None:
     distances = np.array([0.5, 1.0, 1.5, 2.0, 3.0])
     fixed = [play(pool, "fixed", default_spread_bps=2 * d, min_half_spread_bps=0.01)
              for d in distances]  # fmt: skip
-    rates = np.array([values(runs, "orders_filled") for runs in fixed]) / (2 * HOURS * 3600)
+    rates = np.array([runs["orders_filled"] for runs in fixed]) / (2 * HOURS * 3600)
     slopes, levels = np.polyfit(distances, np.log(np.maximum(rates, 1e-5)), 1)
     rows = [[f"{d:g}", f"{1e3 * r.mean():.2f}", f"{1e3 * np.exp(levels + slopes * d).mean():.2f}"]
             for d, r in zip(distances, rates)]  # fmt: skip
@@ -248,25 +213,22 @@ def compare_strategies(pool: ProcessPoolExecutor) -> None:
          "distance, bps | fills in 1000 s | A exp(-k d)", rows)
 
     lp = play(pool)
-    width = values(lp, "quoted_spread_bps")
     fitted = [partial(opt.quote_avellaneda_stoikov, A=float(np.exp(level)), k=float(-slope))
               for level, slope in zip(levels, slopes)]  # fmt: skip
     others = {
         "lp": lp,
-        "fixed, as wide": play(pool, "fixed", default_spread_bps=width.tolist()),
+        "fixed, as wide": play(pool, "fixed", default_spread_bps=lp["quoted_spread_bps"].tolist()),
         "as, fitted": play(pool, fitted),
         "as, fitted, and the fee": play(pool, [partial(with_fee, quote) for quote in fitted]),
     }
     compare("and what each earns on the same paths", "strategy", others, {
         "spread": WIDTH, "fills": FILLS, "sd of inventory": mean("inventory_std", ".4f"),
-        "gross": GROSS, "net": NET, "net, more than lp": less("net_usdt", lp),
+        "gross": GROSS, "net": NET, "net, more than lp": error("net_usdt", more=True),
     })  # fmt: skip
 
 
-EXPERIMENTS = (
-    control_inventory, pay_the_fee, choose_a_width, grow_stale, jump, who_hit_me,
-    wait_in_the_queue, overfit, compare_strategies,
-)  # fmt: skip
+EXPERIMENTS = [*(partial(sweep, number) for number in SWEEPS), jump, who_hit_me,
+               wait_in_the_queue, overfit, compare_strategies]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -274,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Experiments on SYNTHETIC paths.")
     parser.add_argument("numbers", type=int, nargs="*", help="which of 1 to 9 (default: all)")
     numbers = parser.parse_args(arguments).numbers or range(1, 10)
-    if not set(numbers) <= set(range(1, 10)):
+    if set(numbers) - set(range(1, 10)):
         parser.error("there are the experiments 1 to 9: name some of them")
     with ProcessPoolExecutor() as pool:
         make_paths(pool)
