@@ -44,9 +44,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator, default_rng
@@ -69,7 +69,8 @@ Note = tuple[int, dict[str, Any]]  # a control message: receive time in ns, and 
 # ---- History: recordings as tapes, kept in a cache ---------------------------------
 
 
-class Data(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Data:
     """What is played: the recordings of one market, in order of time."""
 
     title: str  # which market, of which file; it never hides that data are synthetic
@@ -79,7 +80,7 @@ class Data(NamedTuple):
     tapes: list[Tape]
     counts: Counter[str]  # of messages, and of defects
 
-    @property
+    @cached_property
     def minutes_ns(self) -> np.ndarray:
         """Where the whole minutes (UTC) begin, without those that touch a hole."""
         first_ns, last_ns = self.tapes[0].recv_ns.item(0), self.tapes[-1].recv_ns.item(-1)
@@ -89,7 +90,7 @@ class Data(NamedTuple):
             is_whole &= (begins + MINUTE_NS <= begin_ns) | (begins >= end_ns)
         return begins[is_whole]
 
-    @property
+    @cached_property
     def holes(self) -> list[tuple[int, int]]:
         """From one book message to the next, receive time, where that is more than a minute."""
         book_ns = np.concatenate([tape.recv_ns[tape.is_book] for tape in self.tapes])
@@ -1119,6 +1120,7 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
         raise UserError("--each prints a line for each file, and no more: leave the others out")
     if options.grid and not is_search:
         raise UserError("--grid needs --tune or --walk-forward: give one of them")
+    _ = [mm.load_strategy(name) for name in options.strategy]  # raises what is wrong with one
     if options.each:
         return run_each(options)
     setting = make_setting(options, options.data)
@@ -1152,9 +1154,7 @@ def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
 
 
 def run_each(options: argparse.Namespace) -> None:
-    """Every file on its own, a line for each, and below the mean with its standard error; of
-    several strategies a block each, and what the first has more than the second, file by file.
-    """
+    """Every file alone, with mean and standard error, by strategy; first minus second."""
     stop, measured = feed.StopSignal(), {name: [] for name in options.strategy}
     for path in options.data:
         setting = make_setting(options, [path])
@@ -1169,11 +1169,11 @@ def run_each(options: argparse.Namespace) -> None:
 
     for name, values in tables.items():
         rows = [[f"{name}, USDT", *(label for label, _ in EACH.values())]]
-        lines = dict(zip([path.name for path in options.data], values))
-        lines["mean"] = values.mean(axis=0)
+        lines = [*zip([path.name for path in options.data], values)]
+        lines.append(("mean", values.mean(axis=0)))
         if len(values) > 1:
-            lines["standard error"] = values.std(axis=0, ddof=1) / math.sqrt(len(values))
-        for label, numbers in lines.items():
+            lines.append(("standard error", values.std(axis=0, ddof=1) / math.sqrt(len(values))))
+        for label, numbers in lines:
             cells = [format(x, form) for x, (_, form) in zip(numbers, EACH.values())]
             rows.append([label, *cells])
         print("\n".join(align(rows)) + "\n")
@@ -1263,9 +1263,9 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     folder.mkdir(parents=True, exist_ok=True)
 
     # The name of the file of trials holds a hash of code, data and setting, so that trials of
-    # different kinds never mix.
-    modules = (feed.__file__, opt.__file__, mm.__file__, __file__)
-    about = [astuple(setting), [Path(module).read_text() for module in modules]]
+    # different kinds never mix. A strategy may be a file, too.
+    code = (feed.__file__, opt.__file__, mm.__file__, __file__, setting.strategy)
+    about = [astuple(setting), [Path(file).read_text() for file in code if Path(file).is_file()]]
     path = folder / f"trials-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:10]}.jsonl"
 
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.

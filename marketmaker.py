@@ -1213,6 +1213,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
         raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
     if options.log and options.log.exists():
         raise UserError(f"{options.log} exists and is not overwritten: choose another name")
+    load_strategy(options.strategy)  # raises what is wrong with it
     given, steps = given_parameters(options), (options.tick_size, options.lot_size)
     source, path, speed, label = None, options.replay, options.speed or 1.0, "REPLAY"
 
@@ -1266,7 +1267,7 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
     """--params, and a flag for every parameter, with unit and range; unset means the default."""
     add = parser.add_argument_group("parameters").add_argument
     add("--params", type=Path, metavar="FILE.json",
-        help="parameters; a live run reads it again when edited")  # fmt: skip
+        help="parameters; read again when edited, live or in a replay")  # fmt: skip
     for name, parameter in opt.FIELDS.items():
         flag, rule = "--" + name.replace("_", "-"), parameter.metadata
         default = f"(default {'off' if parameter.default is None else parameter.default})"

@@ -24,6 +24,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from compare import quote_at_touch  # noqa: E402
+
 import backtest  # noqa: E402
 import marketmaker  # noqa: E402
 import optimize as opt  # noqa: E402
@@ -153,13 +155,8 @@ def jump(pool: ProcessPoolExecutor) -> None:
          "seconds | the volatility of now | its average", rows)
 
 
-def at_the_touch(p: opt.Parameters, market: Any, q: float) -> opt.Distances:
-    """A strategy that quotes the best bid and the best ask."""
-    return opt.Distances(1e-6, 1e-6)
-
-
 def who_hit_me(pool: ProcessPoolExecutor) -> None:
-    rows, kinds = [], {"our defaults": play(pool), "at the touch": play(pool, at_the_touch)}
+    rows, kinds = [], {"our defaults": play(pool), "at the touch": play(pool, quote_at_touch)}
     for name, runs in kinds.items():
         for rule in marketmaker.RULES[:3]:
             count = sum(rules[rule]["fills"] for rules in runs["rules"])
@@ -170,7 +167,7 @@ def who_hit_me(pool: ProcessPoolExecutor) -> None:
 
 
 def wait_in_the_queue(pool: ProcessPoolExecutor) -> None:
-    quote = partial(play, pool, at_the_touch)
+    quote = partial(play, pool, quote_at_touch)
     runs = {model: quote(fill_model=model) for model in opt.FILL_MODELS}
     for ms in (5.0, 500.0):
         runs[f"queue, {ms:g} ms"] = quote(order_latency_ms=ms)
