@@ -256,6 +256,8 @@ class Decision(NamedTuple):
     volatility_bps: float = NAN  # the base spread's terms
     liquidity_bps: float = NAN
     depth_bps: float = NAN
+    bid_queue: float = NAN  # base coin ahead of our bid, as it stands on the exchange
+    ask_queue: float = NAN
     source: str = "none"  # the strategy, last_good, default or none
     reason: str = "no message yet"  # why not the strategy's own, or why a side is missing
     is_sent: bool = False  # whether it sent or cancelled a quote
@@ -591,6 +593,7 @@ class MarketMaker:
         self.mid_ticks = NAN  # at the last one; the mid a requote_move away makes the next
         self.second_ns = 0  # the next whole second of receive time
         self.heard = 0  # the first message of the tape not yet heard
+        self.seconds, self.mids = array("q"), array("d")  # whole seconds, and the mid at each, USDT
         self.traded: list[float] = []  # turnovers heard of in this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
         self.sources: Counter[str] = Counter()  # of decisions
@@ -731,6 +734,8 @@ class MarketMaker:
         tick_size, mid_price = self.instrument.tick_size, view.mid_ticks * self.instrument.tick_size
         turnover_musd = math.fsum(self.traded) * tick_size * 1e-6  # subtle: exact in any order
         self.traded.clear()
+        self.seconds.append(second_ns)
+        self.mids.append(mid_price)
         if mid_price == mid_price:
             half_life_s = self.parameters.half_life_s
             self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
@@ -802,11 +807,14 @@ class MarketMaker:
             quote += [NAN if level is None else side * level * tick_size, qty]
         spread = distances and distances.base_spread
         terms = spread[:3] if spread else (NAN, NAN, NAN)
+        standing = {o.side: o.queue_ahead for o in self.exchange.orders if o.has_arrived}
+        queues = [standing.get(side, NAN) for side in SIDES]
         self.decision = Decision(
             time_ns, account.mid_price if is_sound else NAN, *best, *quote,
             spread.total_bps if spread else NAN, market.volatility, market.ema_volatility,
             *market.depths.values(), market.liquidity, account.inventory, account.cash,
-            account.equity, account.fees_paid, *terms, source, reason, any(sent), distances,
+            account.equity, account.fees_paid, *terms, *queues, source, reason, any(sent),
+            distances,
         )  # fmt: skip
         interval_s = opt.get_optimization_frequency(p, market.ema_volatility)
         self.due_ns = time_ns + round(interval_s * NS)
