@@ -680,15 +680,15 @@ def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict
         both = measured[measure], drawn[measure]
         # subtle: of a run alone the difference is empty
         values, samples = (np.append(a, a[:1] - a[1:2], axis=0) for a in both)
-        for name, value, sample in zip([*runs, "difference"], values, samples):
-            measures.setdefault(name, {})[measure] = (float(value), *opt.interval_of(sample))
+        bounds = np.quantile(samples, [0.025, 0.975], axis=1).T  # the middle 95 %
+        for name, value, middle in zip([*runs, "difference"], values, bounds):
+            measures.setdefault(name, {})[measure] = (float(value), *middle.tolist())
     for name, run in runs.items():  # of one ratio there is one interval, here and in the table
-        ratio = measure_sharpe(run[NET], 0)
-        bounds = (ratio[f"sharpe_per_minute{bound}"] for bound in ("", "_low", "_high"))
-        measures[name]["sharpe"] = tuple(bounds)
+        r = measure_sharpe(run[NET], 0)
+        measures[name]["sharpe"] = tuple(r[f"sharpe_per_minute{x}"] for x in ("", "_low", "_high"))
     fills = {name: int(run[FILLS].sum()) for name, run in runs.items()}
     return {
-        "periods": len(x), "resamples": count, "block": opt.common_block_length(x), "fills": fills,
+        "periods": len(x), "resamples": count, "block": opt.block_length(x), "fills": fills,
         "measures": measures,  # run: measure: value, low, high
         "drawn": drawn["net_usdt"],  # (runs, count)
     }  # fmt: skip
@@ -920,7 +920,7 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
     # How good would the best of as many trials look, if none had skill?
     x = np.column_stack([run[NET, :split] for _, run in trials])
     mean, variance = x.mean(axis=0), x.var(axis=0, ddof=1)
-    score = opt.sharpe_score if objective == "sharpe" else opt.net_score
+    score = opt.sharpe_score if objective == "sharpe" else lambda mean, variance: mean
     luck = opt.draw_best_of_chance(x, score, count, rng)
     as_good = (luck >= score(mean, variance)[k]).sum()
     sharpes = opt.sharpe_score(mean, variance)

@@ -1267,7 +1267,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
 
 # ---- Command line ------------------------------------------------------------------
 
-STRATEGY_HELP = "lp (the program, default), fixed (default_spread_bps), as (Avellaneda-Stoikov), \
+STRATEGY_HELP = "lp (the program, default), fixed (default_spread_bps), \
 or a file's quote(parameters, market, q)"
 
 

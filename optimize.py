@@ -1,10 +1,9 @@
 """What a quote should cost, by a linear program; the search for parameters, and its price.
 
-The problem. A market maker bids below the mid price and offers above it. Far from the mid it is
-rarely hit; close by it is hit by those who know more. Holding inventory is a risk, so it leans:
-long, it bids further away and offers nearer, to be rid of it. How wide to quote at least is read
-from the market (base spread S); where to put bid and ask, at least S apart and neither nearer to
-the mid than its edge, is decided by a linear program.
+A market maker bids below the mid price and offers above it. Far from the mid it is rarely hit;
+close by it is hit by those who know more. Holding inventory is a risk, so it leans: long, it bids
+further away and offers nearer. How wide to quote is read from the market (base spread S); where to
+put bid and ask, at least S apart and neither nearer than its edge, a linear program decides.
 
 Symbols (the README repeats this table, nothing else does):
 
@@ -55,26 +54,24 @@ q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: an
 so for every rational alpha/beta no slopes of the two terms tie, and the minimum is a single
 point. S is factored out: one program serves every price and spread.
 
-Worked example: long a quarter of the limit, so that s = 1/6 and d = (1 +- s)/2 = 0.583, 0.417:
-
->>> solution = solve_quote(q=0.25, alpha=1.0, beta=1.0, d_min=0.125)
->>> round(solution.bid_distance, 3), round(solution.ask_distance, 3)
-(0.581, 0.419)
-
 The best of a search looks good even where none is, hence the statistics at the end. They read x,
 the net of n periods (rows) in N configurations (columns); SR is the Sharpe ratio of a period.
-
-This module knows no exchange, no clock, no state but a memory of answers. No paper was found that
+The module knows no exchange, no clock, no state but a memory of answers. No paper was found that
 quotes by a linear program; the lean is that of Ho and Stoll (1981), Avellaneda and Stoikov (2008).
 """
 
+import argparse
+import csv
 import difflib
+import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -92,11 +89,10 @@ MIN_INTERVAL_S, MAX_INTERVAL_S = 0.1, 5.0  # between two optimizations
 FILL_MODELS = ("queue", "touch", "through")
 INF = math.inf
 LARGEST = 1e308  # about what a float can be; Python's integers have no limit
-POLL_S = 0.2  # how often a search looks whether it is to stop
-CHUNK = 200_000  # positions drawn at a time
 PARTS = 10  # of the minutes, for the error of a Sharpe ratio
 PARTS_95 = 2.262  # Student's t with PARTS - 1 degrees of freedom, 95 %
 Number = float | np.ndarray
+Program = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Grid = Mapping[str, Sequence[Any]]  # the values to try, by name
 
 
@@ -146,26 +142,6 @@ class Parameters:
 FIELDS = {parameter.name: parameter for parameter in fields(Parameters)}
 
 
-def validate_parameters(parameters: Parameters, lot_size: float = 0.0) -> Parameters:
-    """The same; ValueError that names each wrong value, rule and remedy. lot_size in base coin."""
-    p, half = parameters, parameters.min_half_spread_bps
-    faults = {name: fault for name, value in vars(p).items() if (fault := _fault(name, value))}
-    if not faults:
-        # Each value is sound by itself. Do they fit each other, and the lot?
-        for name, least, what in (
-            ("default_spread_bps", 2 * half, f"twice min_half_spread_bps = {half:g}"),
-            ("max_inventory", p.order_qty, f"order_qty = {p.order_qty:g}"),
-            ("order_qty", lot_size * (1 - 1e-9), f"one lot of {lot_size:g}"),
-        ):
-            if getattr(p, name) < least:
-                faults[name] = f"must be at least {what}: raise"
-    if faults:
-        words = (f"{name} = {getattr(p, name)!r} {fault} --{name.replace('_', '-')}"
-                 for name, fault in faults.items())  # fmt: skip
-        raise ValueError("; ".join(words))
-    return parameters
-
-
 def _fault(name: str, value: Any) -> str:
     """The rule that a value by itself breaks, and the remedy; empty if it breaks none."""
     rule = FIELDS[name].metadata
@@ -185,7 +161,9 @@ def _fault(name: str, value: Any) -> str:
 
 def change_parameters(parameters: Parameters, changes: Mapping[str, Any], lot_size: float = 0.0,
                       running: bool = False) -> Parameters:  # fmt: skip
-    """Parameters with some values changed; ValueError as above, and for a fixed one if running."""
+    """Parameters with some values changed; lot_size in base coin. ValueError that names each wrong
+    value, rule and remedy, and for a fixed one if running.
+    """
     for name, value in changes.items():
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
@@ -193,7 +171,22 @@ def change_parameters(parameters: Parameters, changes: Mapping[str, Any], lot_si
             raise ValueError(f"{name} is not a parameter: {hint}")
         if running and FIELDS[name].metadata["fixed"] and value != getattr(parameters, name):
             raise ValueError(f"{name} cannot change while running: restart with the new value")
-    return validate_parameters(replace(parameters, **changes), lot_size)
+    p = replace(parameters, **changes)
+    faults = {name: fault for name, value in vars(p).items() if (fault := _fault(name, value))}
+    if not faults:  # each is sound by itself; do they fit each other, and the lot?
+        half = p.min_half_spread_bps
+        for name, least, what in (
+            ("default_spread_bps", 2 * half, f"twice min_half_spread_bps = {half:g}"),
+            ("max_inventory", p.order_qty, f"order_qty = {p.order_qty:g}"),
+            ("order_qty", lot_size * (1 - 1e-9), f"one lot of {lot_size:g}"),
+        ):
+            if getattr(p, name) < least:
+                faults[name] = f"must be at least {what}: raise"
+    if faults:
+        words = (f"{name} = {getattr(p, name)!r} {fault} --{name.replace('_', '-')}"
+                 for name, fault in faults.items())  # fmt: skip
+        raise ValueError("; ".join(words))
+    return p
 
 
 def in_words(changes: Mapping[str, Any]) -> str:
@@ -246,15 +239,6 @@ def cost_function(d_b: Number, d_a: Number, q: Number, alpha: float, beta: float
 # ---- The linear program ------------------------------------------------------------
 
 
-class Program(NamedTuple):
-    """The standard form that the module's docstring writes out."""
-
-    c: np.ndarray  # (5,)
-    A_ub: np.ndarray  # (221, 5)
-    b_ub: np.ndarray  # (221,)
-    bounds: np.ndarray  # (5, 2)
-
-
 class Solution(NamedTuple):
     """The answer in units of S, and its multipliers: slopes of C, at a kink one of several."""
 
@@ -274,7 +258,9 @@ def _chords(low: float, high: float, step: float) -> tuple[np.ndarray, np.ndarra
 
 
 def build_program(q: float, alpha: float, beta: float, d_min: float) -> Program:
-    """The program for q in [0, 1]; a negative q is the mirror image (solve_quote)."""
+    """c (5,), A_ub (221, 5), b_ub (221,), bounds (5, 2) of the standard form that the module's
+    docstring writes out, for q in [0, 1]; a negative q is the mirror image (solve_quote).
+    """
     k_r, uv_r = _chords(-1, 1, STEP / math.sqrt(2))
     k_p, uv_p = _chords(0, D_MAX, STEP)
     A_ub = np.vstack((  # columns d_b, d_a, r, p_b, p_a
@@ -285,7 +271,7 @@ def build_program(q: float, alpha: float, beta: float, d_min: float) -> Program:
     ))  # fmt: skip
     b_ub = np.concatenate(([-1], uv_r - k_r * q, uv_p, uv_p))
     bounds = np.array([[d_min, D_MAX]] * 2 + [[0, INF]] * 3)
-    return Program(np.array([0, 0, alpha, beta, beta]), A_ub, b_ub, bounds)
+    return np.array([0, 0, alpha, beta, beta]), A_ub, b_ub, bounds
 
 
 def solve_program(program: Program, solver: Callable = linprog) -> Solution:
@@ -300,8 +286,8 @@ def solve_program(program: Program, solver: Callable = linprog) -> Solution:
     is_within = (low - FEASIBILITY <= x) & (x <= high + FEASIBILITY)
     if not (is_within.all() and (A_ub @ x <= b_ub + FEASIBILITY).all()):
         raise RuntimeError("the solver's answer breaks a constraint")
-    # A multiplier says how the least cost changes with the limit of its row: dC/db_ub. The
-    # limits of the inventory rows, which hold an r, move with q: by -k, as d_b is weighted.
+    # A multiplier says how the least cost changes with the limit of its row, dC/db_ub. Those of
+    # the inventory rows, which hold an r, move with q: by -k, as d_b is weighted.
     row_prices = result.ineqlin.marginals  # never positive
     move_per_q = np.where(A_ub[:, 2] < 0, A_ub[:, 0], 0.0)
     return Solution(
@@ -325,6 +311,10 @@ def solve_quote(q: float, alpha: float, beta: float, d_min: float,
                 solver: Callable = linprog) -> Solution:  # fmt: skip
     """The best quote at inventory q; its sides swap exactly with the sign of q. As q is rounded
     to 1/200 and d_min up to 1/64, a day needs a few hundred solves of about 2 ms.
+
+    >>> bid, ask, *_ = solve_quote(q=0.25, alpha=1.0, beta=1.0, d_min=0.125)  # s = 1/6
+    >>> round(bid, 3), round(ask, 3)
+    (0.581, 0.419)
     """
     steps = round(q / Q_STEP)
     d_min = min(math.ceil(d_min / D_MIN_STEP - 1e-9) * D_MIN_STEP, 1.0)
@@ -395,33 +385,12 @@ def get_optimization_frequency(parameters: Parameters, ema_volatility: float) ->
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
 
 
-# ---- Other strategies --------------------------------------------------------------
-
-
 def quote_fixed(parameters: Parameters, market: Any, q: float) -> Distances:
     """The strategy `fixed`, the simplest there is: default_spread_bps, shared evenly."""
     return Distances(parameters.default_spread_bps / 2, parameters.default_spread_bps / 2)
 
 
-def quote_avellaneda_stoikov(parameters: Parameters, market: Any, q: float, gamma: float = 0.05,
-                             A: float = 0.55, k: float = 1.2) -> Distances:  # fmt: skip
-    """The strategy `as`: Avellaneda and Stoikov (2008), in the stationary form of Gueant,
-    Lehalle and Fernandez-Tapia (2013): long, it bids further away and offers nearer.
-
-    Fills come at the rate A exp(-k d) per second at a distance d, bps; gamma is the aversion
-    to inventory, counted in orders; sigma in bps/sqrt(s). The defaults fit BTCUSDT linear.
-
-      c1 = ln(1 + gamma/k) / gamma
-      c2 = sqrt( gamma / (2 A k) * (1 + gamma/k)^(k/gamma + 1) )
-      half spread = c1 + sigma c2 / 2        skew per order = sigma c2
-    """
-    c1, sigma = math.log1p(gamma / k) / gamma, market.volatility
-    c2 = math.sqrt(gamma / (2 * A * k) * (1 + gamma / k) ** (k / gamma + 1))
-    half, orders = c1 + sigma * c2 / 2, q * parameters.max_inventory / parameters.order_qty
-    return Distances(half + orders * sigma * c2, half - orders * sigma * c2)
-
-
-STRATEGIES = {"lp": quote_by_program, "fixed": quote_fixed, "as": quote_avellaneda_stoikov}
+STRATEGIES = {"lp": quote_by_program, "fixed": quote_fixed}
 
 
 # ---- Searching: a grid, then a finer one around its best point ---------------------
@@ -434,10 +403,8 @@ def expand_grid(grid: Grid) -> list[dict[str, Any]]:
 
 def finer_grid(grid: Grid, best: Mapping[str, float], limits: Mapping[str, tuple]) -> Grid:
     """The best point of a grid and those half the way to its neighbours, rounded to 4 digits
-    and kept within the limits (a limit of 0 may itself be refused). One value stays alone.
-
-    >>> finer_grid({"alpha": [1, 2, 4]}, {"alpha": 4}, {"alpha": (0, 10)})
-    {'alpha': [3.0, 4, 5.0]}
+    and kept within the limits (a limit of 0 may itself be refused): around 4, the last of 1, 2
+    and 4, they are 3, 4 and 5. One value stays alone.
     """
     finer = {}
     for name in grid:
@@ -454,13 +421,13 @@ def finer_grid(grid: Grid, best: Mapping[str, float], limits: Mapping[str, tuple
 
 def run_trials(play: Callable[[Any], Any], configurations: Sequence[Any], executor: Executor,
                is_stopped: Callable = lambda: False) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """(k, play(configurations[k])) as they come, by any executor's workers. It raises what play
-    raises, and BrokenExecutor if a worker dies. Once is_stopped, what has not begun is cancelled.
+    """(k, play(configurations[k])) as they come, by an executor's workers. It raises what play
+    raises, and BrokenExecutor if one dies; once is_stopped, what has not begun is cancelled.
     """
     waiting = {executor.submit(play, changes): k for k, changes in enumerate(configurations)}
     try:
         while waiting and not is_stopped():
-            finished, _ = wait(waiting, POLL_S, FIRST_COMPLETED)
+            finished, _ = wait(waiting, 0.2, FIRST_COMPLETED)  # s: then look at is_stopped
             for future in finished:
                 yield waiting.pop(future), future.result()
     except BrokenExecutor:
@@ -474,11 +441,6 @@ def run_trials(play: Callable[[Any], Any], configurations: Sequence[Any], execut
 # ---- Resampling: how sure is a result ----------------------------------------------
 
 
-def net_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Mean net of a period."""
-    return mean
-
-
 def sharpe_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """Sharpe ratio of a period; 0 where nothing changes, be it a constant gain."""
     deviation = np.sqrt(np.maximum(variance, 0))
@@ -487,7 +449,8 @@ def sharpe_score(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 def block_length(x: np.ndarray) -> float:
-    """Mean block, in periods, for the stationary bootstrap of the mean of x: (n,).
+    """Mean block, in periods, for the stationary bootstrap of the mean of x: (n,); of columns,
+    (n, N), the mean of theirs.
 
       b = (n g^2 / s^2)^(1/3), from 1 to ceil(min(3 sqrt(n), n/3))
       g = sum_k h(k/m) |k| R(k)       s = sum_k h(k/m) R(k)       |k| <= m
@@ -496,6 +459,8 @@ def block_length(x: np.ndarray) -> float:
     autocorrelations in succession are noise, within 2 sqrt(log10(n) / n); at most
     sqrt(n) + K. Politis and White (2004), corrected by Patton, Politis and White (2009).
     """
+    if x.ndim > 1:
+        return float(np.mean([block_length(column) for column in x.T]))
     n = len(x)
     K = 5  # the papers' max(5, sqrt(log10 n)), for any n below 1e25
     lags = min(math.ceil(math.sqrt(n)) + K, n - 1)
@@ -515,39 +480,19 @@ def block_length(x: np.ndarray) -> float:
     return float(min(max(b, 1.0), math.ceil(min(3 * math.sqrt(n), n / 3))))
 
 
-def common_block_length(x: np.ndarray) -> float:
-    """The mean of the columns' block lengths, for positions that serve them all."""
-    return float(np.mean([block_length(column) for column in x.T]))
-
-
 def draw_positions(n: int, block: float, count: int, rng: Generator) -> Iterator[np.ndarray]:
-    """Stationary bootstrap of n periods, count times, in chunks: (chunk, n) positions.
+    """Stationary bootstrap of n periods, count times: (n,) positions each.
 
     Begin anywhere; then, with probability 1/block, jump anywhere, else go on to the next
     period, the first one following the last. Politis and Romano (1994). All columns of a
     table share the positions, so that what they have in common stays in common.
     """
-    rows = max(1, CHUNK // n)
-    for done in range(0, count, rows):
-        chunk = min(rows, count - done)
-        # Blocks start where there is a jump, and at the first column of every row.
-        jumps = rng.random((chunk, n)) * block < 1
-        jumps[:, 0] = True
-        starts = np.flatnonzero(jumps)
-        # Subtle: position minus column stays the same along a block, so draw that.
-        shifts = rng.integers(n, size=len(starts)) - starts % n
-        lengths = np.diff(starts, append=chunk * n)
-        positions = np.repeat(shifts, lengths).reshape(chunk, n) + np.arange(n)
-        positions[positions >= n] -= n
-        yield positions
-
-
-def draw_means(x: np.ndarray, block: float, count: int, rng: Generator) -> np.ndarray:
-    """The mean of every column in every resample: (count, N)."""
-    draws = draw_positions(len(x), block, count, rng)
-    # One column at a time: a chunk of all columns would be large.
-    means = [[column[positions].mean(axis=1) for column in x.T] for positions in draws]
-    return np.concatenate(means, axis=1).T
+    at = np.arange(n)
+    for _ in range(count):
+        is_jump = rng.random(n) * block < 1
+        is_jump[0] = True
+        begins = np.maximum.accumulate(np.where(is_jump, at, 0))  # of the block of each period
+        yield (rng.integers(n, size=n)[begins] + at - begins) % n
 
 
 def measure_paths(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -563,14 +508,9 @@ def measure_paths(x: np.ndarray) -> dict[str, np.ndarray]:
 
 def bootstrap(x: np.ndarray, count: int, rng: Generator) -> dict[str, np.ndarray]:
     """The measures of k strategies in count resamples of x, (n, k): (k, count) each."""
-    draws = draw_positions(len(x), common_block_length(x), count, rng)
-    drawn = [measure_paths(np.take(x.T, positions, axis=1)) for positions in draws]
-    return {name: np.concatenate([part[name] for part in drawn], axis=1) for name in drawn[0]}
-
-
-def interval_of(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled values."""
-    return tuple(np.quantile(values, [0.025, 0.975]).tolist())
+    draws = draw_positions(len(x), block_length(x), count, rng)
+    drawn = [measure_paths(x[positions].T) for positions in draws]
+    return {name: np.array([part[name] for part in drawn]).T for name in drawn[0]}
 
 
 # ---- The price of having searched --------------------------------------------------
@@ -581,8 +521,8 @@ def sharpe_error(x: np.ndarray) -> float:
 
     To first order the ratio is SR + the mean of z - SR/2 (z^2 - 1), z = (x - mean)/deviation
     (Lo 2002, Mertens 2002). Neighbours may go together, so the error of that mean comes from the
-    means of PARTS parts in time:  SE = std(means) / sqrt(PARTS).  +- PARTS_95 SE then covered 93 to
-    96 % on 120 to 480 minutes of autocorrelation 0 to 0.4 (taken as independent, 77 to 95 %).
+    means of PARTS parts in time, std(means) / sqrt(PARTS). +- PARTS_95 of it covered 93 to 96 % on
+    120 to 480 minutes of autocorrelation 0 to 0.4 (taken as independent, 77 to 95 %).
     """
     if len(x) < 2 * PARTS or x.std() <= 1e-9:
         return math.nan
@@ -596,8 +536,7 @@ def best_sharpe_by_luck(variance: float, trials: float) -> float:
     """SR0 = sqrt(V) ((1 - E) Phi^-1(1 - 1/N) + E Phi^-1(1 - 1/(N e))): the Sharpe ratio to
     expect of the best of N trials without skill. V variance of their ratios, E = 0.5772.
     """
-    E = np.euler_gamma
-    first, second = ndtri(1 - 1 / trials), ndtri(1 - 1 / (trials * math.e))
+    E, first, second = np.euler_gamma, ndtri(1 - 1 / trials), ndtri(1 - 1 / (trials * math.e))
     return math.sqrt(variance) * max(0.0, float((1 - E) * first + E * second))  # of one trial: 0
 
 
@@ -623,25 +562,88 @@ def draw_best_of_chance(x: np.ndarray, score: Callable, count: int, rng: Generat
     reality check (2000), not studentised. Blocks are twice as long as for a mean: on 960 periods
     of noise, autocorrelation 0.3, a share below 5 % came in 6 to 9 % of searches (else 8 to 12 %).
     """
-    block = 2 * common_block_length(x)
-    means = draw_means(x - x.mean(axis=0), block, count, rng)
+    block = 2 * block_length(x)
+    skill, draws = x.mean(axis=0), draw_positions(len(x), block, count, rng)
+    means = np.array([x[positions].mean(axis=0) - skill for positions in draws])
     return score(means, x.var(axis=0, ddof=1)).max(axis=1)
 
 
-# ---- An example --------------------------------------------------------------------
+# ---- One quote by hand -------------------------------------------------------------
+
+STEPS = """\
+mid {mid_price:.9g}, best bid {best_bid:.9g}, best ask {best_ask:.9g}, inventory {inventory:.9g}
+1. Base spread S, bps
+   volatility   2 gamma sigma sqrt(tau) = 2 x {gamma:g} x {volatility:.9g} x sqrt({horizon_s:g}) \
+= {volatility_bps:.6f}
+   liquidity    delta / (1 + L/L0) = {delta:g} / (1 + {liquidity:.9g} / {liquidity_scale_musd:g}) \
+= {liquidity_bps:.6f}
+   depth        D = ({bid_depth:.9g} + {ask_depth:.9g}) / 2 x mid / 10^6 = {D:.6f} M USDT
+                zeta / (1 + D/D0) = {zeta:g} / (1 + {D:.6f} / {depth_scale_musd:g}) \
+= {depth_bps:.6f}
+   S            their sum, at least {floor_bps:g}: {S:.6f}
+2. The linear program, solved for |q|; where q is below 0, its answers swap
+   q            {inventory:.9g} / {max_inventory:g}, to the nearest 1/200: {q:g}
+   d_min        {floor_bps:g} / S, up to the next 1/64: {edge}/64
+   the rows that hold it, of {rows}:{binding}
+   answer       d_b = {d_b:.6f}, d_a = {d_a:.6f}, lean s = {s:+.4f}
+                without chords and edge, s = alpha q / (alpha + beta/2) = {free_s:+.4f}
+   cost         {cost:.6f} by chords, {C:.6f} by squares
+3. Prices, in steps of {tick:g}, by the decimals of the log
+   bid          mid (1 - d_b S/10^4) = {bid:.4f}, down, below the best ask: {bid_step:.{digits}f}
+   ask          mid (1 + d_a S/10^4) = {ask:.4f}, up, above the best bid: {ask_step:.{digits}f}
+   quantity     {order_qty:g}, or {max_depth_share:g} of the depth of its side if that is less
+The log says bid {log[bid_price]}, ask {log[ask_price]}. {log[reason]}"""
 
 
-def main() -> None:
-    """python optimize.py: how the quote leans with the inventory, at default parameters."""
-    p = Parameters()
-    market = SimpleNamespace(volatility=0.4, liquidity=0.5, depth_musd=0.7)
-    S = base_spread_function(p, **vars(market)).total_bps
-    print(f"base spread {S:.2f} bps, at a volatility of 0.4 bps/sqrt(s)")
-    print("     q   bid, bps   ask, bps    cost C   dC/dq")
-    for q in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        d = quote_by_program(p, market, q)
-        cost, slope = d.solution.cost, d.solution.inventory_price
-        print(f"{q:6.2f} {d.bid_bps:10.3f} {d.ask_bps:10.3f} {cost:9.3f} {slope:7.3f}")
+def explain(row: Mapping[str, str], p: Parameters) -> str:
+    """The quote of a row of a decision log, step by step; ValueError if it is not lp's."""
+    if row["source"] != "lp":
+        raise ValueError(f"this decision is not lp's, but {row['source']}: {row['reason']}")
+    v = {n: float(text) for n, text in row.items() if text and n not in ("source", "reason")}
+    D, mid = (v["bid_depth"] + v["ask_depth"]) / 2 * v["mid_price"] * 1e-6, v["mid_price"]
+    q = min(max(v["inventory"] / p.max_inventory, -1.0), 1.0)
+    quote = quote_by_program(p, SimpleNamespace(**v, depth_musd=D), q)
+    (d_b, d_a, cost, *_), S = quote.solution, quote.base_spread.total_bps
+    q, d_min = round(q / Q_STEP) * Q_STEP, p.min_half_spread_bps / S
+
+    # Which rows hold the answer? Each square stands on the highest of its chords.
+    _, A_ub, b_ub, _ = build_program(abs(q), p.alpha, p.beta, d_min)
+    chords = A_ub[:, :2] @ (max(d_b, d_a), min(d_b, d_a)) - b_ub
+    squares = [chords[A_ub[:, k] < 0].max() for k in (2, 3, 4)]
+    binding = ""
+    for k in np.flatnonzero(chords + A_ub[:, 2:] @ squares > -FEASIBILITY):
+        terms = zip(A_ub[k], ("d_b", "d_a", "r", "p_b", "p_a"))
+        words = " ".join(f"{weight:+.4f} {name}" for weight, name in terms if weight)
+        binding += f"\n                {words} <= {b_ub[k]:+.4f}"
+
+    tick = 10.0 ** -(digits := len(row["best_bid"].partition(".")[2]))
+    bid, ask = mid * (1 - quote.bid_bps * 1e-4), mid * (1 + quote.ask_bps * 1e-4)
+    return STEPS.format(
+        log=row, **v, **vars(p), **quote.base_spread._asdict(), D=D, S=S, q=q, rows=len(b_ub),
+        edge=math.ceil(d_min / D_MIN_STEP - 1e-9), binding=binding, cost=cost,
+        d_b=d_b, d_a=d_a, s=d_b - d_a, free_s=p.alpha * q / (p.alpha + p.beta / 2),
+        C=cost_function(d_b, d_a, q, p.alpha, p.beta), tick=tick, digits=digits,
+        bid=bid, bid_step=min(math.floor(bid / tick + 1e-9) * tick, v["best_ask"] - tick),
+        ask=ask, ask_step=max(math.ceil(ask / tick - 1e-9) * tick, v["best_bid"] + tick),
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """python optimize.py --explain LOG.csv ROW; an error is one line, with status 2."""
+    parser = argparse.ArgumentParser(description="One quote of a decision log, made by hand.")
+    parser.add_argument("--explain", nargs="+", required=True, metavar=("LOG.csv", "ROW"),
+                        help="a decision log, and which of its decisions (default 1)")  # fmt: skip
+    parser.add_argument("--params", type=Path, metavar="FILE.json", help="its parameters")
+    options = parser.parse_args(arguments)
+    try:
+        path, row = [*options.explain, 1][:2]
+        rows = list(csv.DictReader(Path(path).read_text("utf-8-sig").splitlines()))
+        changes = json.loads(options.params.read_text("utf-8-sig")) if options.params else {}
+        p = change_parameters(Parameters(), changes)
+        print(explain(rows[int(row) - 1], p), flush=True)
+    except (OSError, LookupError, ValueError, TypeError) as error:
+        sys.stdout = None  # it may be what failed
+        parser.exit(2, f"error: {error!r}: give a decision log, and a row that lp quoted\n")
 
 
 if __name__ == "__main__":

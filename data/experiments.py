@@ -24,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import avellaneda_stoikov  # noqa: E402
 from compare import quote_at_touch  # noqa: E402
 
 import backtest  # noqa: E402
@@ -190,10 +191,9 @@ def overfit(pool: ProcessPoolExecutor) -> None:
          "against the defaults", " | gross, more than the defaults", rows)
 
 
-def with_fee(quote: Callable, p: opt.Parameters, market: Any, q: float) -> opt.Distances:
+def with_fee(quote: Callable, p: opt.Parameters, market: Any, q: float) -> list[float]:
     """A strategy's distances, and the maker fee on top: what a fill brings is less by as much."""
-    bid_bps, ask_bps, *_ = quote(p, market, q)
-    return opt.Distances(bid_bps + p.maker_fee_bps, ask_bps + p.maker_fee_bps)
+    return [bps + p.maker_fee_bps for bps in quote(p, market, q)]
 
 
 def compare_strategies(pool: ProcessPoolExecutor) -> None:
@@ -210,7 +210,7 @@ def compare_strategies(pool: ProcessPoolExecutor) -> None:
          "distance, bps | fills in 1000 s | A exp(-k d)", rows)
 
     lp = play(pool)
-    fitted = [partial(opt.quote_avellaneda_stoikov, A=float(np.exp(level)), k=float(-slope))
+    fitted = [partial(avellaneda_stoikov.quote, A=float(np.exp(level)), k=float(-slope))
               for level, slope in zip(levels, slopes)]  # fmt: skip
     others = {
         "lp": lp,

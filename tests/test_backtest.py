@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import avellaneda_stoikov
 import numpy as np
 import pytest
 from market import MID, busy_market, calm, delta, ns, rough_session, snapshot, trades, write
@@ -28,6 +29,8 @@ import feed
 import marketmaker
 from feed import ASK, BID, MS, NS
 from optimize import STRATEGIES, Distances, Parameters
+
+AS = avellaneda_stoikov.__file__
 
 CALM = LIMITS | dict(requote_move_bps=50.0, default_spread_bps=0.8, min_half_spread_bps=0.1)
 ROUGH = BUSY | LIMITS | dict(max_inventory=4.0, stale_after_s=2.0)
@@ -326,18 +329,18 @@ def test_long_inventory_lowers_both_quotes_by_golden_values_and_a_fixed_spread_i
     half, skew = 20.47208533844371, 9.76326865029227
     p = Parameters(order_qty=1.0, max_inventory=4.0, default_spread_bps=7.0)
     for q, orders in ((0, 0), (0.5, 2), (-0.25, -1)):
-        quote = STRATEGIES["as"](p, SimpleNamespace(volatility=10.69), q, **shape)
-        assert quote[:2] == pytest.approx((half + orders * skew, half - orders * skew), rel=1e-13)
+        quote = avellaneda_stoikov.quote(p, SimpleNamespace(volatility=10.69), q, **shape)
+        assert quote == pytest.approx((half + orders * skew, half - orders * skew), rel=1e-13)
         assert STRATEGIES["fixed"](p, None, q) == Distances(3.5, 3.5)
 
 
 def test_strategies_are_set_side_by_side_and_each_is_as_it_is_alone():
     market = write(Path("market.gz"), FOUR, **CALM)
     *alone, together = (run("--data", market, "--strategy", *names)[1]
-                        for names in (["lp"], ["fixed"], ["as"], ["lp", "fixed", "as"]))
+                        for names in (["lp"], ["fixed"], [AS], ["lp", "fixed", AS]))
     assert together == "\n".join(alone) and len(set(alone)) == 3
-    quote = play(market, "--strategy", "as").log[-1]
-    assert quote["source"] == "as" and quote["bid_price"] < "50000" < quote["ask_price"]
+    quote = play(market, "--strategy", AS).log[-1]
+    assert quote["source"] == Path(AS).stem and quote["bid_price"] < "50000" < quote["ask_price"]
 
 
 def test_each_file_is_played_alone_with_mean_standard_error_and_the_paired_difference():
@@ -390,7 +393,7 @@ FAULTS = """\
 --tune --grid alpha=1,77: alpha = 77, 0 to 10, lower
 --tune --grid alpha=1,x: --grid alpha=1,x, numbers, alpha=0.5,1,2
 --tune --grid maker-fee-bps=-1,2: --grid maker_fee_bps
---tune --strategy as: --strategy as, alpha, default_spread_bps=3,6,12
+--tune --strategy fixed: --strategy fixed, alpha, default_spread_bps=3,6,12
 --tune --grid order_qty=0.5,20: max_inventory = 10, order_qty = 20, raise --max-inventory
 --plot none/x.png: none/x.png
 --tune --grid alpha=1 --plot none/x.png: none/x.png
@@ -427,7 +430,7 @@ def test_ctrl_c_ends_a_run_with_the_table_of_what_was_played(monkeypatch):
         return quote(*market)
 
     monkeypatch.setitem(STRATEGIES, "fixed", quote_and_interrupt)
-    flags = "--strategy fixed as --bootstrap 100 --regimes --plot p.png".split()
+    flags = "--strategy fixed lp --bootstrap 100 --regimes --plot p.png".split()
     result = play_fixed(calm(31 * 60_000), *flags)
     assert "STOPPED EARLY" in result.table.splitlines()[0] and "Bootstrap" not in result.table
     assert len(quotes) == 2 and result.log[-1]["ms"] == 16_500
@@ -436,7 +439,7 @@ def test_ctrl_c_ends_a_run_with_the_table_of_what_was_played(monkeypatch):
 
 
 def test_a_run_is_drawn_with_its_bootstrap_and_its_regimes():
-    flags = "--strategy fixed as --bootstrap 100 --regimes --plot p.png".split()
+    flags = "--strategy fixed lp --bootstrap 100 --regimes --plot p.png".split()
     table = play_fixed(calm(31 * 60_000), *flags).table
     assert "Bootstrap: 30 minutes" in table and "Regimes" in table
     assert table.endswith("plot: p.png\n") and Path("p.png").read_bytes().startswith(b"\x89PNG")

@@ -152,11 +152,11 @@ def test_rows_stand_in_the_order_of_the_docstring():
         rows.append(([-k, k, -1, 0, 0], u * (u + h_r) - k * q))
     rows += [([2 * u + H, 0, 0, -1, 0], u * (u + H)) for u in H * np.arange(64)]
     rows += [([0, 2 * u + H, 0, 0, -1], u * (u + H)) for u in H * np.arange(64)]
-    program = build_program(q, alpha=2.0, beta=3.0, d_min=0.25)
-    assert program.c.tolist() == [0, 0, 2, 3, 3] and program.A_ub.shape == (221, 5)
-    np.testing.assert_allclose(program.A_ub, [a for a, _ in rows], atol=1e-12)
-    np.testing.assert_allclose(program.b_ub, [b for _, b in rows], atol=1e-12)
-    assert program.bounds.tolist() == [[0.25, 2]] * 2 + [[0, INF]] * 3
+    c, A_ub, b_ub, bounds = build_program(q, alpha=2.0, beta=3.0, d_min=0.25)
+    assert c.tolist() == [0, 0, 2, 3, 3] and A_ub.shape == (221, 5)
+    np.testing.assert_allclose(A_ub, [a for a, _ in rows], atol=1e-12)
+    np.testing.assert_allclose(b_ub, [b for _, b in rows], atol=1e-12)
+    assert bounds.tolist() == [[0.25, 2]] * 2 + [[0, INF]] * 3
 
 
 # ---- Rounding, memory, fallback ----------------------------------------------------
@@ -333,7 +333,7 @@ def test_limits_are_allowed_and_values_may_fit_only_just_or_only_together():
     assert not refusal(order_qty=0.2, max_inventory=0.2)
     assert refusal(order_qty=0.2).startswith("max_inventory = 0.1 must be at least order_qty")
     three_lots = Parameters(order_qty=0.3, max_inventory=1)
-    assert optimize.validate_parameters(three_lots, lot_size=0.1 * 3) is three_lots
+    assert optimize.change_parameters(three_lots, {}, lot_size=0.1 * 3) == three_lots
 
 
 @pytest.mark.parametrize("name", FIELDS)

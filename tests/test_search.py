@@ -16,7 +16,7 @@ from scipy.signal import lfilter
 from scipy.stats import chisquare
 
 import optimize
-from optimize import block_length, draw_best_of_chance, draw_means, draw_positions, sharpe_score
+from optimize import block_length, draw_best_of_chance, draw_positions, sharpe_score
 
 rng_of = np.random.default_rng
 PROCESSES = partial(ProcessPoolExecutor, 2, get_context("spawn"))
@@ -158,7 +158,7 @@ def test_block_length_is_that_of_the_papers(name):
 def test_block_of_what_never_changes_is_one_and_the_common_one_is_the_mean():
     x, still = SERIES["long memory"], np.full(700, 0.1)
     assert block_length(still) == 1
-    both = optimize.common_block_length(np.column_stack([x, still]))
+    both = block_length(np.column_stack([x, still]))
     assert both == pytest.approx((block_length(x) + 1) / 2)
 
 
@@ -166,7 +166,7 @@ def test_block_of_what_never_changes_is_one_and_the_common_one_is_the_mean():
 
 
 def positions_of(n, block, count, seed=0):
-    return np.concatenate(list(draw_positions(n, block, count, rng_of(seed))))
+    return np.array(list(draw_positions(n, block, count, rng_of(seed))))
 
 
 @pytest.mark.parametrize("block", [1.0, 4.0, 17.5])
@@ -185,23 +185,21 @@ def test_positions_go_on_from_each_to_the_next_with_jumps_as_often_as_asked(bloc
         assert chisquare(np.bincount(drawn[:, column], minlength=n)).pvalue > 0.001
 
 
-def test_means_and_measures_are_those_of_the_resampled_table_at_the_same_positions():
+def test_measures_are_those_of_the_resampled_table_at_the_same_positions():
     x = noise(rng_of(9), 1000, 6) + np.arange(-2, 4) / 10
-    block = optimize.common_block_length(x)
-    drawn = x[positions_of(1000, block, 450, seed=3)]
-    assert draw_means(x, block, 450, rng_of(3)) == pytest.approx(drawn.mean(axis=1), abs=1e-12)
+    drawn = x[positions_of(1000, block_length(x), 450, seed=3)]
     for name, values in optimize.bootstrap(x, 450, rng_of(3)).items():
         measured = [optimize.measure_paths(drawn[:, :, k])[name] for k in range(6)]
         assert values == pytest.approx(np.array(measured)), name
 
 
 def test_interval_of_the_mean_covers_the_truth_about_as_often_as_it_says():
-    assert optimize.interval_of(rng_of(0).permutation(1001)) == (25, 975)
     count = 0
     for seed in range(200):
         rng = rng_of(seed)
         x = remember(rng.normal(size=(700, 1)))
-        low, high = optimize.interval_of(draw_means(x, optimize.common_block_length(x), 200, rng))
+        means = [x[at].mean() for at in draw_positions(700, block_length(x), 200, rng)]
+        low, high = np.quantile(means, [0.025, 0.975])
         count += low <= 0 <= high
     assert 174 <= count <= 196, f"{count} of 200"
 
@@ -285,7 +283,7 @@ def test_skill_of_03_standard_deviations_a_period_is_seen_and_believed():
 
 def test_chance_depends_on_correlation_but_not_on_what_was_earned():
     def chance(x):
-        return draw_best_of_chance(x, optimize.net_score, 100, rng_of(6))
+        return draw_best_of_chance(x, lambda mean, _: mean, 100, rng_of(6))
 
     single, many = noise(rng_of(5), 300, 1), noise(rng_of(5), 300, 30)
     same = chance(np.repeat(single, 30, axis=1))
