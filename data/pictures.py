@@ -1,9 +1,9 @@
 """The pictures of the README that no command of the program draws.
 
-    python data/pictures.py        writes jump.png, program.png and inventory.png beside this file
+    python data/pictures.py    writes jump, program, inventory and timeline.png beside this file
 
 Each panel is a function of an axes, as in marketmaker.py. inventory.png plays a simulated path
-(experiments.py makes it); what it shows is SYNTHETIC.
+(experiments.py makes it), timeline.png the sample; what they show is SYNTHETIC.
 """
 
 import sys
@@ -16,10 +16,14 @@ import experiments  # puts the project on the path
 import numpy as np
 
 import backtest
+import feed
 import marketmaker as mm
 import optimize as opt
+from feed import NS
 
 FOLDER = Path(__file__).resolve().parent
+STEPS = (None,) * 3  # tick, lot and depth: the recordings tell
+TICK, START_S = 0.1, 1_767_225_600  # USDT; where the sample's clock begins
 
 
 def plot_jump(ax: Any) -> None:
@@ -65,7 +69,7 @@ def plot_inventory(ax: Any) -> None:
     """One path, with and without a lean."""
     for alpha, color in ((0.0, mm.RED), (1.0, mm.BLACK)):
         stamps = (backtest.stamp_file(experiments.PATHS[0]),)
-        setting = backtest.Setting(stamps, (None, None, None), {"alpha": alpha}, "lp", {})
+        setting = backtest.Setting(stamps, STEPS, {"alpha": alpha}, "lp", {})
         c = backtest.play(setting).columns
         minutes = (c["time_ns"] - c["time_ns"][0]) / backtest.MINUTE_NS
         ax.step(minutes, c["inventory"], color, where="post", linewidth=0.9,
@@ -73,6 +77,48 @@ def plot_inventory(ax: Any) -> None:
     ax.axhline(0, color="grey", linewidth=0.6)
     ax.set_xlabel("minutes of path 1, SYNTHETIC")
     mm.finish_panel(ax, "Inventory, with the lean and without", "BTC")
+
+
+def plot_life(ax: Any, fill: mm.Fill, tape: feed.Tape) -> None:
+    """The price around an order's life, by the exchange's clock."""
+    book_s, trade_s = (x / NS - START_S for x in (tape.exch_ns[tape.is_book], tape.trade_ns))
+    arrival_s, fill_s, later_s = (x / NS - START_S for x in (fill.arrival_ns, fill.time_ns,
+                                                             fill.time_ns + NS))  # fmt: skip
+    mids = tape.mid_ticks[tape.is_book] * TICK
+    is_near = (trade_s > arrival_s - 1) & (trade_s < later_s + 1)
+    sold = is_near & (tape.trade_level > 0)
+    ax.scatter(trade_s[sold], tape.trade_level[sold] * TICK, s=12 * tape.trade_size[sold],
+               color=mm.SKY, label="sellers' trades")  # fmt: skip
+    ax.step(book_s, mids, mm.BLACK, where="post", linewidth=0.9, label="mid")
+    ax.plot([arrival_s, fill_s], [fill.price] * 2, mm.BLUE, linewidth=2, label="our bid stands")
+    ax.plot(fill_s, fill.price, "^", color=mm.BLUE, markersize=9, label="filled")
+    mid_later = mids[np.searchsorted(book_s, later_s, "right") - 1]
+    arrow = {"color": mm.RED, "arrowstyle": "->"}
+    ax.annotate("", (later_s, mid_later), (later_s, fill.price), arrowprops=arrow)
+    markout = (mid_later / fill.price - 1) * 1e4
+    ax.text(later_s + 0.1, fill.price, f"markout after 1 s:\n{markout:.2f} bps", color=mm.RED)
+    decided_s, heard_s = arrival_s - 0.1, fill.recv_ns / NS - START_S  # a latency of 100 ms
+    for k, at_s in enumerate((decided_s, heard_s)):
+        label = "" if k else "decided, heard (our clock)"
+        ax.axvline(at_s, color=mm.PINK, linestyle=":", label=label)
+    ax.set_xlim(arrival_s - 1, later_s + 2)
+    ax.set_ylim(mid_later - 3, fill.price + 14)
+    ax.set_xlabel("seconds into the sample, by the exchange's clock")
+    mm.finish_panel(ax, "One fill", "USDT")
+
+
+def plot_queue(ax: Any, fill: mm.Fill, tape: feed.Tape) -> None:
+    """The queue ahead of the order, print by print of the trades that filled it."""
+    level = round(fill.side * fill.price / TICK)
+    prints = tape.trade_size[(tape.trade_level == level) & (tape.trade_ns == fill.time_ns)]
+    queue = fill.queue_at_arrival - np.cumsum(np.append(0.0, prints))
+    labels = ["on arrival", *(f"after a print\nof {size:g}" for size in prints)]
+    ax.bar(range(len(queue)), queue.clip(0), 0.6, color=mm.BLUE, label="ahead of us")
+    for k, size in enumerate(queue):
+        ax.text(k, max(size, 0) + 0.02, f"{size:.3f}" if size > 0 else "filled", ha="center")
+    ax.set_xticks(range(len(queue)), labels)
+    ax.set_ylim(0, 1.3)
+    mm.finish_panel(ax, "The queue ahead of our bid", "BTC")
 
 
 def main() -> int:
@@ -83,6 +129,12 @@ def main() -> int:
     draw([(2.6, [plot_jump])], "Which volatility makes the spread?", FOLDER / "jump.png")
     draw([(2.8, [plot_cost]), (2.8, [plot_lean])], "The program", FOLDER / "program.png")
     draw([(2.6, [plot_inventory])], "Inventory control", FOLDER / "inventory.png")
+
+    # The 27th fill of the sample, which the README follows by hand.
+    setting = backtest.Setting((backtest.stamp_file(mm.SAMPLE),), STEPS, {}, "lp", {})
+    life = {"fill": backtest.play(setting).fills[26], "tape": setting.data.tapes[0]}
+    rows = [(3.0, [partial(plot_life, **life)]), (2.0, [partial(plot_queue, **life)])]
+    draw(rows, "The life of an order, SYNTHETIC sample", FOLDER / "timeline.png")
     return 0
 
 
