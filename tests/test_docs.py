@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ MODULES = ("feed", "optimize", "marketmaker", "backtest")
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 WORDS = ("source", "reason")
-COMMANDS = [line for kind, text in FENCES if kind == "sh" for line in text.splitlines()]
+BLOCKS = [text for kind, text in FENCES if kind == "sh"]  # some need the files of those before
 NEEDS_THE_NET = [line for kind, text in FENCES if kind == "console" for line in text.splitlines()]
 
 
@@ -44,17 +45,17 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @cache
-def run(command: str, workplace: Path) -> subprocess.CompletedProcess:
-    words = shlex.split(command, comments=True)
-    assert words[0] == "python"
+def run(block: str, workplace: Path) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        [sys.executable, *words[1:]], cwd=workplace, capture_output=True, text=True, timeout=120
-    )
+        ["bash", "-e", "-c", block], cwd=workplace, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PATH": path},
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_command_of_the_readme_runs(command, workplace):
-    done = run(command, workplace)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1])
+def test_commands_of_the_readme_run(block, workplace):
+    done = run(block, workplace)
     assert done.returncode == 0, done.stderr
     assert done.stdout and "Traceback" not in done.stderr
 
@@ -69,17 +70,16 @@ def test_commands_that_need_a_network_have_flags_that_exist():
                     assert flag in known, flag
 
 
-@pytest.mark.parametrize(
-    "command, before",
-    [("python backtest.py --plot backtest.png", "draws this:\n\n.*?"),
-     ("python backtest.py --tune --grid", "and prints\n\n")],
-)  # fmt: skip
-def test_results_of_the_readme_are_what_the_command_prints(command, before, workplace):
-    (command,) = (line for line in COMMANDS if line.startswith(command))
-    (shown,) = re.findall(before + "```text\n(.*?)```", README, re.DOTALL)
-    printed = re.split("(?m)^(?:plot|written to)", run(command, workplace).stdout)[0]
-    plain = re.compile(r"the sum is off by \S+")  # rounding differs between processors
-    assert plain.sub("", shown).split() == plain.sub("", printed).split()
+def test_what_the_readme_shows_below_a_command_is_what_the_command_prints(workplace):
+    """Line by line; a line of three dots stands for lines left out."""
+    plain, shown = re.compile(r"\s+|the sum is off by \S+"), 0  # rounding differs by processor
+    for (kind, block), (below, text) in itertools.pairwise(f for f in FENCES if f[0] != "python"):
+        if kind == "sh" and below == "text":
+            printed = [plain.sub("", line) for line in run(block, workplace).stdout.splitlines()]
+            for line in text.splitlines():
+                assert line == "…" or plain.sub("", line) in printed, line
+            shown += 1
+    assert shown == 3
 
 
 def test_results_of_baselines_and_frictions_are_those_of_the_readme(tmp_path):
@@ -110,12 +110,12 @@ def distances(q: float, d_min: float) -> list[float]:
     return linprog([0, 0, 1, 1, 1], *zip(*rows), bounds=bounds).x[:2].tolist()
 
 
-def test_every_quote_of_the_sample_follows_from_the_formulas_of_the_readme_alone(workplace):
-    (command,) = (line for line in COMMANDS if "--log backtest-decisions.csv" in line)
-    run(command, workplace)
-    with open(workplace / "backtest-decisions.csv") as file:
+def test_every_quote_of_the_sample_follows_from_the_formulas_alone_and_is_explained(workplace):
+    run(next(block for block in BLOCKS if "--log decisions.csv" in block), workplace)
+    with open(workplace / "decisions.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "lp"]
     for row in rows:
+        explained = optimize.explain(row, optimize.Parameters())
         r = {name: float(text or "nan") for name, text in row.items() if name not in WORDS}
         mid, depth = r["mid_price"], (r["bid_depth"] + r["ask_depth"]) / 2
         S = max(0.5, 2 * 0.5 * r["volatility"] * math.sqrt(10)
@@ -128,8 +128,9 @@ def test_every_quote_of_the_sample_follows_from_the_formulas_of_the_readme_alone
         bid = min(bid, round(r["best_ask"] / 0.1) - 1)
         ask = max(ask, round(r["best_bid"] / 0.1) + 1)
         assert S == pytest.approx(r["base_spread_bps"], rel=1e-7)
-        for price, ours in ((r["bid_price"], bid), (r["ask_price"], ask)):
+        for side, price, ours in (("bid", r["bid_price"], bid), ("ask", r["ask_price"], ask)):
             assert math.isnan(price) or round(price / 0.1) == ours, row["time_ns"]
+            assert re.search(rf"   {side} .*: {ours / 10:.1f}\n", explained), row["time_ns"]
     assert len(rows) > 1000
 
 
@@ -157,7 +158,7 @@ def section_lengths(path: Path) -> dict[str, int]:
 
 
 def test_the_evening_path_is_as_long_as_the_readme_says_and_within_its_budget():
-    rows = re.findall(r"^\| `(\w+\.py)` \| (.*?) \| (\d+) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+\.py)` \| .*? \| (.*) \| (\d+) \|$", README, re.MULTILINE)
     assert {name for name, _, _ in rows} == {f"{module}.py" for module in MODULES}
     total = 0
     for name, sections, lines in rows:
@@ -166,14 +167,33 @@ def test_the_evening_path_is_as_long_as_the_readme_says_and_within_its_budget():
         assert len(found) == len(sections.split("; ")), name
         assert sum(lengths[k] for k in found) == int(lines), name
         total += int(lines)
-    assert total <= 1500 and f"| | together | {total:,} |" in README
+    assert total <= 1500 and f"| | | together | {total:,} |" in README
 
 
 def test_symbol_table_of_the_readme_names_what_the_code_names():
     table = README[README.index("| symbol | code |") : README.index("The matrix, row by row")]
     for row in table.splitlines()[2:]:
         for name in re.findall(r"`(\w+)`", row):
-            assert name in optimize.__doc__ or hasattr(optimize.Parameters, name), name
+            known = {*optimize.FIELDS, *optimize.Solution._fields}
+            assert name in optimize.__doc__ or name in known, name
+
+
+def test_table_of_parameters_is_that_of_the_code():
+    for name, parameter in optimize.FIELDS.items():
+        rule, default = parameter.metadata, parameter.default
+        span = ", ".join(rule.get("choices", ())) or f"{rule['low']:,.12g} to {rule['high']:,.12g}"
+        span = f"above {rule['low']}" if rule["high"] == optimize.INF else span
+        star, default = "\\*" * rule["fixed"], "off" if default is None else default
+        assert f"| `{name}`{star} | {default} | {span} |" in README
+
+
+def test_columns_of_all_files_are_those_that_the_readme_lists(workplace):
+    (block,) = (block for block in BLOCKS if "--out results" in block)
+    run(block, workplace)
+    for name in ("fills", "quotes", "equity", "decisions"):
+        path = workplace / ("" if name == "decisions" else "results") / f"{name}.csv"
+        (row,) = re.findall(rf"^\| `{name}.csv` .*? \| (.*) \|$", README, re.MULTILINE)
+        assert re.findall(r"`(\w+)`", row) == path.read_text().split("\n")[0].split(",")
 
 
 def test_makefile_and_requirements_name_the_five_packages_and_no_other():
