@@ -302,7 +302,7 @@ def convert(day: Day, book: Path, trades: Path, recording: Path, flags: argparse
     print(f"{recording}: {recording.stat().st_size / 1e6:.1f} MB, tick size {tick}")
     for label, number in sorted(counts.items()):
         print(f"  {label:<45}{number}")
-    print(f"  no book in the first {(first_ms - midnight_ms) / 1000:g} s: the day before ends with it")
+    print(f"  no book in the first {(first_ms - midnight_ms) / 1000:g} s: that ends the day before")
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """make bench: what the live path, a replay, a day of history and a search cost.
 
-    python tests/bench.py [live] [replay] [memory] [day] [search]     all without a name
+    python tests/bench.py [memory] [replay] [live] [day] [search]     all: seven minutes
 
 Figures are ratios within one run where they can be, since machines differ. The loopback
 exchange runs in a process of its own and sends prebuilt frames as fast as the socket takes
@@ -58,7 +58,7 @@ def time_bare(url: str) -> float:
     ws = websocket.create_connection(url, timeout=30, skip_utf8_validation=True)
     topics = list(feed.Recording(SAMPLE).parser.topics)
     ws.send(json.dumps({"op": "subscribe", "args": topics}))
-    ws.recv()
+    ws.recv(), ws.recv()  # the answer, and the first message: from here on all are built
     began = time.perf_counter()
     for _ in range(MESSAGES):
         json.loads(ws.recv())
@@ -104,6 +104,7 @@ def bench_live() -> None:
             for _, (recv_ns, text) in zip(range(MESSAGES + 100), feed.read_lines(SAMPLE)):
                 file.write(f"{recv_ns} {text}\n")
         for number in range(ROUNDS):
+            print(f"  round {number + 1} of {ROUNDS}", file=sys.stderr)
             for name in times:
                 with served(head, "--max") as url:
                     path = Path(folder) / f"{number}.gz" if name == "recording" else None
@@ -113,7 +114,7 @@ def bench_live() -> None:
     for name, values in times.items():
         middle = statistics.median(values)
         print(f"  {name:<10}{MESSAGES / middle:9,.0f} messages/s {middle / MESSAGES * 1e6:7.1f} us "
-              f"each   {middle / bare:5.2f} x bare", flush=True)  # fmt: skip
+              f"each   {middle / bare:5.2f} x bare")  # fmt: skip
     print(f"from message received to quote decided, {LATENCY_S} s of live messages each:")
     for is_fresh in (False, True):
         measure_latency(is_fresh)
@@ -235,7 +236,8 @@ def bench_day() -> None:
         print("a simulated day, the loop with queue fills and the program, best of 3:")
         for name, interval_s in (("decisions every 1 s", 1.0), ("at its own pace", 0.0)):
             runs = []
-            for _ in range(3):
+            for number in range(3):
+                print(f"  day {number + 1} of 3, {name}", file=sys.stderr)
                 with backtest.start_workers(1) as alone:
                     runs.append(alone.submit(play, Path(scratch), interval_s).result())
             best = min(runs, key=lambda run: run["seconds"])
@@ -249,7 +251,7 @@ def bench_day() -> None:
 
 def bench_search() -> None:
     """100 configurations over the sample, by one worker and by two."""
-    setting = backtest.make_setting(backtest.build_arguments().parse_args([]))
+    setting = backtest.make_setting(backtest.build_arguments().parse_args([]), [SAMPLE])
     configurations = optimize.expand_grid(GRID)
     print(f"{len(configurations)} configurations over the sample:")
     for workers in (1, 2):
@@ -257,16 +259,25 @@ def bench_search() -> None:
         with backtest.start_workers(workers) as pool:
             work = backtest.partial(backtest.try_out, setting)
             assert len(list(optimize.run_trials(work, configurations, pool))) == len(configurations)
-        print(f"  {workers} workers {time.perf_counter() - began:7.1f} s", flush=True)
+        print(f"  {workers} workers {time.perf_counter() - began:7.1f} s")
+
+
+PARTS = {  # and their seconds on 2 cores
+    "memory": (bench_memory, 5), "replay": (bench_replay, 15), "live": (bench_live, 140),
+    "day": (bench_day, 120), "search": (bench_search, 120),
+}  # fmt: skip
 
 
 def main(names: list[str]) -> None:
-    parts = dict(memory=bench_memory, replay=bench_replay, live=bench_live, day=bench_day,
-                 search=bench_search)  # fmt: skip
-    for name in names or parts:
-        print(f"---- {name}", flush=True)
-        parts[name]()
+    """Measure some parts, or all."""
+    if unknown := set(names) - set(PARTS):
+        raise feed.UserError(f"no part {min(unknown)!r}: there are {', '.join(PARTS)}")
+    sys.stdout.reconfigure(line_buffering=True)
+    for name in names or PARTS:
+        measure, usual_s = PARTS[name]
+        print(f"---- {name}: about {usual_s} s")
+        measure()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(feed.exit_cleanly(lambda: main(sys.argv[1:])))
