@@ -1,19 +1,25 @@
 # Two commands do everything on a fresh machine with Python 3.10 or newer:
-#   make run    environment, packages, then the market maker
+#   make run    environment, packages, then the market maker (make run ARGS="--replay FILE")
 #   make test   environment, packages, then all tests
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: run test bench pictures lint clean
+.PHONY: run test test-1 test-2 bench pictures lint clean
 run: $(VENV)/ready
-	$(PY) marketmaker.py
+	$(PY) marketmaker.py $(ARGS)
 
+# Two halves, a core for each: what waits for sockets and clocks, with what runs and fills; the rest.
+FIRST := $(addprefix tests/test_,exchange.py live.py parity.py backtest.py marketmaker.py)
 test: $(VENV)/ready
-	$(PY) -m pytest
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-1 test-2
+test-1:
+	@$(PY) -m pytest -p no:cacheprovider $(FIRST) >.half; status=$$?; cat .half; rm .half; exit $$status
+test-2:
+	@$(PY) -m pytest -p no:cacheprovider tests/test_feed.py tests/test_search.py tests $(addprefix --ignore=,$(FIRST))
 
 bench: $(VENV)/ready
-	$(PY) tests/bench.py
+	$(PY) tests/bench.py $(ARGS)
 
 pictures: $(VENV)/ready
 	$(PY) marketmaker.py --replay data/sample.jsonl.gz --speed max --duration 1200 --plot data/session.png

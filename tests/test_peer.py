@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulate
 
 import backtest
 import optimize
-import simulate
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and numba warn of at import is not ours
@@ -131,11 +131,6 @@ def follow(peer, time_ns, ticks, lots):
     return fills
 
 
-def read_csv(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
 def fills_of_peer(events, quotes, latency_ms):
     """What hftbacktest fills of the quotes."""
     time_ns = np.array([int(row["time_ns"]) for row in quotes])
@@ -173,14 +168,10 @@ def test_every_fill_is_that_of_hftbacktest(
     flags = f"{AT_THE_TOUCH} {flags} --order-latency-ms {latency_ms}".split()
     given = ["--data", str(recording), "--out", str(tmp_path), "--peer-rules", *flags]
     assert backtest.main(given) == 0
-    fills, quotes = (read_csv(tmp_path / name) for name in ("fills.csv", "quotes.csv"))
-    ours = sorted(
-        (
-            int(row["time_ns"]),
-            {"buy": 1, "sell": -1}[row["side"]],
-            round(float(row["price"]) / TICK),
-        )
-        for row in fills
-    )
-    assert ours == fills_of_peer(events, quotes, latency_ms)
+    names = tmp_path / "fills.csv", tmp_path / "quotes.csv"
+    fills, quotes = (list(csv.DictReader(path.read_text().splitlines())) for path in names)
+    side = {"buy": 1, "sell": -1}
+    ours = [(int(row["time_ns"]), side[row["side"]], round(float(row["price"]) / TICK))
+            for row in fills]  # fmt: skip
+    assert sorted(ours) == fills_of_peer(events, quotes, latency_ms)
     assert len(ours) >= 100
