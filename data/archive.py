@@ -47,6 +47,7 @@ import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import astuple
 from datetime import date
 from decimal import Decimal
 from itertools import chain, groupby
@@ -65,7 +66,6 @@ LAST_OB500 = date(2025, 8, 20)  # linear order books had 500 levels a side until
 WAITS_S = (0, 2, 4, 8, 16)  # before each try of a download, s
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 DAY_MS = 86_400_000
-MAX_LATENCY_MS = 60_000
 UNIT = Decimal("1e-12")  # USDT, finer than any price
 INFLATION, SMALL = 100, 64 << 20  # text / file: a book has 5 to 25; bytes always allowed
 Line = tuple[int, str]  # exchange time in ms, message
@@ -285,8 +285,8 @@ def convert(day: Day, book: Path, trades: Path, recording: Path, flags: argparse
     if not len(rows):
         raise UserError(f"{trades} holds no trade of {day.symbol} on {day.date}")
     midnight_ms = day.number * DAY_MS
-    steps = dict(tick_size=tick, lot_size=instrument.lot_text, depth=day.depth)
-    start = feed.control_line("start", symbol=day.symbol, category=day.category, **steps)
+    names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
+    start = feed.control_line("start", **dict(zip(names, astuple(instrument))), depth=day.depth)
     both = trade_messages(rows, day, counts), read_book(book, day, counts)
     by_time = heapq.merge(*both, key=lambda line: line[0])  # at equal times trades first
 
@@ -311,8 +311,8 @@ def run(flags: argparse.Namespace) -> None:
     market, latency_ms = (flags.symbol, flags.category), flags.feed_latency_ms
     if not (flags.symbol.isascii() and flags.symbol.isalnum()):
         raise UserError(f"--symbol {flags.symbol!r} must be letters and digits, as BTCUSDT")
-    if not 0 <= latency_ms <= MAX_LATENCY_MS:
-        raise UserError(f"--feed-latency-ms {latency_ms:g} must be from 0 to {MAX_LATENCY_MS}")
+    if not 0 <= latency_ms <= 60_000:
+        raise UserError(f"--feed-latency-ms {latency_ms:g} must be from 0 to 60000")
     feed.find_instrument(*market, flags.tick_size or "1", flags.lot_size)
     days = [parse_day(text, *market) for text in flags.days]
 

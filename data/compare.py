@@ -167,10 +167,8 @@ def quote_at_touch(*_: object) -> Distances:
 MAKERS: dict[str, str | Callable] = {"at the touch": quote_at_touch, "ours": "lp"}
 
 
-def play(path: Path, tape: feed.Tape | None, strategy: Any) -> marketmaker.MarketMaker:
+def play(recording: feed.Recording, tape: feed.Tape, strategy: Any) -> marketmaker.MarketMaker:
     """The market maker after a recording; nothing is written anywhere."""
-    recording = feed.Recording(path)
-    tape = feed.build_tape(recording.messages()) if tape is None else tape
     instrument = recording.parser.instrument
     parameters = marketmaker.choose_parameters({"fill_model": "queue"}, recording.start, instrument)
     maker = marketmaker.MarketMaker(parameters, instrument, strategy=strategy)
@@ -181,10 +179,11 @@ def play(path: Path, tape: feed.Tape | None, strategy: Any) -> marketmaker.Marke
 
 def fill_rows(path: Path) -> dict[str, str]:
     """How the makers' orders fill, and where the price goes then."""
-    rows, tape = {}, None
+    rows, recording = {}, feed.Recording(path)
+    tape = feed.build_tape(recording.messages())
     for name, strategy in MAKERS.items():
-        maker = play(path, tape, strategy)
-        tape, fills = maker.tape, maker.account.fills
+        maker = play(recording, tape, strategy)
+        fills = maker.account.fills
         markouts = backtest.measure_markouts(fills, tape, maker.instrument.tick_size)
         rules, n = Counter(fill.rule for fill in fills), len(fills)
         minutes = np.array([fill.time_ns // MINUTE_NS for fill in fills])

@@ -138,11 +138,13 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         # The first lines tell the topics. The others are read when they fall due.
         lines = messages_of(lines)
         first = list(islice(lines, 2000))
-        self._first_ns, self._lines = first[0][0], chain(first, lines)
         topics = {message["topic"] for _, _, message in first}
-        symbols = {topic.rpartition(".")[2] for topic in topics}
-        self._topics = topics | {f"{c}.{s}" for c in ("publicTrade", "tickers") for s in symbols}
-        (self._book_topic,) = (topic for topic in topics if "orderbook." in topic)
+        books = [topic for topic in topics if "orderbook." in topic]
+        if len(books) != 1:
+            raise feed.UserError(f"the lines are of {len(books)} order books: one is needed")
+        symbol, self._book_topic = books[0].rpartition(".")[2], books[0]
+        self._topics = topics | {f"publicTrade.{symbol}", f"tickers.{symbol}"}
+        self._first_ns, self._lines = first[0][0], chain(first, lines)
         self._book = Book()
         self.connections = self.pings = 0
         self.subscriptions: list[list[str]] = []
@@ -411,13 +413,13 @@ def served(path: Path, *flags: str) -> Iterator[str]:
             process.terminate()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Serve one recording until Ctrl-C."""
     parser = feed.Arguments(prog="exchange.py", description=main.__doc__)
     parser.add_argument("file", type=Path, help="recording")
     parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1 (any that is free)")
     parser.add_argument("--max", action="store_true", help="as fast as the socket takes it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     def serve() -> None:
         kind = Firehose if options.max else LoopbackExchange

@@ -6,6 +6,7 @@ come out is the sample, or worked out by hand. Downloads go to a server on loopb
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.server
 import json
@@ -267,7 +268,7 @@ def test_what_is_damaged_overlong_or_a_bomb_is_used_up_to_there_and_the_book_the
         (dict(header="timestamp,symbol,side,size"), (), "has no column id, price"),
         ({}, ("--tick-size", "0.5"), "check --tick-size"),
         ({}, ("2026-1-1",), "'2026-1-1' is no day: write it as 2026-09-01"),
-        ({}, ("--symbol", "../x"), "must be capital letters"),
+        ({}, ("--symbol", "../x"), "must be letters and digits"),
         ({}, ("--symbol", "XRPUSDT"), "give --tick-size and --lot-size"),
         ({}, ("--feed-latency-ms", "-1"), "must be from 0 to 60000"),
     ]
@@ -307,6 +308,16 @@ def test_download_has_patience_or_ends_in_one_clear_line(
     assert host.agents == [feed.USER_AGENT["User-Agent"]] * requests
     if not problem:
         assert recorded(out) == made(tmp_path) and not list(out.rglob("*.part"))
+
+
+def test_a_full_disk_ends_a_download_at_once_and_leaves_no_draft(tmp_path, host, monkeypatch):
+    def copy(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    host.folder = lay(tmp_path)[0].parent
+    monkeypatch.setattr(archive.shutil, "copyfileobj", copy)
+    assert convert(tmp_path / "out") == 2 and len(host.agents) == 1
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_script_runs_from_anywhere_and_leaves_a_recording_alone_that_is_there(tmp_path, capsys):

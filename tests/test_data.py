@@ -1,0 +1,128 @@
+"""The programs of data/ and the loopback exchange end with their work, or with one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import runpy
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import archive
+import compare
+import exchange
+import experiments
+import pytest
+import simulate
+
+import marketmaker
+
+SMALL = simulate.START_MS * 1_000_000, '{"topic":"publicTrade.BTCUSDT","data":[]}'
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    simulate.record(Path("taken.gz"), iter([SMALL]))
+    return tmp_path
+
+
+def run(program, *words) -> int:
+    """The exit status of a program."""
+    with contextlib.suppress(SystemExit):  # for wrong flags, with status 2
+        return program.main(list(words))
+    return 2
+
+
+@pytest.mark.parametrize(
+    "program, words, rule", [
+        (simulate, "--out taken.gz", "taken.gz exists"),
+        (simulate, "--out no/new.gz", "no/new.gz.part: No such file or directory"),
+        (simulate, "--out /dev/null --force", "No regular file"),
+        (simulate, "--out new.gz --hours nan", "hours = nan must lie in 0.001 to 100000"),
+        (simulate, "", "required: --out"),
+        (compare, "", "required: FILE"),
+        (compare, "no.gz", "No such file"),
+        (compare, "/dev/null", "No regular file"),
+        (compare, "taken.gz", "taken.gz holds no book or no trades"),
+        (experiments, "10", "experiments 1 to 9"),
+        (archive, "", "required: DAY"),
+        (archive, "2026-01-01 --out taken.gz", "taken.gz/linear: Not a directory"),
+        (exchange, "no.gz", "No such file"),
+        (exchange, "taken.gz", "0 order books: one is needed"),
+    ]
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_leaves_nothing(folder, capsys, program, words, rule):
+    assert run(program, *words.split()) == 2
+    error = capsys.readouterr().err
+    assert rule in error and error.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["taken.gz"]
+
+
+@pytest.mark.parametrize("error, status", [
+    (KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device"), 2),
+])  # fmt: skip
+def test_what_ends_a_simulation_leaves_no_draft(folder, monkeypatch, capsys, error, status):
+    def lines(*_):
+        yield SMALL
+        raise error
+
+    monkeypatch.setattr(simulate, "simulate", lines)
+    for words in (["new.gz"], ["taken.gz", "--force"]):
+        assert run(simulate, "--out", *words) == status
+    assert len(list(folder.iterdir())) == 1 and capsys.readouterr().err.count("\n") == 2
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_table_is_printed_as_far_as_stdout_takes_it(folder, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "FEWEST", 2)
+    assert run(simulate, *"--out new.gz --hours 0.03 --seed 2".split()) == 0
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for stdout, status in ((out, 0), (None, 0), (FullDisk(), 2)):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(compare, "new.gz") == status
+        assert capsys.readouterr().err.count("\n") == bool(status)
+    table = out.buffer.getvalue().decode("ascii").splitlines()
+    assert len(table) > 20 and {row.count("|") for row in table} == {3}
+    assert any("? 0." in row for row in table)  # what was ± is still told
+
+
+def test_paths_are_simulated_where_missing_and_anew_by_another_simulator(folder, monkeypatch):
+    edited = folder / "simulate.py"
+    edited.write_text(Path(simulate.__file__).read_text() + "# another\n")
+    monkeypatch.setattr(simulate, "__file__", str(edited))
+    assert not set(experiments.PATHS) & set(runpy.run_path(experiments.__file__)["PATHS"])
+
+    paths = [folder / "paths" / f"{seed}.gz" for seed in experiments.SEEDS]
+    monkeypatch.setattr(experiments, "PATHS", paths)
+    monkeypatch.setattr(experiments, "HOURS", 0.001)
+    for path in paths[1:]:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    with ThreadPoolExecutor(2) as pool:
+        experiments.make_paths(pool)
+    assert run(simulate, *"--out same.gz --hours 0.001 --seed 1".split()) == 0
+    assert paths[0].read_bytes() == Path("same.gz").read_bytes()
+    assert not any(path.stat().st_size for path in paths[1:])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_loopback_exchange_says_when_it_is_ready_and_stays_until_it_is_told(folder, number):
+    command = [sys.executable, exchange.__file__, marketmaker.SAMPLE]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:  # fmt: skip
+        line = process.stdout.readline()
+        assert f"python marketmaker.py --url {line.split()[0]}" in line
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        process.send_signal(number)
+        assert process.wait(10) == 130
+        assert process.stderr.read().count("\n") == 1
