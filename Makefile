@@ -9,14 +9,17 @@ PY := $(VENV)/bin/python
 run: $(VENV)/ready
 	$(PY) marketmaker.py $(ARGS)
 
-# Two halves, a core for each: what waits for sockets and clocks, with what runs and fills; the rest.
-FIRST := $(addprefix tests/test_,exchange.py live.py parity.py backtest.py marketmaker.py)
+# The tests run in two halves, a core for each, and the first is shown when it has ended. It begins
+# with real sockets and clocks; meanwhile the second runs what needs no more than its own core.
+FIRST := $(addprefix tests/test_,exchange.py live.py parity.py backtest.py tuning.py)
+CALM := $(addprefix tests/test_,feed.py search.py marketmaker.py)
+PYTEST := $(PY) -m pytest -p no:cacheprovider
 test: $(VENV)/ready
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-1 test-2
 test-1:
-	@$(PY) -m pytest -p no:cacheprovider $(FIRST) >.half; status=$$?; cat .half; rm .half; exit $$status
+	@$(PYTEST) $(FIRST) > $(VENV)/half; status=$$?; cat $(VENV)/half; exit $$status
 test-2:
-	@$(PY) -m pytest -p no:cacheprovider tests/test_feed.py tests/test_search.py tests $(addprefix --ignore=,$(FIRST))
+	@$(PYTEST) $(CALM) tests $(addprefix --ignore=,$(FIRST))
 
 bench: $(VENV)/ready
 	$(PY) tests/bench.py $(ARGS)
