@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace as Bag
 
@@ -71,16 +72,14 @@ def live_bursts(
     url: str, maker: MarketMaker, clock_ns: Callable[[], int], record: Path | None = None
 ) -> Iterator[list[feed.Message]]:
     """The program's own loop through feed thread and queue, without display and files."""
-    recorder = feed.Recorder(record) if record else None
-    source = feed.LiveFeed(url, feed.Recording(SAMPLE).parser, recorder, clock_ns)
-    source.start(source.connect())
+    source = feed.open_feed(feed.Instrument(), 200, url, record, clock_ns)
     session = Bag(maker=maker, options=Bag(duration=600), look=lambda: None)
     try:
         yield from marketmaker.live_messages(session, source)
     finally:
         source.stop()
-        if recorder:
-            recorder.close()
+        if record:
+            source.recorder.close()
 
 
 def time_live(url: str, record: Path | None = None) -> float | None:
@@ -97,22 +96,19 @@ def time_live(url: str, record: Path | None = None) -> float | None:
 
 def bench_live() -> None:
     """The live path against the bare loop, in turn; and from a message to a decision."""
-    times: dict[str, list[float]] = {"bare": [], "live": [], "recording": []}
+    times = {"bare": [], "live": [], "recording": []}
     with tempfile.TemporaryDirectory() as folder:
-        head = Path(folder) / "head.gz"
-        with gzip.open(head, "wt", compresslevel=1) as file:
-            for _, (recv_ns, text) in zip(range(MESSAGES + 100), feed.read_lines(SAMPLE)):
-                file.write(f"{recv_ns} {text}\n")
+        lines, head = islice(feed.read_lines(SAMPLE), MESSAGES + 100), Path(folder) / "head"
+        head.write_text("".join(f"{recv_ns} {text}\n" for recv_ns, text in lines))
         for number in range(ROUNDS):
             print(f"  round {number + 1} of {ROUNDS}", file=sys.stderr)
             for name in times:
                 with served(head, "--max") as url:
                     path = Path(folder) / f"{number}.gz" if name == "recording" else None
                     times[name].append(time_bare(url) if name == "bare" else time_live(url, path))
-    bare = statistics.median(times["bare"])
     print(f"the live path, {MESSAGES} messages of the sample, median of {ROUNDS} rounds:")
-    for name, values in times.items():
-        middle = statistics.median(values)
+    bare, *_ = medians = [statistics.median(seconds) for seconds in times.values()]
+    for name, middle in zip(times, medians):
         print(f"  {name:<10}{MESSAGES / middle:9,.0f} messages/s {middle / MESSAGES * 1e6:7.1f} us "
               f"each   {middle / bare:5.2f} x bare")  # fmt: skip
     print(f"from message received to quote decided, {LATENCY_S} s of live messages each:")
@@ -173,21 +169,17 @@ def bench_replay() -> None:
 
 def make_day(folder: Path) -> None:
     """The columns of a day, hour after hour, one .npy file each."""
-    lines, hours = folder / "hour.jsonl.gz", range(HOURS)
-    with gzip.open(lines, "wt", compresslevel=1) as file:
-        rng = np.random.default_rng(1)
-        for recv_ns, text in simulate.simulate(rng, 1.0, updates_per_delta=UPDATES):
-            file.write(f"{recv_ns} {text}\n")
+    path, rng = folder / "hour.jsonl.gz", np.random.default_rng(1)
+    simulate.record(path, simulate.simulate(rng, 1.0, updates_per_delta=UPDATES))
     began = time.perf_counter()
-    hour = feed.build_tape(feed.Recording(lines).messages())
+    hour = feed.build_tape(feed.Recording(path).messages())
     speed, rows = len(hour) / (time.perf_counter() - began), len(hour.level) / len(hour)
     print(f"parsing: {speed:,.0f} messages/s of {rows:.0f} rows")
-    mid = (hour.best_bid - hour.best_ask) // 2
+    mid = hour.mid_ticks[~np.isnan(hour.mid_ticks)]
     drift = int(mid[-1] - mid[0])
     for name in feed.COLUMNS:
-        column = getattr(hour, name)
-        np.save(folder / f"{name}.npy",
-                np.concatenate([moved(name, column, k, drift) for k in hours]))  # fmt: skip
+        hours = [moved(name, getattr(hour, name), k, drift) for k in range(HOURS)]
+        np.save(folder / f"{name}.npy", np.concatenate(hours))
 
 
 def moved(name: str, column: np.ndarray, k: int, drift: int) -> np.ndarray:
@@ -208,8 +200,8 @@ def play(folder: Path, interval_s: float) -> dict:
     """The whole loop: program, fills, history. interval_s 0: the strategy's own pace."""
     if interval_s:
         optimize.get_optimization_frequency = lambda parameters, sigma: interval_s
-    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in feed.COLUMNS}
-    tape = feed.Tape(**{name: np.asarray(c) for name, c in columns.items()}, notes={})
+    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in feed.COLUMNS}
+    tape = feed.Tape(**{name: np.asarray(column) for name, column in files.items()}, notes={})
     maker = MarketMaker(Parameters(), feed.Instrument())
     began = time.perf_counter()
     maker.follow(tape)
@@ -247,7 +239,7 @@ def bench_search() -> None:
         began = time.perf_counter()
         with backtest.start_workers(workers) as pool:
             work = backtest.partial(backtest.try_out, setting)
-            assert len(list(optimize.run_trials(work, configurations, pool))) == len(configurations)
+            list(optimize.run_trials(work, configurations, pool))
         print(f"  {workers} workers {time.perf_counter() - began:7.1f} s")
 
 
