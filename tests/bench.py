@@ -1,12 +1,12 @@
-"""make bench: what a replay, the live path, a day of history and a search cost.
+"""make bench: what a replay, the live path and a day of history cost.
 
-    python tests/bench.py [replay] [live] [day] [search]     all of them: some six minutes
+    python tests/bench.py [replay] [live] [day]     all of them: some five minutes
 
 Figures are ratios within one run where they can be, since machines differ. The loopback
 exchange runs in a process of its own and sends prebuilt frames as fast as the socket takes
 them. The day is simulated (data/simulate.py) at about Bybit's density: one hour, repeated 24
-times, with the prices going on from where the hour before ended. Whatever has its memory
-measured runs in a process of its own.
+times, with the prices going on from where the hour before ended; each run of it has a process
+of its own, whose memory is measured.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ MESSAGES = 40_000  # of the sample, in each round
 LATENCY_S = 20  # of live messages for the latencies
 HOURS = 24
 UPDATES = 17.0  # levels changed at random in 100 ms: about 23 rows a message in all
-GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.5, 1], "delta": [0, 0.5, 1, 2]}
 
 
 # ---- The live path -----------------------------------------------------------------
@@ -227,26 +226,7 @@ def bench_day() -> None:
                   f"decisions, {best['fills']:,} fills, {best['peak_mb']:,.0f} MB")  # fmt: skip
 
 
-# ---- A search ----------------------------------------------------------------------
-
-
-def bench_search() -> None:
-    """All of GRID over the sample, by one worker and by two."""
-    setting = backtest.make_setting(backtest.build_arguments().parse_args([]), [SAMPLE])
-    configurations = optimize.expand_grid(GRID)
-    print(f"{len(configurations)} configurations over the sample:")
-    for workers in (1, 2):
-        began = time.perf_counter()
-        with backtest.start_workers(workers) as pool:
-            work = backtest.partial(backtest.try_out, setting)
-            list(optimize.run_trials(work, configurations, pool))
-        print(f"  {workers} workers {time.perf_counter() - began:7.1f} s")
-
-
-PARTS = {  # and their seconds on 2 cores
-    "replay": (bench_replay, 15), "live": (bench_live, 140), "day": (bench_day, 120),
-    "search": (bench_search, 80),
-}  # fmt: skip
+PARTS = {"replay": (bench_replay, 15), "live": (bench_live, 140), "day": (bench_day, 120)}  # s
 
 
 def main(names: list[str]) -> None:

@@ -182,11 +182,9 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     def book(self) -> dict[int, dict[int, float]]:
         """The true book: {1: bids, -1: asks}, each {side x price in ticks of 0.1: size}."""
         with self._lock:
-            sides = (1, self._book.sides["b"]), (-1, self._book.sides["a"])
-            return {
-                sign: {sign * round(float(price) * 10): float(size) for price, size in side.items()}
-                for sign, side in sides
-            }
+            bids, asks = (list(self._book.sides[name].items()) for name in "ba")
+        return {sign: {sign * round(float(price) * 10): float(size) for price, size in rows}
+                for sign, rows in ((1, bids), (-1, asks))}  # fmt: skip
 
     # ---- Faults: from any thread, at once or at the next message -------------------
 
@@ -410,7 +408,7 @@ def served(path: Path, *flags: str) -> Iterator[str]:
         try:
             yield process.stdout.readline().partition(" ")[0]
         finally:
-            process.terminate()
+            process.kill()
 
 
 def main(arguments: list[str] | None = None) -> int:
