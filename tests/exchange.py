@@ -411,11 +411,15 @@ def served(path: Path, *flags: str) -> Iterator[str]:
             process.kill()
 
 
+def port(text: str) -> int:
+    return feed.must_be(int, int(text), 0, 65_535)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serve one recording until Ctrl-C."""
     parser = feed.Arguments(prog="exchange.py", description=main.__doc__)
     parser.add_argument("file", type=Path, help="recording")
-    parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1 (any that is free)")
+    parser.add_argument("--port", type=port, default=0, help="on 127.0.0.1 (any that is free)")
     parser.add_argument("--max", action="store_true", help="as fast as the socket takes it")
     options = parser.parse_args(arguments)
 

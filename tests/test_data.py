@@ -18,6 +18,7 @@ import experiments
 import pytest
 import simulate
 
+import backtest
 import marketmaker
 
 SMALL = simulate.START_MS * 1_000_000, '{"topic":"publicTrade.BTCUSDT","data":[]}'
@@ -52,6 +53,7 @@ def run(program, *words) -> int:
         (archive, "", "required: DAY"),
         (archive, "2026-01-01 --out taken.gz", "taken.gz/linear: Not a directory"),
         (exchange, "no.gz", "No such file"),
+        (exchange, "taken.gz --port 65536", "invalid port value: '65536'"),
         (exchange, "taken.gz", "0 order books: one is needed"),
     ]
 )  # fmt: skip
@@ -70,6 +72,7 @@ def test_a_simulation_that_is_stopped_leaves_no_draft(folder, monkeypatch, capsy
 
 def test_a_table_is_printed_as_far_as_stdout_takes_it(folder, monkeypatch, capsys):
     monkeypatch.setattr(compare, "FEWEST", 2)
+    monkeypatch.setattr(backtest, "CACHE", folder / "cache")
     assert run(simulate, *"--out new.gz --hours 0.03 --seed 2".split()) == 0
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     for stdout in (out, None):
@@ -78,6 +81,8 @@ def test_a_table_is_printed_as_far_as_stdout_takes_it(folder, monkeypatch, capsy
     table = out.buffer.getvalue().decode("ascii").splitlines()
     assert len(table) > 20 and {row.count("|") for row in table} == {3}
     assert any("? 0." in row for row in table)  # what was ± is still told
+    run_of_an_experiment = experiments.play_one(Path("new.gz"), compare.quote_at_touch, {}, {})
+    assert f"| at the touch: n of fills | {run_of_an_experiment['fills']} |" in table
 
 
 def test_paths_of_another_simulator_are_not_taken_and_what_is_missing_is_made(folder, monkeypatch):
