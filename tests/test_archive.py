@@ -311,7 +311,8 @@ def test_download_has_patience_or_ends_in_one_clear_line(
     assert problem in error and error.count("\n") == bool(problem)
     assert host.agents == [feed.USER_AGENT["User-Agent"]] * requests
     assert problem or recorded(out) == made(tmp_path)
-    assert not list(out.rglob("*.part"))
+    kept = sorted(path.suffix for path in out.rglob("*") if path.is_file())
+    assert kept == ([] if problem else [".gz", ".gz", ".zip"])  # no draft, nothing cut
 
 
 def test_script_runs_from_anywhere_and_leaves_a_recording_alone_that_is_there(tmp_path, capsys):
