@@ -1,19 +1,28 @@
 # Two commands do everything on a fresh machine with Python 3.10 or newer:
-#   make run    environment, packages, then the market maker
+#   make run    environment, packages, then the market maker (make run ARGS="--replay FILE")
 #   make test   environment, packages, then all tests
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: run test bench pictures lint clean
+.PHONY: run test test-1 test-2 bench pictures lint clean
 run: $(VENV)/ready
-	$(PY) marketmaker.py
+	$(PY) marketmaker.py $(ARGS)
 
+# The tests run in two halves, a core for each, and the first is shown when it has ended. It begins
+# with real sockets and clocks; meanwhile the second runs what needs no more than its own core.
+FIRST := $(addprefix tests/test_,exchange.py live.py parity.py backtest.py tuning.py)
+CALM := $(addprefix tests/test_,feed.py search.py marketmaker.py)
+PYTEST := $(PY) -m pytest -p no:cacheprovider
 test: $(VENV)/ready
-	$(PY) -m pytest
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-1 test-2
+test-1:
+	@$(PYTEST) $(FIRST) > $(VENV)/half; status=$$?; cat $(VENV)/half; exit $$status
+test-2:
+	@$(PYTEST) $(CALM) tests $(addprefix --ignore=,$(FIRST))
 
 bench: $(VENV)/ready
-	$(PY) tests/bench.py
+	$(PY) tests/bench.py $(ARGS)
 
 pictures: $(VENV)/ready
 	$(PY) marketmaker.py --replay data/sample.jsonl.gz --speed max --duration 1200 --plot data/session.png

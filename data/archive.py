@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import gzip
 import heapq
 import http.client
@@ -38,7 +39,6 @@ import io
 import json
 import logging
 import math
-import re
 import shutil
 import sys
 import time
@@ -47,6 +47,7 @@ import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import astuple
 from datetime import date
 from decimal import Decimal
 from itertools import chain, groupby
@@ -63,8 +64,8 @@ BOOK_HOST = "https://quote-saver.bycsi.com/orderbook"
 TRADES_HOST = "https://public.bybit.com"
 LAST_OB500 = date(2025, 8, 20)  # linear order books had 500 levels a side until then, now 200
 WAITS_S = (0, 2, 4, 8, 16)  # before each try of a download, s
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 DAY_MS = 86_400_000
-MAX_LATENCY_MS = 60_000
 UNIT = Decimal("1e-12")  # USDT, finer than any price
 INFLATION, SMALL = 100, 64 << 20  # text / file: a book has 5 to 25; bytes always allowed
 Line = tuple[int, str]  # exchange time in ms, message
@@ -99,18 +100,19 @@ def parse_day(text: str, symbol: str, category: str) -> Day:
 
 def download(url: str, path: Path) -> None:
     """Download a file, TLS verified. UserError where Bybit refuses it or all tries fail."""
-    draft, reason = Path(f"{path}.part"), ""
-    request = urllib.request.Request(url, headers=feed.USER_AGENT)  # without it: status 403
+    request, reason = urllib.request.Request(url, headers=feed.USER_AGENT), ""  # else status 403
+
+    def fetch(draft: Path) -> None:
+        with urllib.request.urlopen(request, timeout=feed.CONNECT_S) as answer:
+            with draft.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+            if answer.length:  # subtle: the library does not complain of an early end
+                raise OSError(f"it ended {answer.length} bytes too early")
+
     for wait_s in WAITS_S:
         time.sleep(wait_s)
         try:
-            with urllib.request.urlopen(request, timeout=feed.CONNECT_S) as answer:
-                with draft.open("wb") as file:
-                    shutil.copyfileobj(answer, file)
-                if answer.length:  # subtle: the library does not complain of an early end
-                    raise OSError(f"it ended {answer.length} bytes too early")
-            draft.replace(path)
-            return
+            return feed.write_whole(path, fetch)
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"status {error.code}"
@@ -119,6 +121,8 @@ def download(url: str, path: Path) -> None:
                 remedy = "too many requests: wait 10 min" if error.code == 403 else remedy
                 raise UserError(f"{url} is refused ({reason}): {remedy}") from None
         except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", 0) in OF_THE_DISK:  # waiting does not help
+                raise
             reason = str(error) or type(error).__name__
     raise UserError(f"{url} cannot be downloaded ({reason}): run it again later")
 
@@ -281,34 +285,34 @@ def convert(day: Day, book: Path, trades: Path, recording: Path, flags: argparse
     if not len(rows):
         raise UserError(f"{trades} holds no trade of {day.symbol} on {day.date}")
     midnight_ms = day.number * DAY_MS
-    steps = dict(tick_size=tick, lot_size=instrument.lot_text, depth=day.depth)
-    start = feed.control_line("start", symbol=day.symbol, category=day.category, **steps)
+    names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
+    start = feed.control_line("start", **dict(zip(names, astuple(instrument))), depth=day.depth)
     both = trade_messages(rows, day, counts), read_book(book, day, counts)
     by_time = heapq.merge(*both, key=lambda line: line[0])  # at equal times trades first
 
-    # Stamp and write; a recording has its name only when it is whole.
-    draft, latency_ns = Path(f"{recording}.part"), round(flags.feed_latency_ms * MS)
-    with gzip.open(draft, "wt", compresslevel=4, encoding="utf-8", newline="\n") as file:
-        for time_ms, text in chain([(midnight_ms, start)], by_time):
-            file.write(f"{time_ms * MS + latency_ns} {text}\n")
-        file.write(f"{time_ms * MS + latency_ns} {feed.control_line('end')}\n")
-    draft.replace(recording)
+    def write(draft: Path) -> None:
+        latency_ns = round(flags.feed_latency_ms * MS)
+        with gzip.open(draft, "wt", compresslevel=4, encoding="utf-8", newline="\n") as file:
+            for time_ms, text in chain([(midnight_ms, start)], by_time):
+                file.write(f"{time_ms * MS + latency_ns} {text}\n")
+            file.write(f"{time_ms * MS + latency_ns} {feed.control_line('end')}\n")
+
+    feed.write_whole(recording, write)
 
     print(f"{recording}: {recording.stat().st_size / 1e6:.1f} MB, tick size {tick}")
     for label, number in sorted(counts.items()):
         print(f"  {label:<45}{number}")
-    without_s = (first_ms - midnight_ms) / 1000
-    print(f"  no book in the first {without_s:g} s: the file of the day before ends with it")
+    print(f"  no book in the first {(first_ms - midnight_ms) / 1000:g} s: that ends the day before")
 
 
 def run(flags: argparse.Namespace) -> None:
     """Download and convert the days, one after the other."""
     # Judge every argument before anything is downloaded.
     market, latency_ms = (flags.symbol, flags.category), flags.feed_latency_ms
-    if not re.fullmatch("[A-Z0-9]+", flags.symbol):
-        raise UserError(f"--symbol {flags.symbol!r} must be capital letters, as BTCUSDT")
-    if not 0 <= latency_ms <= MAX_LATENCY_MS:
-        raise UserError(f"--feed-latency-ms {latency_ms:g} must be from 0 to {MAX_LATENCY_MS}")
+    if not (flags.symbol.isascii() and flags.symbol.isalnum()):
+        raise UserError(f"--symbol {flags.symbol!r} must be letters and digits, as BTCUSDT")
+    if not 0 <= latency_ms <= 60_000:
+        raise UserError(f"--feed-latency-ms {latency_ms:g} must be from 0 to 60000")
     feed.find_instrument(*market, flags.tick_size or "1", flags.lot_size)
     days = [parse_day(text, *market) for text in flags.days]
 
@@ -320,22 +324,19 @@ def run(flags: argparse.Namespace) -> None:
         # Order books of linear and spot bear the same names: each has its folder.
         folder = flags.out / day.category
         paths = [folder / url.rpartition("/")[2] for url in day.urls]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for url, path in zip(day.urls, paths):
-                if not path.exists():
-                    print(f"downloading {url}", flush=True)
-                    download(url, path)
-            convert(day, *paths, recording, flags)
-        except OSError as error:
-            raise UserError(f"{folder.parent} cannot be written: {error.strerror}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        for url, path in zip(day.urls, paths):
+            if not path.exists():
+                print(f"downloading {url}", flush=True)
+                download(url, path)
+        convert(day, *paths, recording, flags)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """python data/archive.py DAY ...; the exit status."""
     parser = feed.Arguments(prog="archive.py", description="Bybit's archives as recordings.")
     parser.add_argument("days", nargs="+", metavar="DAY", help="as 2026-09-01")
-    parser.add_argument("--symbol", default="BTCUSDT", help="upper case, as Bybit writes it")
+    parser.add_argument("--symbol", default="BTCUSDT", type=str.upper, help="as Bybit writes it")
     parser.add_argument("--category", default="linear", choices=("linear", "spot"))
     parser.add_argument("--out", type=Path, default=Path("data/archive"), metavar="DIR")
     parser.add_argument("--feed-latency-ms", type=float, default=100.0, help="exchange to us (100)")

@@ -23,13 +23,12 @@ came to our price without one. '-': too little to say, fewer than 10 fills or a 
 
 What it does not do. No check of the messages: a recording with lost messages gives nonsense.
 """
-import argparse
-import gzip
+import contextlib
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,31 +61,32 @@ class Recording:
     changed: list[int] = field(default_factory=list)  # levels in each delta
 
 
-def messages(path: Path) -> Iterator[dict]:
-    """The message of each line."""
-    with gzip.open(path, "rt") as lines:
-        for line in lines:
-            yield json.loads(line.split(" ", 1)[1])
-
-
 def load(path: Path) -> Recording:
-    """Read one file and rebuild its book."""
+    """Read one file; UserError without a book or trades. What is malformed is left out."""
     record, book = Recording(), {"b": {}, "a": {}}
-    for message in messages(path):
-        topic = message.get("topic", "")
-        if topic.startswith("orderbook."):
-            data = message["data"]
-            if message["type"] == "snapshot":
-                book = {"b": {}, "a": {}}
-            else:
-                record.changed.append(len(data["b"]) + len(data["a"]))
-            apply_rows(book, data)
-            cts = message.get("cts", message["ts"])  # without cts before December 2023
-            record.books.append((cts, *measure(book)))
-        elif topic.startswith("publicTrade."):
-            record.trades += [(t["T"], 1 if t["S"] == "Buy" else -1, float(t["p"]), float(t["v"]))
-                              for t in message["data"]]
+    for _, text in feed.read_lines(path):
+        with contextlib.suppress(*feed.MALFORMED):
+            take_message(record, book, json.loads(text))
+    if not record.changed or not record.trades:
+        raise feed.UserError(f"{path} holds no book or no trades: nothing to compare")
     return record
+
+
+def take_message(record: Recording, book: dict[str, dict], message: dict) -> None:
+    """Keep what a message tells, and rebuild the book."""
+    topic = message.get("topic", "")
+    if topic.startswith("orderbook."):
+        data = message["data"]
+        if message["type"] == "snapshot":
+            book.update(b={}, a={})
+        else:
+            record.changed.append(len(data["b"]) + len(data["a"]))
+        apply_rows(book, data)
+        cts = message.get("cts", message["ts"])  # without cts before December 2023
+        record.books.append((cts, *measure(book)))
+    elif topic.startswith("publicTrade."):
+        record.trades += [(t["T"], 1 if t["S"] == "Buy" else -1, float(t["p"]), float(t["v"]))
+                          for t in message["data"]]
 
 
 def apply_rows(book: dict[str, dict[float, float]], data: dict) -> None:
@@ -167,10 +167,8 @@ def quote_at_touch(*_: object) -> Distances:
 MAKERS: dict[str, str | Callable] = {"at the touch": quote_at_touch, "ours": "lp"}
 
 
-def play(path: Path, tape: feed.Tape | None, strategy: Any) -> marketmaker.MarketMaker:
+def play(recording: feed.Recording, tape: feed.Tape, strategy: Any) -> marketmaker.MarketMaker:
     """The market maker after a recording; nothing is written anywhere."""
-    recording = feed.Recording(path)
-    tape = feed.build_tape(recording.messages()) if tape is None else tape
     instrument = recording.parser.instrument
     parameters = marketmaker.choose_parameters({"fill_model": "queue"}, recording.start, instrument)
     maker = marketmaker.MarketMaker(parameters, instrument, strategy=strategy)
@@ -181,10 +179,11 @@ def play(path: Path, tape: feed.Tape | None, strategy: Any) -> marketmaker.Marke
 
 def fill_rows(path: Path) -> dict[str, str]:
     """How the makers' orders fill, and where the price goes then."""
-    rows, tape = {}, None
+    rows, recording = {}, feed.Recording(path)
+    tape = feed.build_tape(recording.messages())
     for name, strategy in MAKERS.items():
-        maker = play(path, tape, strategy)
-        tape, fills = maker.tape, maker.account.fills
+        maker = play(recording, tape, strategy)
+        fills = maker.account.fills
         markouts = backtest.measure_markouts(fills, tape, maker.instrument.tick_size)
         rules, n = Counter(fill.rule for fill in fills), len(fills)
         minutes = np.array([fill.time_ns // MINUTE_NS for fill in fills])
@@ -236,21 +235,21 @@ def market_rows(data: Columns) -> dict[str, str]:
     return {name: re.sub(r"nan%?", "-", text) or "-" for name, text in rows.items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Compare recordings in one table.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    files = parser.parse_args(arguments).files
-    missing = [path for path in files if not path.is_file()]
-    if missing:
-        print(f"compare.py: no file {missing[0]}; give recordings (.jsonl.gz)", file=sys.stderr)
-        return 2
+def run(files: list[Path]) -> None:
+    """Measure the files and print the table."""
     tables = [market_rows(columns(load(path))) | fill_rows(path) for path in files]
     print("| | " + " | ".join(path.name.split(".")[0] for path in files) + " |")
     print("|---|" + "---:|" * len(files))
     for name in tables[0]:
         print(f"| {name} | " + " | ".join(table[name] for table in tables) + " |")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = feed.Arguments(prog="compare.py", description="Compare recordings in one table.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    files = parser.parse_args(arguments).files
+    return feed.exit_cleanly(lambda: run(files))
 
 
 if __name__ == "__main__":

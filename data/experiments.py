@@ -5,16 +5,15 @@
 The problem. One path of the market proves nothing. Here every question is asked on the same
 eight paths of two hours (simulate.py, seeds 1 to 8, kept in data/paths); the answer is a mean
 over the paths ± its standard error, of differences path by path where two settings are compared.
-All data are SYNTHETIC: they show what the program does at its defaults, not what it earns.
-
-Units: money in USDT over two hours of a path, inventory in BTC, spreads and markouts in bps.
+All data are SYNTHETIC: they show what the program does at its defaults, not what it earns. Money
+is in USDT over two hours of a path, inventory in BTC, spreads and markouts in bps.
 """
 
-import argparse
-import subprocess
+import hashlib
+import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,39 +24,43 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import avellaneda_stoikov  # noqa: E402
+import simulate  # noqa: E402
 from compare import quote_at_touch  # noqa: E402
 
 import backtest  # noqa: E402
 import marketmaker  # noqa: E402
 import optimize as opt  # noqa: E402
+from feed import Arguments, exit_cleanly  # noqa: E402
 
 SEEDS, HOURS = range(1, 9), 2
-PATHS = [ROOT / "data" / "paths" / f"seed-{seed}.jsonl.gz" for seed in SEEDS]
+SIMULATOR = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()[:12]  # its text's
+PATHS = [ROOT / "data" / "paths" / f"{SIMULATOR}-{HOURS}h-{seed}.jsonl.gz" for seed in SEEDS]
 Runs = dict[str, np.ndarray]  # the metrics of a setting: (paths,) each
 Column = Callable[[Runs, Runs], str]  # of a table: its cell, from a line's runs and the first's
 
 
 # ---- Paths and runs ----------------------------------------------------------------
-
-
-def make_paths(pool: ProcessPoolExecutor) -> None:
+def make_paths(pool: Executor) -> None:
     """Simulate what is missing."""
     PATHS[0].parent.mkdir(exist_ok=True)
-    simulate = [sys.executable, ROOT / "data" / "simulate.py", "--hours", str(HOURS)]
-    commands = [[*simulate, "--out", path, "--seed", str(seed)]
-                for seed, path in zip(SEEDS, PATHS) if not path.exists()]  # fmt: skip
-    for k, _ in enumerate(pool.map(partial(subprocess.run, check=True), commands), 1):
-        print(f"  {k} of {len(commands)} paths simulated", file=sys.stderr, flush=True)
+    missing = [seed for seed, path in zip(SEEDS, PATHS) if not path.exists()]
+    for k, _ in enumerate(pool.map(make_path, missing), 1):
+        print(f"  {k} of {len(missing)} paths simulated", file=sys.stderr, flush=True)
+
+
+def make_path(seed: int) -> None:
+    """What a worker does: the market of one seed."""
+    simulate.record(PATHS[seed - 1], simulate.simulate(np.random.default_rng(seed), HOURS))
 
 
 def play_one(path: Path, strategy: str | Callable, exchange: dict, given: dict) -> dict[str, Any]:
-    """What a worker does: the metrics of one run."""
+    """Likewise: the metrics of one run."""
     stamps = (backtest.stamp_file(path),)
     setting = backtest.Setting(stamps, (None, None, None), given, strategy, exchange)
     return backtest.measure(backtest.play(setting))
 
 
-def play(pool: ProcessPoolExecutor, strategy: str | Callable | Sequence = "lp",
+def play(pool: Executor, strategy: str | Callable | Sequence = "lp",
          exchange: dict | None = None, **given: Any) -> Runs:  # fmt: skip
     """One setting on every path; strategy and parameters may be one for each path."""
     waiting = []
@@ -109,9 +112,7 @@ def compare(title: str, what: str, runs: dict[Any, Runs], columns: dict[str, Col
 
 
 # ---- The experiments ---------------------------------------------------------------
-
-
-def sweep(number: int, pool: ProcessPoolExecutor) -> None:
+def sweep(number: int, pool: Executor) -> None:
     """An experiment that varies one parameter."""
     title, name, tried, columns = SWEEPS[number]
     runs = {value: play(pool, **{name: value}) for value in tried}
@@ -148,7 +149,7 @@ def follow_jump(seconds: range) -> np.ndarray:
     return np.array(halves)
 
 
-def jump(pool: ProcessPoolExecutor) -> None:
+def jump(pool: Executor) -> None:
     halves = follow_jump(range(-90, 70))
     rows = [[f"{k:+d}", *(f"{half:.2f}" for half in halves[90 + k])]
             for k in (-1, 0, 1, 2, 5, 10, 30, 59, 60)]  # fmt: skip
@@ -156,7 +157,7 @@ def jump(pool: ProcessPoolExecutor) -> None:
          "seconds | the volatility of now | its average", rows)
 
 
-def who_hit_me(pool: ProcessPoolExecutor) -> None:
+def who_hit_me(pool: Executor) -> None:
     rows, kinds = [], {"our defaults": play(pool), "at the touch": play(pool, quote_at_touch)}
     for name, runs in kinds.items():
         for rule in marketmaker.RULES[:3]:
@@ -167,7 +168,7 @@ def who_hit_me(pool: ProcessPoolExecutor) -> None:
          "quote | rule | fills | share | markout 1 s", rows)
 
 
-def wait_in_the_queue(pool: ProcessPoolExecutor) -> None:
+def wait_in_the_queue(pool: Executor) -> None:
     quote = partial(play, pool, quote_at_touch)
     runs = {model: quote(fill_model=model) for model in opt.FILL_MODELS}
     for ms in (5.0, 500.0):
@@ -180,7 +181,7 @@ def wait_in_the_queue(pool: ProcessPoolExecutor) -> None:
                                "net": NET, "gross, bps": error("gross_bps")})  # fmt: skip
 
 
-def overfit(pool: ProcessPoolExecutor) -> None:
+def overfit(pool: Executor) -> None:
     grid = opt.expand_grid({"alpha": [0.25, 1, 4], "gamma": [0, 0.5, 2], "zeta": [0, 1, 4]})
     tried = pool.map(partial(play_one, PATHS[0], "lp", {}), grid)
     best = grid[int(np.argmax([run["gross_usdt"] for run in tried]))]
@@ -196,7 +197,7 @@ def with_fee(quote: Callable, p: opt.Parameters, market: Any, q: float) -> list[
     return [bps + p.maker_fee_bps for bps in quote(p, market, q)]
 
 
-def compare_strategies(pool: ProcessPoolExecutor) -> None:
+def compare_strategies(pool: Executor) -> None:
     # The rate of fills, a side and second, at fixed distances: ln rate = ln A - k d, path by path.
     distances = np.array([0.5, 1.0, 1.5, 2.0, 3.0])
     fixed = [play(pool, "fixed", default_spread_bps=2 * d, min_half_spread_bps=0.01)
@@ -230,18 +231,21 @@ EXPERIMENTS = [*(partial(sweep, number) for number in SWEEPS), jump, who_hit_me,
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status."""
-    parser = argparse.ArgumentParser(description="Experiments on SYNTHETIC paths.")
+    parser = Arguments(prog="experiments.py", description="Experiments on SYNTHETIC paths.")
     parser.add_argument("numbers", type=int, nargs="*", help="which of 1 to 9 (default: all)")
     numbers = parser.parse_args(arguments).numbers or range(1, 10)
     if set(numbers) - set(range(1, 10)):
         parser.error("there are the experiments 1 to 9: name some of them")
-    with ProcessPoolExecutor() as pool:
-        make_paths(pool)
-        print(f"SYNTHETIC data: {len(PATHS)} paths of {HOURS} h; mean ± standard error over them")
-        for number in numbers:
-            print(f"  experiment {number}", file=sys.stderr, flush=True)
-            EXPERIMENTS[number - 1](pool)
-    return 0
+
+    def run() -> None:
+        with backtest.start_workers(os.cpu_count() or 1) as pool:
+            make_paths(pool)
+            print(f"SYNTHETIC data: {len(PATHS)} paths of {HOURS} h; mean ± its standard error")
+            for number in numbers:
+                print(f"  experiment {number}", file=sys.stderr, flush=True)
+                EXPERIMENTS[number - 1](pool)
+
+    return exit_cleanly(run)
 
 
 if __name__ == "__main__":

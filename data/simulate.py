@@ -30,19 +30,22 @@ Sources. Informed, noise and makers: Glosten and Milgrom (1985). Impact as the r
 Bouchaud, Farmer and Lillo (2009). Copied signs: DAR(p) order flow (Taranto et al., 2018). Messages:
 Bybit V5 documents, July 2026. Numbers: by hand, against real recordings; see README.md.
 """
-import argparse
 import gzip
 import heapq
 import io
 import json
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from feed import Arguments, exit_cleanly, write_whole  # noqa: E402
 
 Line = tuple[int, str]  # receive time in ns, a message as JSON text
 Order = tuple[int, int, int, int, bool]  # T ms, number, side, lots, whether it is informed
@@ -267,8 +270,7 @@ class Feed:
     def received(self, before_ns: float) -> Iterator[Line]:
         """What arrives before a time after which nothing earlier can come."""
         while self.arriving and self.arriving[0][0] < before_ns:
-            recv_ns, _, text = heapq.heappop(self.arriving)
-            yield recv_ns, text
+            yield heapq.heappop(self.arriving)[::2]  # without the count
 
     def send_book(self, cts: int, book: Book) -> None:
         """A snapshot at first, then what has changed, if anything has."""
@@ -358,42 +360,40 @@ def match(traders: Traders, end_ms: int, book: Book, feed: Feed) -> None:
 
 
 # ---- The file ------------------------------------------------------------------------
-def record(path: str, lines: Iterator[Line]) -> None:
-    """Write a recording: to a temporary name first, and the same bytes every time."""
+def record(path: Path, lines: Iterator[Line]) -> None:
+    """Write a recording, the same bytes every time."""
     start = {"op": "local", "event": "start", "symbol": SYMBOL, "category": "linear",
              "tick_size": str(TICK_SIZE), "lot_size": str(LOT_SIZE), "synthetic": True}
-    recv_ns, part = START_MS * 1_000_000, f"{path}.part"
-    with open(part, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed, \
-            io.TextIOWrapper(packed, "ascii", newline="\n") as out:
-        out.write(f"{recv_ns} {dump(start)}\n")
-        for recv_ns, text in lines:
-            out.write(f"{recv_ns} {text}\n")
-        out.write(f"{recv_ns} {dump({'op': 'local', 'event': 'end'})}\n")
-    os.replace(part, path)
+
+    def write(draft: Path) -> None:
+        with open(draft, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed, \
+                io.TextIOWrapper(packed, "ascii", newline="\n") as out:
+            for recv_ns, text in chain([(START_MS * 1_000_000, dump(start))], lines):
+                out.write(f"{recv_ns} {text}\n")
+            out.write(f"{recv_ns} {dump({'op': 'local', 'event': 'end'})}\n")
+
+    write_whole(path, write)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write a SYNTHETIC Bybit recording.")
+    parser = Arguments(prog="simulate.py", description="Write a SYNTHETIC Bybit recording.")
     add = parser.add_argument
-    add("--out", required=True, help="file to write (.jsonl.gz)")
+    add("--out", type=Path, required=True, help="file to write (.jsonl.gz)")
     add("--hours", type=float, default=2.0, help="length, hours (2)")
     add("--seed", type=int, default=1, help="same seed, same bytes (1)")
     add("--trades-per-s", type=float, default=TRADES_PER_S, help="prints, roughly (16)")
     add("--updates-per-delta", type=float, default=UPDATES, help="at random (10)")
     add("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(arguments)
-    if os.path.exists(args.out) and not args.force:
+    if args.out.exists() and not args.force:
         parser.error(f"{args.out} exists; name another file or add --force")
-    if not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"no folder for {args.out}; create it first")
     for name, low, high in (("hours", 1e-3, 1e5), ("seed", 0, 2**53), ("trades_per_s", 1e-3, 1e4),
                             ("updates_per_delta", 0, 1000)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"{name} = {getattr(args, name):g} must lie in {low:g} to {high:g}")
-    rng = np.random.default_rng(args.seed)
-    record(args.out, simulate(rng, args.hours, args.trades_per_s, args.updates_per_delta))
-    return 0
+    market = np.random.default_rng(args.seed), args.hours, args.trades_per_s, args.updates_per_delta
+    return exit_cleanly(lambda: record(args.out, simulate(*market)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""make bench: what the live path, a replay, a day of history and a search cost.
+"""make bench: what a replay, the live path and a day of history cost.
 
-    python tests/bench.py [live] [replay] [memory] [day] [search]     all without a name
+    python tests/bench.py [replay] [live] [day]     all of them: some five minutes
 
 Figures are ratios within one run where they can be, since machines differ. The loopback
 exchange runs in a process of its own and sends prebuilt frames as fast as the socket takes
 them. The day is simulated (data/simulate.py) at about Bybit's density: one hour, repeated 24
-times, with the prices going on from where the hour before ended. Whatever has its memory
-measured runs in a process of its own.
+times, with the prices going on from where the hour before ended; each run of it has a process
+of its own, whose memory is measured.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace as Bag
 
@@ -47,7 +48,6 @@ MESSAGES = 40_000  # of the sample, in each round
 LATENCY_S = 20  # of live messages for the latencies
 HOURS = 24
 UPDATES = 17.0  # levels changed at random in 100 ms: about 23 rows a message in all
-GRID = {"alpha": [0.25, 0.5, 1, 2, 4], "gamma": [0.25, 0.5, 1, 2], "delta": [0, 0.5, 1, 2, 4]}
 
 
 # ---- The live path -----------------------------------------------------------------
@@ -58,7 +58,7 @@ def time_bare(url: str) -> float:
     ws = websocket.create_connection(url, timeout=30, skip_utf8_validation=True)
     topics = list(feed.Recording(SAMPLE).parser.topics)
     ws.send(json.dumps({"op": "subscribe", "args": topics}))
-    ws.recv()
+    ws.recv(), ws.recv()  # the answer, and the first message: from here on all are built
     began = time.perf_counter()
     for _ in range(MESSAGES):
         json.loads(ws.recv())
@@ -71,16 +71,14 @@ def live_bursts(
     url: str, maker: MarketMaker, clock_ns: Callable[[], int], record: Path | None = None
 ) -> Iterator[list[feed.Message]]:
     """The program's own loop through feed thread and queue, without display and files."""
-    recorder = feed.Recorder(record) if record else None
-    source = feed.LiveFeed(url, feed.Recording(SAMPLE).parser, recorder, clock_ns)
-    source.start(source.connect())
+    source = feed.open_feed(feed.Instrument(), 200, url, record, clock_ns)
     session = Bag(maker=maker, options=Bag(duration=600), look=lambda: None)
     try:
         yield from marketmaker.live_messages(session, source)
     finally:
         source.stop()
-        if recorder:
-            recorder.close()
+        if record:
+            source.recorder.close()
 
 
 def time_live(url: str, record: Path | None = None) -> float | None:
@@ -97,23 +95,21 @@ def time_live(url: str, record: Path | None = None) -> float | None:
 
 def bench_live() -> None:
     """The live path against the bare loop, in turn; and from a message to a decision."""
-    times: dict[str, list[float]] = {"bare": [], "live": [], "recording": []}
+    times = {"bare": [], "live": [], "recording": []}
     with tempfile.TemporaryDirectory() as folder:
-        head = Path(folder) / "head.gz"
-        with gzip.open(head, "wt", compresslevel=1) as file:
-            for _, (recv_ns, text) in zip(range(MESSAGES + 100), feed.read_lines(SAMPLE)):
-                file.write(f"{recv_ns} {text}\n")
+        lines, head = islice(feed.read_lines(SAMPLE), MESSAGES + 100), Path(folder) / "head"
+        head.write_text("".join(f"{recv_ns} {text}\n" for recv_ns, text in lines))
         for number in range(ROUNDS):
+            print(f"  round {number + 1} of {ROUNDS}", file=sys.stderr)
             for name in times:
                 with served(head, "--max") as url:
                     path = Path(folder) / f"{number}.gz" if name == "recording" else None
                     times[name].append(time_bare(url) if name == "bare" else time_live(url, path))
-    bare = statistics.median(times["bare"])
     print(f"the live path, {MESSAGES} messages of the sample, median of {ROUNDS} rounds:")
-    for name, values in times.items():
-        middle = statistics.median(values)
+    bare, *_ = medians = [statistics.median(seconds) for seconds in times.values()]
+    for name, middle in zip(times, medians):
         print(f"  {name:<10}{MESSAGES / middle:9,.0f} messages/s {middle / MESSAGES * 1e6:7.1f} us "
-              f"each   {middle / bare:5.2f} x bare", flush=True)  # fmt: skip
+              f"each   {middle / bare:5.2f} x bare")  # fmt: skip
     print(f"from message received to quote decided, {LATENCY_S} s of live messages each:")
     for is_fresh in (False, True):
         measure_latency(is_fresh)
@@ -141,12 +137,17 @@ def measure_latency(is_fresh: bool) -> None:
     print(f"  {kind:<18}p50 {low:7.0f} us   p99 {high:7.0f} us   ({len(waits)} decisions)")
 
 
-# ---- Replay and memory -------------------------------------------------------------
+# ---- Replay ------------------------------------------------------------------------
+
+
+def peak_mb() -> float:
+    """The most memory that this process ever had (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def bench_replay() -> None:
     """python marketmaker.py --replay of the sample at --speed max, and its least: reading."""
-    times = []
+    times, peaks = [], []
     for _ in range(3):
         began = time.perf_counter()
         with gzip.open(SAMPLE) as file:
@@ -155,26 +156,11 @@ def bench_replay() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             assert marketmaker.main(["--replay", str(SAMPLE), "--speed", "max"]) == 0
         times.append((is_read - began, time.perf_counter() - is_read))
+        peaks.append(peak_mb())
     reading, speed = (lines / min(seconds) for seconds in zip(*times))
     print(f"replay of the sample at --speed max: {speed:,.0f} messages/s, best of 3")
     print(f"  gzip, json.loads alone: {reading:,.0f} messages/s, {reading / speed:.1f} x as fast")
-
-
-def bench_memory() -> None:
-    """Resident memory after a tenth of the sample, and at its end (Linux)."""
-
-    def resident_mb() -> float:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    recording, early = feed.Recording(SAMPLE), 0.0
-    maker = MarketMaker(Parameters(), recording.parser.instrument)
-    for messages in marketmaker.replayed_messages(recording, marketmaker.INF, marketmaker.INF):
-        maker.take(*messages)
-        early = early or (resident_mb() if maker.messages > 12_000 else 0.0)
-    late = resident_mb()
-    print(f"memory: {early:.1f} MiB after a tenth of the sample, {late:.1f} MiB at its end, "
-          f"{late / early:.3f} times")  # fmt: skip
+    print(f"  memory at most, after each: {', '.join(f'{peak:.1f}' for peak in peaks)} MiB")
 
 
 # ---- A day of history --------------------------------------------------------------
@@ -182,21 +168,17 @@ def bench_memory() -> None:
 
 def make_day(folder: Path) -> None:
     """The columns of a day, hour after hour, one .npy file each."""
-    lines, hours = folder / "hour.jsonl.gz", range(HOURS)
-    with gzip.open(lines, "wt", compresslevel=1) as file:
-        rng = np.random.default_rng(1)
-        for recv_ns, text in simulate.simulate(rng, 1.0, updates_per_delta=UPDATES):
-            file.write(f"{recv_ns} {text}\n")
+    path, rng = folder / "hour.jsonl.gz", np.random.default_rng(1)
+    simulate.record(path, simulate.simulate(rng, 1.0, updates_per_delta=UPDATES))
     began = time.perf_counter()
-    hour = feed.build_tape(feed.Recording(lines).messages())
+    hour = feed.build_tape(feed.Recording(path).messages())
     speed, rows = len(hour) / (time.perf_counter() - began), len(hour.level) / len(hour)
     print(f"parsing: {speed:,.0f} messages/s of {rows:.0f} rows")
-    mid = (hour.best_bid - hour.best_ask) // 2
+    mid = hour.mid_ticks[~np.isnan(hour.mid_ticks)]
     drift = int(mid[-1] - mid[0])
     for name in feed.COLUMNS:
-        column = getattr(hour, name)
-        np.save(folder / f"{name}.npy",
-                np.concatenate([moved(name, column, k, drift) for k in hours]))  # fmt: skip
+        hours = [moved(name, getattr(hour, name), k, drift) for k in range(HOURS)]
+        np.save(folder / f"{name}.npy", np.concatenate(hours))
 
 
 def moved(name: str, column: np.ndarray, k: int, drift: int) -> np.ndarray:
@@ -217,15 +199,14 @@ def play(folder: Path, interval_s: float) -> dict:
     """The whole loop: program, fills, history. interval_s 0: the strategy's own pace."""
     if interval_s:
         optimize.get_optimization_frequency = lambda parameters, sigma: interval_s
-    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in feed.COLUMNS}
-    tape = feed.Tape(**{name: np.asarray(c) for name, c in columns.items()}, notes={})
+    files = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in feed.COLUMNS}
+    tape = feed.Tape(**{name: np.asarray(column) for name, column in files.items()}, notes={})
     maker = MarketMaker(Parameters(), feed.Instrument())
     began = time.perf_counter()
     maker.follow(tape)
     elapsed, rows = time.perf_counter() - began, len(tape.level) + len(tape.trade_level)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return dict(seconds=elapsed, rows=rows, decisions=sum(maker.sources.values()),
-                fills=len(maker.account.fills), peak_mb=peak_mb)  # fmt: skip
+                fills=len(maker.account.fills), peak_mb=peak_mb())  # fmt: skip
 
 
 def bench_day() -> None:
@@ -235,7 +216,8 @@ def bench_day() -> None:
         print("a simulated day, the loop with queue fills and the program, best of 3:")
         for name, interval_s in (("decisions every 1 s", 1.0), ("at its own pace", 0.0)):
             runs = []
-            for _ in range(3):
+            for number in range(3):
+                print(f"  day {number + 1} of 3, {name}", file=sys.stderr)
                 with backtest.start_workers(1) as alone:
                     runs.append(alone.submit(play, Path(scratch), interval_s).result())
             best = min(runs, key=lambda run: run["seconds"])
@@ -244,29 +226,19 @@ def bench_day() -> None:
                   f"decisions, {best['fills']:,} fills, {best['peak_mb']:,.0f} MB")  # fmt: skip
 
 
-# ---- A search ----------------------------------------------------------------------
-
-
-def bench_search() -> None:
-    """100 configurations over the sample, by one worker and by two."""
-    setting = backtest.make_setting(backtest.build_arguments().parse_args([]))
-    configurations = optimize.expand_grid(GRID)
-    print(f"{len(configurations)} configurations over the sample:")
-    for workers in (1, 2):
-        began = time.perf_counter()
-        with backtest.start_workers(workers) as pool:
-            work = backtest.partial(backtest.try_out, setting)
-            assert len(list(optimize.run_trials(work, configurations, pool))) == len(configurations)
-        print(f"  {workers} workers {time.perf_counter() - began:7.1f} s", flush=True)
+PARTS = {"replay": (bench_replay, 15), "live": (bench_live, 140), "day": (bench_day, 120)}  # s
 
 
 def main(names: list[str]) -> None:
-    parts = dict(memory=bench_memory, replay=bench_replay, live=bench_live, day=bench_day,
-                 search=bench_search)  # fmt: skip
-    for name in names or parts:
-        print(f"---- {name}", flush=True)
-        parts[name]()
+    """Measure some parts, or all."""
+    if unknown := set(names) - set(PARTS):
+        raise feed.UserError(f"no part {min(unknown)!r}: there are {', '.join(PARTS)}")
+    sys.stdout.reconfigure(line_buffering=True)
+    for name in names or PARTS:
+        measure, usual_s = PARTS[name]
+        print(f"---- {name}: about {usual_s} s")
+        measure()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(feed.exit_cleanly(lambda: main(sys.argv[1:])))

@@ -19,13 +19,11 @@ T) are moved by the same rule and rounded down to the millisecond.
 What it does not do: TLS, compression, unsubscribing, limits on connections and topics, an
 idle time-out, the words of the spot socket, the repeated snapshot of depth 1 (unless recorded).
 
-    python tests/exchange.py FILE [--max]        prints its URL
+    python tests/exchange.py data/sample.jsonl.gz [--port 8765]     says how to watch it
 """
 
-import argparse
 import base64
 import contextlib
-import gzip
 import hashlib
 import json
 import re
@@ -38,9 +36,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 from websocket import ABNF, WebSocketException, frame_buffer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import feed  # noqa: E402  (for the command line alone)
 
 HANDSHAKE_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 POLL_S = 0.001  # the clock may run faster than the wall: look at it this often
@@ -68,6 +70,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def messages_of(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str, dict]]:
+    """What the market said, and each line decoded: no acks, nothing of ours, nothing broken."""
+    for recv_ns, text in lines:
+        with contextlib.suppress(ValueError):
+            if "topic" in (message := json.loads(text)):
+                yield recv_ns, text, message
 
 
 class Book:
@@ -125,12 +135,16 @@ class LoopbackExchange(contextlib.AbstractContextManager):
         clock_ns: Callable[[], int] = time.time_ns, port: int = 0,
     ) -> None:  # fmt: skip
         self._clock_ns = clock_ns
-        parsed = [(recv_ns, text, json.loads(text)) for recv_ns, text in lines]
-        self._lines = [line for line in parsed if "topic" in line[2]]  # no acks, nothing of ours
-        topics = {message["topic"] for _, _, message in self._lines}
-        symbols = {topic.rpartition(".")[2] for topic in topics}
-        self._topics = topics | {f"{c}.{s}" for c in ("publicTrade", "tickers") for s in symbols}
-        (self._book_topic,) = (topic for topic in topics if "orderbook." in topic)
+        # The first lines tell the topics. The others are read when they fall due.
+        lines = messages_of(lines)
+        first = list(islice(lines, 2000))
+        topics = {message["topic"] for _, _, message in first}
+        books = [topic for topic in topics if "orderbook." in topic]
+        if len(books) != 1:
+            raise feed.UserError(f"the lines are of {len(books)} order books: one is needed")
+        symbol, self._book_topic = books[0].rpartition(".")[2], books[0]
+        self._topics = topics | {f"publicTrade.{symbol}", f"tickers.{symbol}"}
+        self._first_ns, self._lines = first[0][0], chain(first, lines)
         self._book = Book()
         self.connections = self.pings = 0
         self.subscriptions: list[list[str]] = []
@@ -168,11 +182,9 @@ class LoopbackExchange(contextlib.AbstractContextManager):
     def book(self) -> dict[int, dict[int, float]]:
         """The true book: {1: bids, -1: asks}, each {side x price in ticks of 0.1: size}."""
         with self._lock:
-            sides = (1, self._book.sides["b"]), (-1, self._book.sides["a"])
-            return {
-                sign: {sign * round(float(price) * 10): float(size) for price, size in side.items()}
-                for sign, side in sides
-            }
+            bids, asks = (list(self._book.sides[name].items()) for name in "ba")
+        return {sign: {sign * round(float(price) * 10): float(size) for price, size in rows}
+                for sign, rows in ((1, bids), (-1, asks))}  # fmt: skip
 
     # ---- Faults: from any thread, at once or at the next message -------------------
 
@@ -283,7 +295,7 @@ class LoopbackExchange(contextlib.AbstractContextManager):
 
     def _moved_ns(self, recorded_ns: int) -> int:
         """A recorded time on the server's clock."""
-        return self._start_ns + recorded_ns - self._lines[0][0]
+        return self._start_ns + recorded_ns - self._first_ns
 
     def _renew(self, text: str, book: Book | None) -> str:
         """Recorded text with today's times and today's count of updates."""
@@ -390,28 +402,36 @@ class Firehose(LoopbackExchange):
 
 @contextlib.contextmanager
 def served(path: Path, *flags: str) -> Iterator[str]:
-    """The URL of an exchange in a process of its own, which ends with its input."""
-    command, pipe = [sys.executable, __file__, path, *flags], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        yield process.stdout.readline().strip()
-        process.stdin.close()
-        assert process.wait(30) == 0
+    """The URL of an exchange in a process of its own."""
+    command = [sys.executable, __file__, path, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().partition(" ")[0]
+        finally:
+            process.kill()
 
 
-def main() -> None:
-    """Serve one recording until standard input ends, or until Ctrl-C."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", help="recording")
+def port(text: str) -> int:
+    return feed.must_be(int, int(text), 0, 65_535)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve one recording until Ctrl-C."""
+    parser = feed.Arguments(prog="exchange.py", description=main.__doc__)
+    parser.add_argument("file", type=Path, help="recording")
+    parser.add_argument("--port", type=port, default=0, help="on 127.0.0.1 (any that is free)")
     parser.add_argument("--max", action="store_true", help="as fast as the socket takes it")
-    options = parser.parse_args()
-    with gzip.open(options.file, "rt") as file:
-        rows = [row.rstrip("\n").partition(" ") for row in file]
-    lines = [(int(stamp), text) for stamp, _, text in rows]
-    with (Firehose if options.max else LoopbackExchange)(lines) as exchange:
-        print(exchange.url, flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            sys.stdin.read()
+    options = parser.parse_args(arguments)
+
+    def serve() -> None:
+        kind = Firehose if options.max else LoopbackExchange
+        with kind(feed.read_lines(options.file), port=options.port) as exchange:
+            program = f"python marketmaker.py --url {exchange.url}"
+            print(f"{exchange.url} is ready: {program}  (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
+
+    return feed.exit_cleanly(serve)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

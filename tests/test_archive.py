@@ -6,6 +6,7 @@ come out is the sample, or worked out by hand. Downloads go to a server on loopb
 
 from __future__ import annotations
 
+import errno
 import gzip
 import http.server
 import json
@@ -17,6 +18,7 @@ import zipfile
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import archive
 import pytest
@@ -267,7 +269,7 @@ def test_what_is_damaged_overlong_or_a_bomb_is_used_up_to_there_and_the_book_the
         (dict(header="timestamp,symbol,side,size"), (), "has no column id, price"),
         ({}, ("--tick-size", "0.5"), "check --tick-size"),
         ({}, ("2026-1-1",), "'2026-1-1' is no day: write it as 2026-09-01"),
-        ({}, ("--symbol", "../x"), "must be capital letters"),
+        ({}, ("--symbol", "../x"), "must be letters and digits"),
         ({}, ("--symbol", "XRPUSDT"), "give --tick-size and --lot-size"),
         ({}, ("--feed-latency-ms", "-1"), "must be from 0 to 60000"),
     ]
@@ -294,19 +296,23 @@ def test_addresses_of_a_day_are_bybits(host):
     "plan, requests, problem", [
         ([], 2, ""), ([503], 3, ""), ([500, "cut", 200, 502], 5, ""), ([503] * 9, 3, "status 503"),
         (["cut"] * 9, 3, "too early"), ([403], 1, "wait 10 min"), ([418], 1, "status 418"),
-        ([404], 1, "appears the next day"),
+        ([404], 1, "appears the next day"), ([], 1, "No space left"),
     ]
 )  # fmt: skip
 def test_download_has_patience_or_ends_in_one_clear_line(
-    tmp_path, host, capsys, plan, requests, problem
+    tmp_path, host, capsys, monkeypatch, plan, requests, problem
 ):
+    if problem == "No space left":
+        is_full = Mock(side_effect=OSError(errno.ENOSPC, problem))
+        monkeypatch.setattr(archive.shutil, "copyfileobj", is_full)
     host.folder, host.plan, out = lay(tmp_path)[0].parent, list(plan), tmp_path / "out"
     assert convert(out) == (2 if problem else 0)
     error = capsys.readouterr().err
     assert problem in error and error.count("\n") == bool(problem)
     assert host.agents == [feed.USER_AGENT["User-Agent"]] * requests
-    if not problem:
-        assert recorded(out) == made(tmp_path) and not list(out.rglob("*.part"))
+    assert problem or recorded(out) == made(tmp_path)
+    kept = sorted(path.suffix for path in out.rglob("*") if path.is_file())
+    assert kept == ([] if problem else [".gz", ".gz", ".zip"])  # no draft, nothing cut
 
 
 def test_script_runs_from_anywhere_and_leaves_a_recording_alone_that_is_there(tmp_path, capsys):

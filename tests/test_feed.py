@@ -11,11 +11,13 @@ import math
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import zlib
 from decimal import Decimal
 from pathlib import Path
+from unittest.mock import Mock
 
 import market
 import numpy as np
@@ -165,7 +167,7 @@ def test_messages_one_by_one_or_in_slices_leave_the_book_that_plain_dicts_leave(
             sliced.apply(tape, start, len(tape))
             start = len(tape)
             assert_same(sliced, plain)
-            np.testing.assert_equal([sliced.view, tape.view(start - 1)], [parser.book.view] * 2)
+            np.testing.assert_equal(sliced.view, parser.book.view)
             assert sliced.exch_ns == tape.exch_ns[tape.last_book[-1]]
 
 
@@ -251,13 +253,16 @@ UNSOUND_ROWS = [
     ["99.8"], ["99.8", "1", "1"], ["99.8", 1], [99.8, "1"], "ab", {"99.8": "1"}, None, 5,
     ["99.8", "-1"], ["99.8", "nan"], ["99.8", "inf"], ["99.8", "1e16"], ["99.8", ""], ["0", "1"],
     ["-5", "1"], ["NaN", "1"], ["1e999999999", "1"], ["x", "1"], [["99.8"], "1"], [True, "1"],
-    ["99.85", "1"], ["800000.1", "1"],
+    ["99.85", "1"], ["800000.1", "1"], ["99.8", "1." + 40 * "0"], [40 * "0" + "99.8", "1"],
 ]  # fmt: skip
+TOO_HIGH, TOO_MANY = {"b": [["800000.1", "1"]], "a": []}, {"b": 5_001 * [["99.7", "1"]], "a": []}
 
 
 @pytest.mark.parametrize(
     "change",
     [{"data": {"u": 8, "b": [["99.7", "1"]], "a": [["101", "1"], row]}} for row in UNSOUND_ROWS]
+    + [{"type": kind, "data": {"u": 8} | rows} for rows in (TOO_HIGH, TOO_MANY)
+       for kind in ("snapshot", "delta")]
     + [{"data": {"u": u, "b": [], "a": []}} for u in (True, -1, 2**63, "8", "\ud800", None)]
     + [{"data": {}}, {"data": None}, {"cts": None}, {"cts": float(NOW_MS)}, {"cts": "\n\x1b[2J"},
        {"cts": NOW_MS + 90_000_000}, {"cts": NOW_MS - 90_000_000}],
@@ -313,20 +318,19 @@ def test_every_form_of_a_price_becomes_exact_ticks():
         assert [feed.level_of(text, Decimal(tick), side) for side in SIDES] == [ticks, -ticks], text
 
 
-def test_a_price_off_the_grid_is_the_users_to_mend_at_first_and_malformed_later(parser):
+def test_a_price_off_the_grid_is_the_users_to_mend_at_first_or_again_else_malformed(parser):
     with pytest.raises(UserError, match="0.05.*--tick-size"):
         parse(parser, book_text(7, [["0.05", "1"]], kind="snapshot"))
     wrong = book_text(8, [["100.05", "1"]])
-    messages = parse(parser, trade_text({"p": "65114.25"}), FIRST, wrong, wrong, FIRST)
-    assert letters(messages) == "-SL-S" and "--tick-size" in messages[2].note["reason"]
+    messages = parse(parser, trade_text({"p": "65114.25"}), FIRST, wrong, wrong, FIRST, wrong)
+    assert letters(messages) == "-SL-SL" and "--tick-size" in messages[2].note["reason"]
+    with pytest.raises(UserError, match="100.05.*--tick-size"):  # no sound book came between
+        parse(parser, book_text(1, [["100.05", "1"]]))
 
 
-def test_the_order_of_keys_does_not_matter_and_without_cts_the_book_shows_ts(parser):
-    line = json.loads(FIRST)
-    turned = dict(reversed(line.items())) | {"data": dict(reversed(line["data"].items()))}
-    del line["cts"]
-    first, second, third = parse(parser, FIRST, json.dumps(turned), json.dumps(line))
-    assert first == second == third._replace(exch_ns=first.exch_ns) and third.exch_ns == NOW_NS
+def test_without_cts_the_book_shows_ts(parser):
+    first, second = parse(parser, FIRST, FIRST.replace('"cts"', '"x"'))
+    assert second == first._replace(exch_ns=NOW_NS)
 
 
 def test_a_ticker_changes_only_what_it_names_and_a_new_book_does_not_touch_it(parser):
@@ -378,7 +382,7 @@ def assert_sound(message: Message) -> None:
         assert 0 < abs(level) <= feed.MAX_TICK and 0 <= size < math.inf
     assert all(price > 0 or math.isnan(price) for price in message.view[4:])
     for side in SIDES:
-        best, worst = message.view.best(side), message.view.worst(side)
+        best, worst = message.view.best(side), message.view[2 + (side == ASK)]
         assert best == NO_LEVEL == -worst or 0 < worst * side <= feed.MAX_TICK and worst <= best
 
 
@@ -446,79 +450,95 @@ def test_lines_are_on_disk_for_any_gzip_once_the_oldest_has_waited(tmp_path, mon
     recorder.close()
 
 
-def test_a_file_cut_at_any_byte_of_its_last_member_is_read_up_to_the_cut(tmp_path, caplog):
+def test_a_file_cut_at_any_byte_of_its_last_member_is_read_up_to_the_cut(tmp_path, capsys):
     texts = [f'{{"n":{i},"text":"{i * 7919 % 1000:x}"}}' for i in range(12)]
     first = record(tmp_path / "first.gz", *texts[:8]).read_bytes()
     second = record(tmp_path / "second.gz", *texts[8:]).read_bytes()
     ends = [second[:length] for length in range(len(second) + 1)] + [gzip.compress(b"9 {")]
     for end in ends:
         (tmp_path / "cut.gz").write_bytes(first + end)
-        caplog.clear()
         read_texts = [text for _, text in feed.read_lines(tmp_path / "cut.gz")]
         left = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(end)
         assert read_texts == texts[: 8 + left.count(b"\n")], f"cut after byte {len(end)}"
-        assert ("cut off after line" in caplog.text) == (end not in (b"", second))
+        assert ("cut off after line" in capsys.readouterr().err) == (end not in (b"", second))
 
 
-@pytest.mark.parametrize("bad", ["soon {}", "{}", "", " 7", "1.5 {}", "-1 {}", f"{2**63} {{}}"])
-def test_a_line_without_a_stamp_is_named_by_its_number(tmp_path, bad):
-    (tmp_path / "r.gz").write_bytes(gzip.compress(f"5 {{}}\n6 {{}}\n{bad}\n7 {{}}\n".encode()))
-    with pytest.raises(UserError, match="line 3"):
-        list(feed.read_lines(tmp_path / "r.gz"))
+BAD_STAMPS = "soon", "", " 7", "1.5", "-1", str(2**63), 5000 * "9", str(400 * 86_400 * feed.NS)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    feed.write_whole(tmp_path / "best", lambda draft: draft.write_text("old"))
-    with pytest.raises(ZeroDivisionError):
-        feed.write_whole(tmp_path / "best", lambda draft: draft.write_text("ne") / 0)
-    assert (tmp_path / "best").read_text() == "old"
+@pytest.mark.parametrize("bad", [*(f"{stamp} {{}}" for stamp in BAD_STAMPS), "{}", ""])
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_no_stamp_goes_back_and_a_line_without_one_is_named_by_its_number(tmp_path, pack, bad):
+    path, good = tmp_path / "r.jsonl", "\ufeff5 {}\n7 x\n6 {}\n"  # the mark of an editor
+    path.write_bytes(pack(good.encode()))
+    assert [*feed.read_lines(path)] == [(5, "{}"), (7, "x"), (7, "{}")]
+    path.write_bytes(pack(f"{good}{bad}\n7 {{}}\n".encode()))
+    with pytest.raises(UserError, match="line 4"):
+        list(feed.read_lines(path))
 
 
-def test_a_recording_gives_the_messages_of_its_lines_and_no_stamp_goes_back(tmp_path):
-    path = record(tmp_path / "r.gz", FIRST, "x", book_text(8), book_text(9), seconds=[5, 9, 7, 12])
-    messages = [*feed.Recording(path).messages()]
-    assert letters(messages) == "SDD"
-    assert [message.recv_ns - NOW_NS for message in messages] == [t * feed.NS for t in (5, 9, 12)]
+def test_a_file_is_written_whole_or_not_at_all_and_in_place_of_no_device(tmp_path):
+    best, link, pipe = (tmp_path / name for name in ("best", "link", "pipe"))
+    link.symlink_to(best)
+    os.mkfifo(pipe)
+    for path in (best, link):
+        feed.write_whole(path, lambda draft: draft.write_text("old"))
+    for path, write, error in ((link, lambda draft: draft.write_text("ne") / 0, ZeroDivisionError),
+                               *((path, Path.touch, UserError) for path in (pipe, tmp_path))):
+        with pytest.raises(error):
+            feed.write_whole(path, write)
+    assert best.read_text() == "old" and link.is_symlink() and pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["best", "link", "pipe"]
+
+
+def test_a_full_disk_leaves_whole_lines_and_is_told(tmp_path):
+    log, (_, most) = feed.GrowingFile(tmp_path / "log"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size, text in ((most, "whole\n"), (9, "cut here\n"), (most, "nor this\n")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))  # bytes
+        log.write(text)
+    log.close()
+    assert log.path.read_text() == "whole\n" and log.failure.endswith("log stopped: File too large")
 
 
 def test_a_recordings_first_lines_say_what_it_holds_unless_a_flag_does(tmp_path):
-    steps = dict(tick_size="0.25", lot_size="0.5", min_qty=0.75)
+    steps = dict(tick_size="0.25", lot_size="0.5", min_qty=0.75, min_notional=6.0)
     start = feed.control_line("start", symbol="ABCUSDT", category="spot", depth=200, **steps)
     path = record(tmp_path / "told.gz", start, book_text(1, topic="orderbook.200.ABCUSDT"))
     for flags, expected in ((), ("0.25", "0.5")), (("0.5", "1"), ("0.5", "1")):
         instrument = feed.Recording(path, *flags).parser.instrument
-        assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.75)
+        assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.75, 6.0)
     deep = book_text(50, *GOOD, kind="snapshot", topic="orderbook.1000.BTCUSDT")
     path = record(tmp_path / "two depths.gz", FIRST, deep, book_text(8))
     assert letters(feed.Recording(path).messages()) == "S"  # the deepest
     assert letters(feed.Recording(path, depth=200).messages()) == "SD"
+    assert feed.Recording(path, category="spot").parser.instrument.category == "spot"
 
 
 # ---- Instruments and the command line ----------------------------------------------
 
 LINEAR_PAGE = b"""{"retCode":0,"result":{"list":[{"priceFilter":{"tickSize":"0.20"},
-    "lotSizeFilter":{"minOrderQty":"0.004","qtyStep":"0.002","maxOrderQty":"1190.000"}}]}}"""
+    "lotSizeFilter":{"minOrderQty":"0.004","qtyStep":"0.002","minNotionalValue":"6"}}]}}"""
 SPOT_PAGE = b"""{"retCode":0,"result":{"list":[{"priceFilter":{"tickSize":"0.01"},
-    "lotSizeFilter":{"minOrderQty":"0.000011","basePrecision":"0.000001"}}]}}"""
+    "lotSizeFilter":{"minOrderQty":"0.000011","basePrecision":"0.000001","minOrderAmt":"5"}}]}}"""
 LINEAR, SPOT, OTHER = ("BTCUSDT", "linear"), ("BTCUSDT", "spot"), ("ABC", "spot")
 
 
 @pytest.mark.parametrize(
     ("answer", "symbol", "steps", "expected"),
-    [(LINEAR_PAGE, LINEAR, (None, None), Instrument(*LINEAR, "0.20", "0.002", 0.004)),
-     (LINEAR_PAGE, LINEAR, ("0.5", None), Instrument(*LINEAR, "0.5", "0.002", 0.004)),
-     (SPOT_PAGE, SPOT, (None, "0.1"), Instrument(*SPOT, "0.01", "0.1", 0.000011)),
+    [(LINEAR_PAGE, LINEAR, (None, None), Instrument(*LINEAR, "0.20", "0.002", 0.004, 6.0)),
+     (LINEAR_PAGE, LINEAR, ("0.5", None), Instrument(*LINEAR, "0.5", "0.002", 0.004, 6.0)),
+     (SPOT_PAGE, SPOT, (None, "0.1"), Instrument(*SPOT, "0.01", "0.1", 0.000011, 5.0)),
      (AssertionError("asked"), OTHER, ("0.01", "1"), Instrument(*OTHER, "0.01", "1", 0.0)),
-     (OSError("no route"), LINEAR, (None, "3"), Instrument(lot_text="3")),
-     (b"<html>busy</html>", LINEAR, (None, None), Instrument()),
+     (OSError("no route"), LINEAR, (None, "3"), Instrument(lot_text="3", min_notional=5.0)),
+     (b"<html>busy</html>", LINEAR, (None, None), Instrument(min_notional=5.0)),
      (OSError("no route"), OTHER, ("0.1", None), "ABC.*--tick-size and --lot-size"),
      (b"", OTHER, (None, None), "ABC.*--tick-size and --lot-size")]
-    + [(body, OTHER, (None, None), "ABC.*--symbol and --category") for body in (
-        b'{"retCode":10001,"result":{}}', b"{broken", b'{"retCode":0,"result":{"list":[{}]}}')]
-    + [(b'{"retCode":10006,"retMsg":"Too many visits!","result":{}}', OTHER, (None, None),
-        "ABC.*Too many visits!.*--tick-size"),
-       (SPOT_PAGE.replace(b"minOrderQty", b""), SPOT, (None, None),
-        Instrument(*SPOT, "0.01", "0.000001", 0.000001))],
+    + [(b'{"retCode":10001,"result":{}}', OTHER, (None, None), "ABC.*--symbol and --category")]
+    + [(body, OTHER, (None, None), "ABC.*Bybit does not tell.*busy.*--tick-size") for body in (
+        b"{busy", b'{"retCode":10006,"retMsg":"busy","result":{}}', b"busy\x1b" + 300 * b"x",
+        b'{"retCode":10016,"retMsg":"busy"}', b'{"retCode":0,"busy":1,"result":{"list":[]}}')]
+    + [(SPOT_PAGE.replace(b"minOrderQty", b""), SPOT, (None, None),
+        Instrument(*SPOT, "0.01", "0.000001", 0.000001, 5.0))],
 )  # fmt: skip
 def test_flags_precede_bybits_answer_and_that_a_table(monkeypatch, answer, symbol, steps, expected):
     def urlopen(request, timeout):
@@ -531,6 +551,7 @@ def test_flags_precede_bybits_answer_and_that_a_table(monkeypatch, answer, symbo
         assert feed.find_instrument(*symbol, *steps, ask=True) == expected
     except UserError as error:
         assert isinstance(expected, str) and re.match(f".*{expected}", str(error))
+        assert str(error).isprintable() and len(str(error)) < 400
 
 
 def test_info_prints_what_a_recording_holds(tmp_path, capsys):
@@ -556,18 +577,20 @@ def test_info_prints_what_a_recording_holds(tmp_path, capsys):
 
 
 def test_info_tells_the_usual_liquidity_and_depth_as_flags(tmp_path, capsys):
-    """A flat market has moved by a tick, 0.1 bp, in 29 seconds of 0.1 M USDT each; 16 x 50,000."""
+    """A flat market has moved by a tick, 0.1 bp, in 30 seconds of 0.1 M USDT each; 16 x 50,000."""
     hits = [market.trades(1000 * second + 200, (feed.BID, 1, 2)) for second in range(30)]
     path = market.write(tmp_path / "r.gz", market.calm(30_500, *hits))
     assert feed.main(["info", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "--liquidity-scale-musd 29\n" in out and "--depth-scale-musd 0.8\n" in out
+    assert "--liquidity-scale-musd 30\n" in out and "--depth-scale-musd 0.8\n" in out
 
 
 @pytest.mark.parametrize(
     "arguments",
     ["", "dance", "info", "info missing.gz", "info text.gz", "info .", "record",
-     "info good.gz --depth 50", "info good.gz --tick-size 0.3", "info good.gz --lot-size 1e-999",
+     "info good.gz --depth 50", "info good.gz --symbol ethusdt", "info told.gz --symbol X",
+     "info told.gz --category spot", "info empty.gz", "info /dev/null",
+     "info good.gz --tick-size 0.3", "info good.gz --lot-size 1e-999",
      *(f"info good.gz {flag}={step}" for flag in ("--tick-size", "--lot-size")
        for step in ("x", "0", "-1", "nan", "inf")),
      "record new.gz --category options", "record new.gz --depth 7", "record new.gz --minutes soon",
@@ -580,8 +603,30 @@ def test_a_mistake_of_the_user_is_one_line_and_status_2(arguments, tmp_path, mon
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Path("text.gz").write_text("no gzip")
     record(Path("good.gz"), FIRST)
+    record(Path("told.gz"), feed.control_line("start", symbol="BTCUSDT", category="linear"), FIRST)
+    Path("empty.gz").touch()
     with pytest.raises(SystemExit) as end:
         sys.exit(feed.main(arguments.split()))
     assert end.value.code == 2 and not Path("new.gz").exists()
     told = capsys.readouterr()
     assert told.out == "" and re.fullmatch("error: .*\n", told.err)
+
+
+def test_ctrl_c_without_a_summary_is_one_line_and_status_130(capsys):
+    assert feed.exit_cleanly(Mock(side_effect=KeyboardInterrupt)) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+FULL = "error: .*No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("info √.gz > /dev/full", FULL), ("--help > /dev/full", FULL), ("info √.gz >&-", ""),
+     ("info √.gz | true", ""), ("info √.gz", ""), ("info √", "error: [?]+: No such file\n")],
+)  # fmt: skip
+def test_output_that_nobody_takes_is_one_line_and_never_a_traceback(tmp_path, words, told):
+    record(tmp_path / "√.gz", FIRST)
+    command, env = f"{sys.executable} {feed.__file__} {words}", {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True)
+    assert re.fullmatch(told, done.stderr.decode()) and done.returncode == (2 if told else 0)

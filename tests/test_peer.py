@@ -1,9 +1,9 @@
-"""Our fills against those of hftbacktest, on a real recording.
+"""Our fills against those of hftbacktest, on a simulated recording and on a real one.
 
-Skipped where hftbacktest is not installed, as it is no dependency. To run it:
+hftbacktest is no dependency, so these tests are skipped where it is missing. To run them:
 
     pip install hftbacktest
-    RECORDINGS=folder python -m pytest tests/test_peer.py
+    python -m pytest tests/test_peer.py
 
 The backtest writes its quotes; hftbacktest is given these quotes as fixed ones, on events
 made here from the raw lines, without feed.py. Its exchange fills whole orders or none, its
@@ -19,21 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulate
 
 import backtest
 import optimize
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and numba warn of at import is not ours
-    pytest.importorskip("hftbacktest")
+    pytest.importorskip("hftbacktest", reason="not installed: pip install hftbacktest")
     import numba
     from hftbacktest import BacktestAsset, HashMapMarketDepthBacktest, types
     from hftbacktest.order import FILLED, GTX, LIMIT, NEW, NONE
 
-RECORDING = Path(os.environ.get("RECORDINGS", ".")) / "binance_usdm_BTCUSDT_20230404.jsonl.gz"
-pytestmark = pytest.mark.skipif(
-    not RECORDING.exists(), reason="RECORDINGS names no folder with the recording of Binance"
-)
+BINANCE = Path(os.environ.get("RECORDINGS", ".")) / "binance_usdm_BTCUSDT_20230404.jsonl.gz"
 TICK, LOT, MS, FEED_LAG_MS = 0.1, 0.001, 1_000_000, 25
 AT_THE_TOUCH = (
     "--gamma 0 --delta 0 --zeta 0 --min-half-spread-bps 0.01 --requote-move-bps 50 "
@@ -43,13 +41,28 @@ ONE_LOT = "--order-qty 0.001 --max-depth-share 1"
 MANY_LOTS = "--order-qty 0.05 --max-depth-share 0.002"
 
 
-def list_events():
+@pytest.fixture(scope="module", params=["simulated", "Binance"])
+def recording(request, tmp_path_factory):
+    """Where every message is heard FEED_LAG_MS after it was true."""
+    if request.param == "Binance":
+        if not BINANCE.exists():
+            pytest.skip(f"RECORDINGS names no folder with {BINANCE.name}")
+        return BINANCE
+    path = tmp_path_factory.mktemp("simulated") / "recording.jsonl.gz"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, ms in dict(LAG_MS=FEED_LAG_MS, JITTER_MS=0, SPIKE_SHARE=0).items():
+            patch.setattr(simulate, name, ms)
+        assert simulate.main(["--out", str(path), "--hours", "0.15"]) == 0
+    return path
+
+
+def list_events(recording):
     """(event, exchange time, receive time, price, size) in the recording's order."""
-    with gzip.open(RECORDING, "rt") as file:
+    with gzip.open(recording, "rt") as file:
         lines = [line.partition(" ") for line in file]
     for stamp, _, text in lines:
         recv_ns, message = int(stamp), json.loads(text)
-        topic, data = message["topic"].partition(".")[0], message["data"]
+        topic, data = message.get("topic", "").partition(".")[0], message.get("data")
         if topic == "publicTrade":
             for trade in data:
                 side = {"Buy": types.BUY_EVENT, "Sell": types.SELL_EVENT}[trade["S"]]
@@ -66,9 +79,9 @@ def list_events():
 
 
 @pytest.fixture(scope="module")
-def events():
+def events(recording):
     """The recording as hftbacktest's events."""
-    kind, exch_ns, recv_ns, price, size = zip(*list_events())
+    kind, exch_ns, recv_ns, price, size = zip(*list_events(recording))
     events = np.zeros(len(kind), types.event_dtype)
     events["ev"] = np.array(kind, np.uint64) | np.uint64(types.EXCH_EVENT | types.LOCAL_EVENT)
     events["exch_ts"], events["local_ts"] = exch_ns, recv_ns
@@ -118,11 +131,6 @@ def follow(peer, time_ns, ticks, lots):
     return fills
 
 
-def read_csv(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
 def fills_of_peer(events, quotes, latency_ms):
     """What hftbacktest fills of the quotes."""
     time_ns = np.array([int(row["time_ns"]) for row in quotes])
@@ -131,16 +139,9 @@ def fills_of_peer(events, quotes, latency_ms):
                   for row in quotes])
         for name, unit in (("price", TICK), ("qty", LOT))
     )  # fmt: skip
-    asset = (
-        BacktestAsset()
-        .data(events)
-        .linear_asset(1.0)
-        .constant_order_latency(round(latency_ms * MS), FEED_LAG_MS * MS)
-        .risk_adverse_queue_model()
-        .no_partial_fill_exchange()
-        .tick_size(TICK)
-        .lot_size(LOT)
-    )
+    asset = BacktestAsset().data(events).linear_asset(1.0).tick_size(TICK).lot_size(LOT)
+    asset = asset.constant_order_latency(round(latency_ms * MS), FEED_LAG_MS * MS)
+    asset = asset.risk_adverse_queue_model().no_partial_fill_exchange()
     peer = HashMapMarketDepthBacktest([asset])
     fills = follow(peer, time_ns, ticks, lots)
     peer.close()
@@ -152,22 +153,18 @@ def fills_of_peer(events, quotes, latency_ms):
     # decisions at .025 s arrive with a book message after 75 ms; sizes change at every decision
     [(0, ONE_LOT), (5, ONE_LOT), (75, MANY_LOTS)],
 )
-def test_every_fill_is_that_of_hftbacktest_on_a_real_recording(
-    events, tmp_path, monkeypatch, latency_ms, flags
+def test_every_fill_is_that_of_hftbacktest(
+    recording, events, tmp_path, monkeypatch, latency_ms, flags
 ):
     """A decision each tenth of a second: the peer cancels no order that is still under way."""
     monkeypatch.setattr(optimize, "get_optimization_frequency", lambda *_: 0.1)
     flags = f"{AT_THE_TOUCH} {flags} --order-latency-ms {latency_ms}".split()
-    given = ["--data", str(RECORDING), "--out", str(tmp_path), "--peer-rules", *flags]
+    given = ["--data", str(recording), "--out", str(tmp_path), "--peer-rules", *flags]
     assert backtest.main(given) == 0
-    fills, quotes = (read_csv(tmp_path / name) for name in ("fills.csv", "quotes.csv"))
-    ours = sorted(
-        (
-            int(row["time_ns"]),
-            {"buy": 1, "sell": -1}[row["side"]],
-            round(float(row["price"]) / TICK),
-        )
-        for row in fills
-    )
-    assert ours == fills_of_peer(events, quotes, latency_ms)
+    names = tmp_path / "fills.csv", tmp_path / "quotes.csv"
+    fills, quotes = (list(csv.DictReader(path.read_text().splitlines())) for path in names)
+    side = {"buy": 1, "sell": -1}
+    ours = [(int(row["time_ns"]), side[row["side"]], round(float(row["price"]) / TICK))
+            for row in fills]  # fmt: skip
+    assert sorted(ours) == fills_of_peer(events, quotes, latency_ms)
     assert len(ours) >= 100
