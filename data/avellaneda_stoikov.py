@@ -16,6 +16,8 @@ The defaults fit BTCUSDT linear. data/experiments.py fits A and k to the fills o
 import math
 from typing import Any
 
+NEAREST_BPS = 0.01  # a lean beyond the half spread brings a side to the mid, and no further
+
 
 def quote(parameters: Any, market: Any, q: float, gamma: float = 0.05,
           A: float = 0.55, k: float = 1.2) -> tuple[float, float]:  # fmt: skip
@@ -23,4 +25,5 @@ def quote(parameters: Any, market: Any, q: float, gamma: float = 0.05,
     c1, sigma = math.log1p(gamma / k) / gamma, market.volatility
     c2 = math.sqrt(gamma / (2 * A * k) * (1 + gamma / k) ** (k / gamma + 1))
     half, orders = c1 + sigma * c2 / 2, q * parameters.max_inventory / parameters.order_qty
-    return half + orders * sigma * c2, half - orders * sigma * c2
+    lean = orders * sigma * c2
+    return max(half + lean, NEAREST_BPS), max(half - lean, NEAREST_BPS)
