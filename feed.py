@@ -523,7 +523,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def check_file(path: Path, most_bytes: float = math.inf) -> None:
     """UserError unless this is a regular file, which has an end, of a sane size."""
     if not path.is_file() or path.stat().st_size > most_bytes:
-        raise UserError(f"{path}: {'No file, or too large' if path.exists() else 'No such file'}")
+        raise UserError(f"{path}: {'huge or no regular file' if path.exists() else 'No such file'}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
