@@ -160,6 +160,9 @@ class View(NamedTuple):
     def best(self, side: int) -> int:
         return self.best_bid if side == BID else self.best_ask
 
+    def worst(self, side: int) -> int:
+        return self.worst_bid if side == BID else self.worst_ask
+
     @property
     def fault(self) -> str:
         """Why there is no mid price: one-sided, crossed, or empty for nothing."""
@@ -279,7 +282,7 @@ class Book:
     def shown(self, side: int, level: int) -> float:
         """Base coin resting at a level; inf where the feed does not show it."""
         size = self.sizes.item(level)
-        return size if size or level >= self.view[2 + (side == ASK)] else math.inf  # its worst
+        return size if size or level >= self.view.worst(side) else math.inf
 
     def depth(self, side: int, band_bps: float) -> float:
         """Base coin resting within band_bps of the mid on a side; 0 without a mid."""
@@ -291,7 +294,7 @@ class Book:
 
     def levels(self, side: int) -> tuple[np.ndarray, np.ndarray]:
         """The levels of a side and their sizes, best first."""
-        best, worst = self.view.best(side), self.view[2 + (side == ASK)]
+        best, worst = self.view.best(side), self.view.worst(side)
         held = self.sizes[worst : best + 1 or None].nonzero()[0][::-1] + worst
         return held, self.sizes[held]
 
@@ -520,7 +523,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def check_file(path: Path, most_bytes: float = math.inf) -> None:
     """UserError unless this is a regular file, which has an end, of a sane size."""
     if not path.is_file() or path.stat().st_size > most_bytes:
-        raise UserError(f"{path}: {'No file, or too large' if path.exists() else 'No such file'}")
+        raise UserError(f"{path}: {'huge or no regular file' if path.exists() else 'No such file'}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -789,8 +792,7 @@ def run_info(options: argparse.Namespace) -> None:
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
     facts = [*parser.counts.items(), ("messages", len(tape)),
              ("snapshots", int((tape.kind == SNAPSHOT).sum())),
-             ("first message, UTC", clock_text(first_ns)),
-             ("span, s", f"{(last_ns - first_ns) / NS:.1f}"),
+             ("first message, UTC", clock_text(first_ns)), ("span, s", (last_ns - first_ns) / NS),
              *((f"book lost {times} times", reason) for reason, times in losses.items()),
              ("crossed or one-sided books", int((is_book & ~has_mid).sum()))]  # fmt: skip
     columns = {"receive - exchange time, ms": ((tape.recv_ns - tape.exch_ns) / MS)[is_book],
@@ -799,16 +801,14 @@ def run_info(options: argparse.Namespace) -> None:
     form = "median {1:g}, 1 % {0:g}, 99 % {2:g}".format
     facts += [(label, form(*np.percentile(values, [1, 50, 99])))
               for label, values in columns.items() if len(values)]  # fmt: skip
-    # What is usual here: the way of the mid from second to second, what was traded for it.
     mids = tape.mid_ticks[np.searchsorted(tape.recv_ns, np.arange(first_ns, last_ns, NS))]
-    returns_bps = 1e4 * np.diff(np.log(mids))
+    returns_bps = 1e4 * np.diff(np.log(mids))  # from second to second
     if np.isfinite(returns_bps).any():
         way_bps = max(np.nansum(np.abs(returns_bps)), 1e4 / np.nanmedian(mids))  # a tick or more
         musd = 1e-6 * parser.instrument.tick_size
         liquidity = musd * np.sum(np.abs(tape.trade_level) * tape.trade_size) / way_bps
         depth = musd * np.nanmedian(tape.mid_ticks * depths) / 2
-        facts += [("volatility, bps/sqrt(s)", f"{np.sqrt(np.nanmean(returns_bps**2)):.3f}"),
-                  ("liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
+        facts += [("liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
                   ("median depth within 1 bp, M USDT", f"--depth-scale-musd {depth:.3g}")]
     print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
 
