@@ -110,6 +110,8 @@ class Market:
     book: feed.Book = field(default_factory=feed.Book)
     lost: str = "no book yet"  # why the book cannot be trusted; empty: it can
     book_recv_ns: int = 0  # when the last book message was received
+    ticker_recv_ns: int = 0
+    usual_lag_ns: int = 0  # of receive after exchange time: that of the last snapshot
     volatility: float = NAN  # bps/sqrt(s), over the last minute
     ema_volatility: float = NAN  # bps/sqrt(s)
     ema_ns: int = 0  # when that was last renewed
@@ -120,6 +122,11 @@ class Market:
     returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # of 1 s
     turnovers: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
     trades: deque = field(default_factory=deque)  # (exch_ns, level hit, size) of the last minute
+
+    @property
+    def lag_ns(self) -> int:
+        """Receive after exchange time of the last book message."""
+        return self.book_recv_ns - self.book.exch_ns
 
     @property
     def depth_musd(self) -> float:
@@ -189,7 +196,7 @@ class Account:
     revaluation: float = 0.0  # sum of inventory x change of the mid
     turnover: float = 0.0
     mid_price: float = NAN  # the last mid that it was marked to
-    peak_equity: float = 0.0
+    peak_equity: float = 0.0  # the highest that was ever marked
     fills: list[Fill] = field(default_factory=list)
 
     @property
@@ -213,6 +220,7 @@ class Account:
             if self.inventory:
                 self.revaluation += self.inventory * (mid_price - self.mid_price)
             self.mid_price = mid_price
+            self.peak_equity = max(self.peak_equity, self.equity)
 
     def settle(self, fill: Fill) -> None:
         """Book one fill.
@@ -322,7 +330,7 @@ class Order:
     """A paper order. It stands on the exchange in (arrival_ns, cancel_ns].
 
     It carries its own queue: at its arrival the size shown at its price, from then on it only
-    gets shorter (but see `see_row`).
+    gets shorter, but for what is heard late.
     """
 
     side: int
@@ -338,9 +346,9 @@ class Order:
     eaten: float = 0.0  # of the queue, by trades
     due: float = 0.0  # base coin, our share of what trades left, below a lot so far
 
-    def see_row(self, shown: float, exch_ns: int) -> None:
-        """A book row says what is shown at our price: a smaller size shortens the queue."""
-        if exch_ns <= self.arrival_ns:
+    def see(self, shown: float, exch_ns: int) -> None:
+        """The book says what is shown at our price: a smaller size shortens the queue."""
+        if exch_ns <= self.arrival_ns and shown < INF:
             # subtle: a row of before the arrival that we hear of after it. It tells better
             # what stood there when we came, so the queue starts anew from it.
             self.queue_ahead = max(shown - self.eaten, 0.0)
@@ -368,6 +376,7 @@ class PaperExchange:
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
+    worst: dict = field(default_factory=dict)
     trade_ns: int = 0  # exchange time of the last trade that was met
     recv_ns: int = 0  # of the message that is matched
     mid_price: float = NAN  # just before that message
@@ -412,6 +421,7 @@ class PaperExchange:
     def begin(self, tape: Tape) -> None:
         """A tape is to come. reach[side][m]: an order of this side at that level or a better
         one (a higher level) is touched by message m, by its trades or the opposite best.
+        worst[side][m]: the last level that is seen just before message m.
         """
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
@@ -419,12 +429,14 @@ class PaperExchange:
             hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
             nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
             reach[has_trades] = np.minimum(reach[has_trades], nearest)
+            worst = tape.worst_bid if side == BID else tape.worst_ask
+            self.worst[side] = np.append(self.book.view.worst(side), worst)
 
     def match(self, tape: Tape, start: int, stop: int) -> None:
         """Messages start..stop-1: those that matter meet our orders, all change the book."""
         while start < stop:
             # The next that matters: a snapshot, one after the arrival of an order, or one that
-            # reaches an order which has arrived.
+            # reaches an order which has arrived, or opens the window as far as that.
             m = start if tape.kind[start] == feed.SNAPSHOT else stop
             for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
                 m = first_place(tape.exch_ns[start:m] > arrival_ns, start, m)
@@ -432,6 +444,9 @@ class PaperExchange:
                 levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
                 if levels:
                     m = first_place(self.reach[side][start:m] <= max(levels), start, m)
+                for level in levels:
+                    is_seen = self.worst[side][start : m + 1] <= level
+                    m = first_place(is_seen[1:] > is_seen[:-1], start, m)
             self._apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
@@ -442,13 +457,14 @@ class PaperExchange:
         self.book.apply(tape, start, stop)
         first, last = tape.first_row.item(start), tape.first_row.item(stop)
         for order in [order for order in self.orders if order.has_arrived]:
-            worst = tape.worst_bid if order.side == BID else tape.worst_ask
-            for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
-                m = int(tape.first_row.searchsorted(first + row, "right")) - 1
-                shown = tape.size.item(first + row)
-                if not shown and order.level < worst.item(m) and not self.peer_rules:
+            rows = (tape.level[first:last] == order.level).nonzero()[0] + first
+            told = tape.first_row.searchsorted(rows, "right") - 1
+            for m, row in dict(zip(told.tolist(), rows.tolist())).items():  # of two the later wins
+                shown = tape.size.item(row)
+                is_seen = order.level >= self.worst[order.side].item(m + 1)
+                if not (shown or is_seen or self.peer_rules):
                     shown = INF  # it was not deleted, it has left the window
-                order.see_row(shown, tape.exch_ns.item(m))
+                order.see(shown, tape.exch_ns.item(m))
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -495,13 +511,12 @@ class PaperExchange:
             self.trade_ns = exch_ns
             return
 
-        # Of the book, or a ticker: does it shorten our queue, or reach our price?
+        # A message of the book: does it shorten our queue, or reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
         self._apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
-            if kind == feed.SNAPSHOT:  # it tells of every level
-                order.see_row(self._shown(order), exch_ns)
+            order.see(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
                 self.refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
@@ -648,7 +663,7 @@ class MarketMaker:
 
     def _hear(self, tape: Tape, stop: int) -> None:
         """Messages before `stop` have come: our orders meet them, and the book shows them."""
-        trades = self.market.trades
+        trades, first_message = self.market.trades, self.heard
         first, last = tape.first_trade.item(self.heard), tape.first_trade.item(stop)
         columns = tape.trade_ns, tape.trade_level, tape.trade_size
         heard = [*zip(*(column[first:last].tolist() for column in columns))]
@@ -661,6 +676,9 @@ class MarketMaker:
         book = tape.last_book.item(stop - 1) if stop else -1
         if book >= 0:
             self.market.book_recv_ns = tape.recv_ns.item(book)
+        tickers = (tape.kind[first_message:stop] == feed.TICKER).nonzero()[0]
+        if len(tickers):
+            self.market.ticker_recv_ns = tape.recv_ns.item(first_message + tickers.item(-1))
 
     def _change_rules(self, tape: Tape, m: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
@@ -668,7 +686,7 @@ class MarketMaker:
         market, note, is_due = self.market, tape.notes.get(m, {}), True
         if tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
             is_due = market.lost or self.is_stale or now_ns >= self.due_ns
-            market.lost = ""
+            market.lost, market.usual_lag_ns = "", market.lag_ns
         elif tape.kind[m] == feed.LOST and not market.lost:
             market.lost = note["reason"]
             market.grid_mid = NAN
@@ -687,20 +705,33 @@ class MarketMaker:
             self.decide(now_ns)
 
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
-        """Parameters of a control line, unless they are unsound; whether they are in force. Those
-        under "overrides" are the user's, and replace all that he gave before.
-        """
+        """Parameters of a control line, unless they are unsound; whether they are in force."""
         try:
-            recorded = {**self.recorded, **note.get("parameters", {})}
-            overrides = {**note.get("overrides", self.overrides)}
-            changes, min_order = DEFAULTS | recorded | overrides, self.instrument.min_order
-            p = opt.change_parameters(self.parameters, changes, min_order, running=True)
+            recorded, overrides, p = self.merge(note)
         except (ValueError, TypeError) as error:
             logging.warning("parameters in the recording are refused: %s", error)
             return False
         self.recorded, self.overrides = recorded, overrides
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
         return True
+
+    def merge(self, note: Mapping[str, Any]) -> tuple[dict, dict, Parameters]:
+        """What a control line makes of ours; ValueError or TypeError if that is unsound. Those
+        under "overrides" are the user's, and replace all that he gave before.
+        """
+        recorded = {**self.recorded, **note.get("parameters", {})}
+        overrides = {**note.get("overrides", self.overrides)}
+        changes, min_order = DEFAULTS | recorded | overrides, self.instrument.min_order
+        p = opt.change_parameters(self.parameters, changes, min_order, running=True)
+        return recorded, overrides, self.check_value(p)
+
+    def check_value(self, p: Parameters) -> Parameters:
+        """The same; UserError if the exchange would refuse order_qty at the mid as too small."""
+        least, value = self.instrument.min_notional, p.order_qty * self.account.mid_price
+        if value < least:  # nan: nothing is known yet
+            raise UserError(f"order_qty = {p.order_qty} is worth {value:.2f} USDT, must be at least "
+                            f"{least:g}: raise --order-qty")  # fmt: skip
+        return p
 
     def stale_ns(self) -> int:
         """From when on the book is stale, if no message of it comes before."""
@@ -748,7 +779,6 @@ class MarketMaker:
         """Mark the inventory to the mid, and look at the drawdown."""
         account, limit = self.account, self.parameters.max_drawdown_usdt
         account.mark(self.market.book.view.mid_ticks * self.instrument.tick_size)
-        account.peak_equity = max(account.peak_equity, account.equity)
         if limit is not None and account.peak_equity - account.equity > limit:
             self.is_stopped = True  # for good
 
@@ -758,12 +788,14 @@ class MarketMaker:
         """Why there must be no quote now, the first reason of these; empty if there may be one."""
         p, market, view = self.parameters, self.market, self.market.book.view
         gap_bps = abs(self.account.mid_price / view.mark_price - 1) * 1e4  # nan without a mark
+        late_ns, mark_age_ns = market.lag_ns - market.usual_lag_ns, time_ns - market.ticker_recv_ns
         guards = {
             "outage": self.exchange.back_ns,
             "book lost": market.lost,
             view.fault: view.fault,  # crossed, one-sided; empty: sound
             "book stale": time_ns >= self.stale_ns(),
-            "far from mark price": gap_bps > p.max_mark_gap_bps,
+            "book late": late_ns > p.stale_after_s * NS,
+            "far from mark price": gap_bps > p.max_mark_gap_bps and mark_age_ns <= MINUTE_NS,
             "drawdown limit": self.is_stopped,
             "warming up": len(market.returns_bps) < WARMUP_RETURNS or math.isnan(market.grid_mid),
         }
@@ -780,6 +812,8 @@ class MarketMaker:
         self._mark()
         self.mid_ticks = view.mid_ticks
         is_sound = not (market.lost or view.fault)
+        if math.isnan(market.mid_price):
+            self.check_value(p)
         market.mid_price = account.mid_price
         for side in SIDES:
             market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
@@ -838,7 +872,7 @@ class MarketMaker:
 
     def _place(self, distances: Distances, mid: float) -> tuple[dict[int, tuple], str]:
         """(level or None, quantity) by side around a mid in ticks, and the reasons given."""
-        p, lot = self.parameters, self.instrument.lot_size
+        p, lot, tick_size = self.parameters, self.instrument.lot_size, self.instrument.tick_size
         wanted = dict.fromkeys(SIDES, (None, 0.0))
         reasons = [distances.reason] if distances.reason else []
         for side, name, bps in ((BID, "bid", distances.bid_bps), (ASK, "ask", distances.ask_bps)):
@@ -848,7 +882,9 @@ class MarketMaker:
             level = max(level, 1) if side == BID else level
             # No more than a share of the depth, and within the inventory limit.
             qty = floor_to_lot(min(p.order_qty, p.max_depth_share * self.market.depths[side]), lot)
-            if qty < self.instrument.min_order * (1 - 1e-9):
+            least_usdt = self.instrument.min_notional
+            least = max(self.instrument.min_order, least_usdt / (side * level * tick_size))
+            if qty < least * (1 - 1e-9):
                 reasons.append(f"no {name}: book too thin for a lot")
             elif side * self.account.inventory + qty > p.max_inventory + lot / 2:
                 reasons.append(f"no {name}: inventory limit")
@@ -1119,19 +1155,18 @@ class Session:
 
     def read_edits(self) -> None:
         """A sound edit of --params becomes a message of the session; another gives a notice."""
-        maker, min_order = self.maker, self.maker.instrument.min_order
+        maker, before = self.maker, self.maker.parameters
         try:
             given = given_parameters(self.options)
             if given == self.given:
                 return
             # What is taken out of the file goes back to what it was without it.
-            before, recorded = maker.parameters, {} if self.source else maker.recorded
-            values = DEFAULTS | recorded | given
-            p = opt.change_parameters(before, values, min_order, running=True)
+            note = {"parameters": DEFAULTS | given} if self.source else {"overrides": given}
+            _, _, p = maker.merge(note)
             if self.source:
-                self.source.emit(feed.control_line("params", parameters=asdict(p)))
+                self.source.emit(feed.control_line("params", **note))
             else:  # a file is a slower exchange: the edit comes at the receive time of now
-                note, view = {"event": "params", "overrides": given}, maker.market.book.view
+                note, view = {"event": "params", **note}, maker.market.book.view
                 maker.take(feed.Message(feed.CONTROL, maker.last_ns, note=note, view=view))
             changed = {n: v for n, v in asdict(p).items() if v != getattr(before, n)}
             self.given, self.notice = given, f"parameters changed: {opt.in_words(changed)}"
