@@ -755,7 +755,7 @@ def test_the_screen_and_the_plain_lines_hold_the_key_facts(is_terminal, columns,
     maker.hear(trades(12_700, (ASK, -3, 1)), ticker(12_700, 50_001.25), *beats(13_000, 17_700))
     options, stream, taking = build_arguments().parse_args([]), io.StringIO(), threading.Event()
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
-    monkeypatch.setattr(stream, "flush", taking.wait)  # the terminal takes nothing yet
+    monkeypatch.setattr(stream, "flush", partial(taking.wait, 9))  # the terminal takes nothing yet
     monkeypatch.setattr(sys, "stdout", stream)
     session = Session(options, maker, "COINUSDT linear   REPLAY", maker.parser, {})
     session.look()
