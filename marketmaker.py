@@ -1129,7 +1129,8 @@ class Session:
         self.next_look_s = self.next_show_s = self.notice_end_s = 0.0
         self.notice = ""  # on the screen for NOTICE_S
         self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
-        self.is_screen = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.is_screen = is_terminal and os.environ.get("TERM") != "dumb"
         self.print("" if self.is_screen else f"{title}\n")
 
     def run(self, bursts: Iterator[list[feed.Message]]) -> None:
