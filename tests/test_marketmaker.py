@@ -667,7 +667,6 @@ FAULTS = """\
 --alpha x: --alpha, 'x', --help
 --params unknown.json: alpah, did you mean alpha
 --params list.json: --params, JSON object
---params absent.json: --params, No such file
 --record x.gz: --record, leave out --replay
 --tick-size 0.3: multiple of the tick 0.3, --tick-size
 --plot none/x.png: none/x.png, cannot be written
