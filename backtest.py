@@ -40,6 +40,7 @@ import shutil
 import signal
 import sys
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
@@ -61,8 +62,8 @@ from optimize import FIELDS, Parameters
 MINUTE_NS = 60 * NS
 CACHE = Path(__file__).parent / "data" / "cache"  # of tapes; may be deleted at any time
 CACHE_VERSION = 3  # of a tape's columns; what another version wrote is not read
-Stamp = tuple[str, int, int]  # of a file: path, size, time of modification in ns
-Steps = tuple[str | None, str | None, int | None]  # tick, lot, depth, if data do not tell
+Stamp = tuple[str, int, int, int]  # of a file: path, size, times of its last changes in ns
+Steps = tuple[Any, ...]  # tick, lot, depth, symbol, category; None: as the data tell
 Note = tuple[int, dict[str, Any]]  # a control message: receive time in ns, and its fields
 
 
@@ -104,7 +105,7 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
     recordings = [feed.Recording(Path(path), *steps) for path, *_ in stamps]
     first, tapes, counts = recordings[0], [], Counter[str]()
     instrument = first.parser.instrument
-    for recording in recordings:
+    for recording, stamp in zip(recordings, stamps):
         path = recording.path
         if recording.parser.instrument != instrument:
             raise UserError(f"{path} is of another market, or on another grid of prices, than "
@@ -114,6 +115,8 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
             raise UserError(f"{path} holds no message: choose another file")
         if tapes and tape.recv_ns[0] < tapes[-1].recv_ns[-1]:
             raise UserError(f"{path} begins before the file before it ends: order by time")
+        if stamp_file(path) != stamp:
+            raise UserError(f"{path} was changed since the start: run the same command again")
         tapes.append(tape)
         counts.update(its_counts)
 
@@ -127,35 +130,62 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
 def stamp_file(path: Path) -> Stamp:
     """The state of a file: what is made of it is valid for no other. OSError if it is missing."""
     stat = path.stat()
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def hash_of(*parts: Any) -> str:
+    """Ten digits that tell things apart which differ in anything."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
 
 
 def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     """The tape of a recording, and what its parser counted: parsed once, then from the cache."""
     # The folder's name says of which file, and how, the columns were made.
     parser, path = recording.parser, recording.path
-    made_of = [CACHE_VERSION, stamp_file(path), parser.instrument.tick_text, [*parser.topics]]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    folder = CACHE / f"{path.name.split('.')[0]}-{key}"
+    made_of = CACHE_VERSION, stamp_file(path), parser.instrument.tick_text, [*parser.topics]
+    folder = CACHE / f"{path.name.split('.')[0]}-{hash_of(made_of)}"
+    with contextlib.suppress(OSError, ValueError):  # none, or not as it was written
+        return read_tape(folder)
+    remove_drafts()
+    shutil.rmtree(folder, ignore_errors=True)
 
-    if not folder.exists():
-        print(f"reading {path.name}, once; then from {CACHE}", file=sys.stderr)
-        tape = feed.build_tape(recording.messages())
-        draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        try:
-            draft.mkdir(parents=True)
-            for name in feed.COLUMNS:
-                np.save(draft / f"{name}.npy", getattr(tape, name))
-            (draft / "notes.json").write_text(json.dumps([tape.notes, parser.counts]))
-            draft.rename(folder)
-        except OSError:  # another process was faster, or nothing can be written there
-            shutil.rmtree(draft, ignore_errors=True)
-            return tape, parser.counts
+    print(f"reading {path.name}, once; then from {CACHE}", file=sys.stderr)
+    tape = feed.build_tape(recording.messages())
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        draft.mkdir(parents=True)
+        for name in feed.COLUMNS:
+            np.save(draft / f"{name}.npy", getattr(tape, name))
+        (draft / "notes.json").write_text(json.dumps([tape.notes, parser.counts]))
+        (draft / "sums").write_text(json.dumps(sum_files(draft)))
+        draft.rename(folder)
+    except OSError:  # another process was faster, or nothing can be written there
+        shutil.rmtree(draft, ignore_errors=True)
+    return tape, parser.counts
 
+
+def read_tape(folder: Path) -> tuple[Tape, Mapping[str, int]]:
+    """From the cache. OSError or ValueError if it is not what was written there."""
+    if json.loads((folder / "sums").read_text()) != sum_files(folder):
+        raise ValueError
     files = {name: folder / f"{name}.npy" for name in feed.COLUMNS}
     columns = {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items()}
     notes, counts = json.loads((folder / "notes.json").read_text())
     return Tape(**columns, notes={int(m): note for m, note in notes.items()}), counts
+
+
+def sum_files(folder: Path) -> dict[str, int]:
+    """A check sum of each file of a tape."""
+    return {file.name: zlib.crc32(np.memmap(file, mode="r")) for file in folder.glob("*.*")}
+
+
+def remove_drafts() -> None:
+    """What processes that were killed left in the cache."""
+    for draft in CACHE.glob("*.part"):
+        try:
+            os.kill(int(draft.name.split(".")[-2]), 0)  # signal 0: does it live?
+        except (OSError, ValueError):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
@@ -210,6 +240,26 @@ class Setting:
         """UserError for what is out of range."""
         return mm.choose_parameters(self.given, self.data.start, self.data.instrument)
 
+    @property
+    def words(self) -> str:
+        """The strategy, and whatever differs from the defaults."""
+        words = [f"strategy {Path(self.strategy).stem}"]
+        words.append(opt.in_words(opt.differing(self.parameters)) or "parameters at their defaults")
+        words += [f"{n} {v:g}" for n, v in self.exchange.items() if v != FRICTIONLESS[n]]
+        words += [f"{n} {v}" for n, v in zip(("tick", "lot", "depth"), self.steps) if v]
+        return ", ".join(words + [f"{len(self.outages)} outages"] * bool(self.outages))
+
+    @property
+    def version(self) -> str:
+        """Of the code, with a strategy's own file."""
+        code = (feed.__file__, opt.__file__, mm.__file__, __file__, self.strategy)
+        return hash_of([Path(f).read_text("latin-1") for f in code if Path(f).is_file()])
+
+    @property
+    def key(self) -> str:
+        """It is another one if anything differs: code, data, parameters, frictions."""
+        return hash_of(astuple(self), self.version)
+
     def change(self, changes: Mapping[str, Any]) -> Setting:
         """The same with some parameters changed."""
         return replace(self, given={**self.given, **changes})
@@ -220,13 +270,19 @@ class Result:
     """What a run leaves behind."""
 
     setting: Setting
-    title: str
+    is_stopped: bool  # before the end of the data
     maker: mm.MarketMaker
     fills: list[mm.Fill]
     columns: dict[str, np.ndarray]  # of the decisions: see mm.History
     sent: list[int]  # decisions at which an order was sent or cancelled
     minutes_ns: np.ndarray  # where the whole minutes that were played begin
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
+
+    @property
+    def title(self) -> str:
+        """Which market, which data, what differs from the defaults."""
+        stopped = "   STOPPED EARLY" if self.is_stopped else ""
+        return f"{self.setting.data.title}{stopped}\n{self.setting.words}"
 
 
 def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
@@ -267,12 +323,9 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
     maker.finish()
     columns = maker.history.columns()
     minutes_ns = data.minutes_ns[data.minutes_ns + MINUTE_NS <= columns["time_ns"][-1]]
-    differing = opt.in_words(opt.differing(setting.parameters)) or "parameters at their defaults"
-    words = [f"strategy {maker.strategy_name}", differing]
-    words += [f"{n} {v:g}" for n, v in setting.exchange.items() if v != FRICTIONLESS[n]]
-    words += [f"{len(setting.outages)} outages"] if setting.outages else []
-    title = f"{data.title}{'   STOPPED EARLY' if stop and stop.is_set else ''}\n{', '.join(words)}"
-    return Result(setting, title, maker, fills, columns, sent, minutes_ns, np.concatenate(markouts))
+    is_stopped = bool(stop and stop.is_set)
+    return Result(setting, is_stopped, maker, fills, columns, sent, minutes_ns,
+                  np.concatenate(markouts))  # fmt: skip
 
 
 def draw_outages(count: int, tapes: list[Tape], rng: Generator) -> list[tuple[int, int]]:
@@ -522,6 +575,9 @@ def measure(result: Result) -> dict[str, Any]:
 
     return {
         "title": result.title,
+        "is_stopped": result.is_stopped,
+        "version": result.setting.version,
+        "run": result.setting.key,
         "data": [path for path, *_ in result.setting.stamps],
         "strategy": result.setting.strategy,
         "parameters": opt.differing(maker.parameters),
@@ -804,7 +860,8 @@ def format_regimes(regimes: Regimes, whose: str) -> str:
 # minutes on which a choice is made. Out of sample: those after it, which judge it.
 
 DEFAULT_GRID = ["alpha=0.25,1,4", "gamma=0.25,0.5,1,2", "delta=0,1,4", "zeta=0,1,4"]
-OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no baseline's
+OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # not of BASELINES
+BASELINES = opt.STRATEGIES.keys() - {"lp"}
 IN_SAMPLE = 2 / 3  # of the minutes
 LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
@@ -817,6 +874,7 @@ The price of having searched
   plateau: {plateau:,} trials not below the best's interval in sample
   In plain words: {luck_probability:.1%} of searches through these configurations, had they no
   skill, would find a best that looks at least as good: """
+KEEP = "\nKeep what was given: out of sample the best is no better; best.json is not written"
 Trial = tuple[dict[str, float], np.ndarray]  # what was changed, and the run by the minute
 
 
@@ -833,7 +891,7 @@ def parse_grid(texts: Sequence[str], setting: Setting) -> dict[str, list[float]]
     # Can all of it be played, and does it change anything?
     for changes in opt.expand_grid(grid):
         _ = setting.change(changes).parameters  # raises what is wrong with them
-    unused = OF_THE_PROGRAM if setting.strategy != "lp" else ()
+    unused = OF_THE_PROGRAM if setting.strategy in BASELINES else ()
     for name in grid:
         if FIELDS[name].metadata["fixed"] or name in unused:
             raise UserError(f"--grid {name} is nothing that --strategy {setting.strategy} chooses: "
@@ -927,6 +985,7 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
     scatter = float(sharpes.var(ddof=1)) if len(trials) > 1 else 0.0
     deflated = opt.deflated_sharpe(sharpes[k], opt.sharpe_error(x[:, k]), scatter, len(trials))
     _, low, _ = in_sample["measures"]["best"][SCORES[objective]]
+    better_by, *_ = out_of_sample["measures"]["difference"][SCORES[objective]]
     return {
         "objective": objective, "minutes": minutes, "split": split, "judged": minutes - split,
         "trials": len(trials), "on_grid": len(on_grid), "around": len(finer),
@@ -936,6 +995,7 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
         "deflated_sharpe": deflated,
         "sharpe_by_luck": opt.best_sharpe_by_luck(scatter, len(trials)),
         "luck_probability": (1 + as_good) / (1 + count),
+        "is_better": better_by > 0,  # than what was given, where neither was chosen
         "at_edge": at_edge,
     }  # fmt: skip
 
@@ -954,7 +1014,7 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
           for name in r["at_edge"]),
         format_bootstrap(r["in_sample"], "In sample, where it was chosen") + "\n",
         format_bootstrap(r["out_of_sample"], "Out of sample"),
-        dash(PRICE.format(**r)) + verdict,
+        dash(PRICE.format(**r)) + verdict + ("" if r["is_better"] else KEEP),
     ])  # fmt: skip
 
 
@@ -1008,17 +1068,48 @@ def format_walk(windows: list[Window], traded: np.ndarray, c: Mapping[str, np.nd
 
 # ---- Pictures ----------------------------------------------------------------------
 
-MOST_POINTS = 20_000  # of a curve, about 16 a pixel; of more decisions every n-th is drawn
 HEIGHT = 2.6  # of a row of panels, inches
+CLOSE_UP = 10.0  # minutes
+
+
+def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, list[mm.Panel]]]:
+    """The panels of a run: the first four over its time, then close up where most was lost."""
+    maker, c = result.maker, result.columns
+    x, *_, net = mm.follow_account(maker)
+    rows = mm.plot_rows(maker, c)
+    rows.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
+    loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
+    if result.fills:
+        last = max(x[loss.argmax()], min(CLOSE_UP, x[-1]))
+        span = dict(maker=maker, c=c, first=max(last - CLOSE_UP, 0.0), last=last)
+        title = f"Most lost in ten minutes: {loss.max():.2f} USDT"
+        rows.append((3.6, [partial(mm.plot_prices, title=title, **span)]))
+        rows.append((1.8, [partial(plot_queues, **span)]))
+    return [*rows, (HEIGHT, [partial(plot_markouts, metrics=metrics)])]
+
+
+def plot_queues(ax: Any, maker: mm.MarketMaker, c: Mapping[str, np.ndarray], first: float,
+                last: float) -> None:  # fmt: skip
+    """What stood ahead of our quotes, from one minute to another."""
+    x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
+    is_in = (x >= first) & (x <= last)
+    for name, color in (("bid", mm.BLUE), ("ask", mm.RED)):
+        queue = np.where(np.isfinite(c[f"{name}_queue"]), c[f"{name}_queue"], np.nan)
+        mm.draw_steps(ax, x[is_in], queue[is_in], color, f"ahead of our {name}")
+    ax.set_xlabel(f"minutes since {clock_text(maker.first_ns)} UTC")
+    mm.finish_panel(ax, "Queue at the decisions", maker.instrument.base_coin)
+    ax.set_xlim(first, last)
 
 
 def plot_spread(ax: Any, c: Mapping[str, np.ndarray], first_ns: int) -> None:
     """The terms of the base spread, stacked, and the spread that was quoted."""
-    names, colors = ("volatility", "liquidity", "depth"), (mm.SKY, mm.YELLOW, mm.PINK)
+    x, names = (c["time_ns"] - first_ns) / MINUTE_NS, ("volatility", "liquidity", "depth")
     terms = [c[f"{name}_bps"] for name in names]
-    ax.stackplot(c["x"], terms, labels=names, colors=colors, alpha=0.8, step="post")
+    if np.isfinite(terms).any():
+        colors = mm.SKY, mm.YELLOW, mm.PINK
+        ax.stackplot(x, terms, labels=names, colors=colors, alpha=0.8, step="post")
     quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
-    ax.step(c["x"], quoted, where="post", color=mm.BLACK, linewidth=0.7, label="as quoted")
+    mm.draw_steps(ax, x, quoted, mm.BLACK, "as quoted", 0.7)
     ax.set_ylim(bottom=0)
     ax.set_xlabel(f"minutes since {clock_text(first_ns)} UTC")
     mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
@@ -1110,20 +1201,39 @@ EACH = {  # metrics of --each: label, format
 }  # fmt: skip
 
 
+SEARCH = {"tune", "walk_forward"}
+NEEDS = {  # flags that change nothing without one of others, and flags that exclude others
+    "grid": SEARCH, "objective": SEARCH, "workers": SEARCH,
+    "seed": SEARCH | {"bootstrap", "outages"},
+}  # fmt: skip
+EXCLUDES = {"log": SEARCH, "each": SEARCH | {"bootstrap", "regimes", "plot", "log", "out"}}
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """UserError for a flag that would be taken and ignored."""
+    default = build_arguments().get_default
+    given = {name for name, value in vars(options).items() if value != default(name)}
+    for name in sorted(given):
+        needed, excluded = NEEDS.get(name, given), given & EXCLUDES.get(name, set())
+        if excluded or given.isdisjoint(needed):
+            rule = "does not go with" if excluded else "needs"
+            others = " or ".join(f"--{other}" for other in sorted(excluded or needed))
+            raise UserError(f"--{name} {rule} {others}: leave it out".replace("_", "-"))
+    if not given.isdisjoint(SEARCH) and len(options.strategy) > 1:
+        raise UserError("--tune and --walk-forward take one --strategy: leave the others out")
+    if given & OF_THE_PROGRAM and BASELINES.issuperset(options.strategy):
+        unused, whose = min(given & OF_THE_PROGRAM), " ".join(options.strategy)
+        raise UserError(f"--{unused} means nothing to --strategy {whose}: leave it out")
+
+
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     """Check what was asked before the work; then play once, or search."""
-    is_search = bool(options.tune or options.walk_forward)
-    if is_search and (options.log or len(options.strategy) > 1):
-        raise UserError("--log, or a second --strategy, does not go with a search: leave it out")
-    others = ("tune", "walk_forward", "bootstrap", "regimes", "plot", "log", "out")
-    if options.each and any(getattr(options, name) for name in others):
-        raise UserError("--each prints a line for each file, and no more: leave the others out")
-    if options.grid and not is_search:
-        raise UserError("--grid needs --tune or --walk-forward: give one of them")
+    check_flags(options)
     _ = [mm.load_strategy(name) for name in options.strategy]  # raises what is wrong with one
+    options.data = list_recordings(options.data)
     if options.each:
         return run_each(options)
-    setting = make_setting(options, options.data)
+    setting, is_search = make_setting(options, options.data), options.tune or options.walk_forward
 
     # Both parts of a split, and every window, must be long enough to say something.
     minutes = len(setting.data.minutes_ns)
@@ -1139,11 +1249,23 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
         run_once(options, setting)
 
 
+def list_recordings(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are given; of a folder its recordings, in order of their first time."""
+    files = []
+    for path in paths:
+        found = [file for file in path.glob("*") if file.name.endswith((".jsonl", ".gz"))]
+        if path.is_dir() and not found:
+            raise UserError(f"{path} holds no recording (.jsonl or .gz): choose another folder")
+        files += sorted(found, key=lambda file: next(feed.read_lines(file), (0, ""))[0]) or [path]
+    return files
+
+
 def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
     """What the flags say of parameters and frictions, for some files of data."""
     setting = Setting(
         stamps=tuple(map(stamp_file, files)),
-        steps=(options.tick_size, options.lot_size, options.depth),
+        steps=(options.tick_size, options.lot_size, options.depth, options.symbol,
+               options.category),
         given=mm.given_parameters(options),
         strategy=options.strategy[0],
         exchange={name: getattr(options, name) for name in FRICTIONLESS},
@@ -1162,7 +1284,7 @@ def run_each(options: argparse.Namespace) -> None:
             metrics = measure(play(replace(setting, strategy=name), stop=stop))
             measured[name].append([metrics[measure] for measure in EACH])
         if stop.is_set:
-            raise UserError("stopped: nothing is said of a part of the files")
+            return print("stopped: nothing is said of a part of the files", file=sys.stderr)
     tables = {name: np.array(rows, float) for name, rows in measured.items()}
     for name, other in zip(options.strategy, options.strategy[1:2]):
         tables[f"{name} - {other}"] = tables[name] - tables[other]
@@ -1184,43 +1306,66 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     stop = feed.StopSignal()
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.log, "x") if options.log else contextlib.nullcontext() as log:
-        result = play(setting, log=log, stop=stop)
+    log = feed.GrowingFile(options.log) if options.log else None
+    result = play(setting, log=log, stop=stop)
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
-    print(format_table(metrics, result))
+    metrics["seed"] = options.seed
+    texts, rows = [format_table(metrics, result)], []
     for name in options.strategy[1:] if not stop.is_set else ():
         other = play(replace(setting, strategy=name), stop=stop)
         runs[name] = cut_into_minutes(other)
-        print("\n" + format_table(measure(other), other))
+        texts.append("\n" + format_table(measure(other), other))
 
     # What is said of whole minutes, if no run was cut short.
-    rows = []
     if options.bootstrap and not stop.is_set:
         metrics["bootstrap"] = b = resample(runs, options.bootstrap, default_rng(options.seed))
         rows.append((HEIGHT, [partial(plot_bootstrap, b=b, what="Net")]))
-        print("\n" + format_bootstrap(b, "Bootstrap"))
+        texts.append("\n" + format_bootstrap(b, "Bootstrap"))
     if options.regimes and not stop.is_set:
         metrics["regimes"] = regimes = summarize_regimes(result)
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
-        print("\n" + format_regimes(regimes, "of all minutes"))
+        texts.append("\n" + format_regimes(regimes, "of all minutes"))
 
+    files: dict[Path, Any] = {}
     if options.out:
-        write_results(result, metrics, options.out)
+        files = {options.out / name: text for name, text in list_results(result, metrics).items()}
     if options.plot:
-        maker, step = result.maker, len(result.columns["time_ns"]) // MOST_POINTS + 1
-        c = {name: column[::step] for name, column in result.columns.items()}
-        of_run = mm.plot_rows(maker, c)
-        of_run.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
-        of_run.append((HEIGHT, [partial(plot_markouts, metrics=metrics)]))
-        mm.draw_figure(of_run + rows, result.title, options.plot, shared=4)
-        print(f"plot: {options.plot}")
+        title = f"{result.title}\n{describe_run(options, setting)}"
+        shades = (np.array(setting.outages).reshape(-1, 2) - result.maker.first_ns) / MINUTE_NS
+        files[options.plot] = partial(mm.draw_figure, plot_run(result, metrics) + rows, title,
+                                      shared=4, shades=shades)  # fmt: skip
+    finish(files, texts, stop.is_set, *[log.failure] * bool(log and log.failure))
 
 
-def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None:
+def describe_run(options: argparse.Namespace, setting: Setting) -> str:
+    """Where a picture comes from: no two that differ in anything look the same."""
+    names = ", ".join(Path(path).name for path, *_ in setting.stamps)
+    return f"{names}   seed {options.seed}   version {setting.version}   run {setting.key}"
+
+
+def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool, *failures: str) -> None:
+    """Write files of a text, or by a function of the path; then print. What failed is told last, as
+    a UserError. Files of a run that was stopped replace none of a whole one: they say so.
+    """
+    failures = [*failures]
+    for path, content in files.items():
+        path = path.with_name(f"stopped-{path.name}") if is_stopped else path
+        try:
+            if isinstance(content, str):
+                feed.write_whole(path, partial(Path.write_text, data=content, encoding="utf-8"))
+            else:
+                content(path)
+                texts.append(f"plot: {path}")
+        except (UserError, OSError) as error:
+            failures.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+    print("\n".join(texts))
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def list_results(result: Result, metrics: dict[str, Any]) -> dict[str, str]:
     """metrics.json, and as CSV the orders wanted (when something was sent), fills, equity."""
-    write_json(folder / "metrics.json", metrics)
     c, digits = result.columns, result.maker.instrument.digits
-
     quotes = ["time_ns,bid_price,bid_qty,ask_price,ask_qty"]
     for k in result.sent:
         orders = [(c[f"{side}_price"][k], c[f"{side}_qty"][k]) for side in ("bid", "ask")]
@@ -1236,24 +1381,19 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
     table = (c["time_ns"], c["mid_price"], c["inventory"], gross, c["fees_paid"], c["equity"])
     for time_ns, *values in zip(*table):
         equity.append(",".join([str(time_ns), *map(mm.plain, values)]))
-
-    for name, lines in (("quotes", quotes), ("fills", fills), ("equity", equity)):
-        write_text(folder / f"{name}.csv", "\n".join(lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file of lines, whole or not at all."""
-    feed.write_whole(path, lambda draft: draft.write_text(text + "\n"))
+    tables = {"quotes.csv": quotes, "fills.csv": fills, "equity.csv": equity}
+    texts = {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
+    return {"metrics.json": to_json(metrics), **texts}
 
 
-def write_json(path: Path, values: Any) -> None:
+def to_json(values: Any) -> str:
     """Values as JSON, which knows no nan and no inf; arrays, there to be drawn, are left out."""
 
     def plain(value: Any) -> Any:
         return value.item() if isinstance(value, np.generic) else getattr(value, "__dict__", None)
 
     finite = json.loads(json.dumps(values, default=plain), parse_constant=lambda _: None)
-    write_text(path, json.dumps(finite, indent=1))
+    return json.dumps(finite, indent=1) + "\n"
 
 
 def run_search(options: argparse.Namespace, setting: Setting, executor: Executor | None) -> None:
@@ -1261,12 +1401,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     grid, objective = parse_grid(options.grid or DEFAULT_GRID, setting), options.objective
     folder = options.out or Path("tuning")
     folder.mkdir(parents=True, exist_ok=True)
-
-    # The name of the file of trials holds a hash of code, data and setting, so that trials of
-    # different kinds never mix. A strategy may be a file, too.
-    code = (feed.__file__, opt.__file__, mm.__file__, __file__, setting.strategy)
-    about = [astuple(setting), [Path(file).read_text() for file in code if Path(file).is_file()]]
-    path = folder / f"trials-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:10]}.jsonl"
+    path = folder / f"trials-{setting.key}.jsonl"  # trials of different kinds never mix
 
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
     with contextlib.nullcontext(executor) if executor else start_workers(options.workers) as pool:
@@ -1280,14 +1415,14 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
 
     # Judge what was found, also after a stop; of a walk only a whole one says something.
     title = setting.data.title.replace("backtest of", "search over")
-    print(title)
-    count, rows = options.bootstrap or RESAMPLES, []
+    count, texts, files, rows = options.bootstrap or RESAMPLES, [title], {}, []
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
-        print(format_report(r, asdict(setting.parameters)))
+        texts.append(format_report(r, asdict(setting.parameters)))
         if not stop.is_set:  # a part of a search replaces no whole one
-            write_json(folder / "best.json", setting.given | r["best"])
-            write_json(folder / "search.json", r)
+            files[folder / "search.json"] = to_json(r)
+        if not stop.is_set and r["is_better"]:
+            files[folder / "best.json"] = to_json(setting.given | r["best"])
         runs = [run for _, run in trials], [run for _, run in finer], [given], [r["run"]]
         rows.append((4.4, [partial(plot_trials, groups=runs, split=r["split"])]))
         rows.append((HEIGHT, [partial(plot_bootstrap, b=r["out_of_sample"])]))
@@ -1295,23 +1430,24 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         windows, span, walk = walk_forward(setting, trials, options.walk_forward, objective, stop)
     if options.walk_forward and not stop.is_set:  # subtle: the walk may have been stopped
         runs = {"walk-forward": cut_into_minutes(walk)[:, span], "as given": given[:, span]}
-        print("\n" + format_walk(windows, runs["walk-forward"], walk.columns))
+        texts.append("\n" + format_walk(windows, runs["walk-forward"], walk.columns))
         joined = resample(runs, count, default_rng(options.seed))
-        print(format_bootstrap(joined, "Out of sample, windows joined"))
+        texts.append(format_bootstrap(joined, "Out of sample, windows joined"))
         rows.append((HEIGHT, [partial(plot_walk, windows=windows, runs=runs)]))
     if options.regimes and not stop.is_set:
-        best = options.tune and play(setting.change(r["best"]))
-        regimes = summarize_regimes(best or walk)
+        regimes = summarize_regimes(play(setting.change(r["best"])) if options.tune else walk)
         whose = "of the best" if options.tune else "of the walk-forward"
-        print("\n" + format_regimes(regimes, whose + ", all minutes"))
+        texts.append("\n" + format_regimes(regimes, whose + ", all minutes"))
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
     if stop.is_set:
-        print("stopped: the same command goes on from the trials that are kept")
-    print(f"written to {folder}, trials to {path.name}")
+        title += "   STOPPED EARLY"
+        texts.append("stopped: the same command goes on from the trials that are kept")
+    texts.append(f"written to {folder}, trials to {path.name}")
     if rows and options.plot:
-        title += f"\n{opt.in_words(opt.differing(setting.parameters))}"
-        mm.draw_figure(rows, title, options.plot)
-        print(f"plot: {options.plot}")
+        title += f"\n{setting.words}, by {objective}, {' '.join(options.grid or DEFAULT_GRID)}"
+        title += f"\n{describe_run(options, setting)}"
+        files[options.plot] = partial(mm.draw_figure, rows, title)
+    finish(files, texts, stop.is_set)
 
 
 @contextlib.contextmanager
@@ -1384,8 +1520,7 @@ def build_arguments() -> argparse.ArgumentParser:
         help="windows of 5 to 60 s in which we hear nothing and cannot cancel")  # fmt: skip
     add("--seed", type=number(0, 1e18), default=0, help="of outages and resamples (default 0)")
     add("--peer-rules", action="store_true", help="fill rules of hftbacktest, to compare")
-    for flag, kind in (("--tick-size", str), ("--lot-size", str), ("--depth", int)):
-        add(flag, type=kind, help="of the data, where they do not tell")
+    feed.add_market_flags(parser)
     mm.add_parameter_flags(parser)
     return parser
 
