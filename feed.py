@@ -2,10 +2,9 @@
 
 Three lines of Bybit's public socket (2026-08-09, shortened; from bmoscon/cryptofeed, branch v3):
 
-  {"topic":"orderbook.200.BTCUSDT","type":"delta","ts":1786310818170,"data":{"s":"BTCUSDT",
-   "b":[["65114.20","6.054"],["65101.00","0"]],"a":[],"u":15076953},"cts":1786310818166}
-  {"topic":"publicTrade.BTCUSDT","type":"snapshot","ts":1786310819681,"data":[{"S":"Sell",
-   "T":1786310819680,"s":"BTCUSDT","v":"0.004","p":"65114.20",...}]}
+  {"topic":"orderbook.200.BTCUSDT","type":"delta","ts":1786310818170,"cts":1786310818166,
+   "data":{"b":[["65114.20","6.054"],["65101.00","0"]],"a":[],"u":15076953}}
+  {"topic":"publicTrade.BTCUSDT","data":[{"T":1786310819680,"S":"Sell","v":"0.004","p":"65114.20"}]}
   {"topic":"tickers.BTCUSDT","type":"delta","data":{"markPrice":"65117.43"},"ts":1786310818183}
 
 A book row carries the whole size that now rests at its price; "0" deletes the level. `S` is the
@@ -19,9 +18,7 @@ sizes are base coin (BTC). A level is side x price tick, with the side +1 for bi
 
 A line, stamped when received -> Parser -> Message -> Tape (messages as columns) -> Book. What comes
 after the stamp depends on the lines alone, so the replay of a recorded session is that session.
-
-It knows nothing of quoting, sends no order, holds no key. Sources: Bybit's V5 documents
-(bybit-exchange.github.io/docs/v5, read 2026-07); hftbacktest for a recording's lines.
+Sources: bybit-exchange.github.io/docs/v5, read 2026-07; hftbacktest for a recording's lines.
 """
 
 from __future__ import annotations
@@ -42,10 +39,10 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from decimal import Decimal
 from functools import cached_property, lru_cache, partial
-from http.client import HTTPException
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +50,7 @@ import numpy as np
 import websocket
 
 NS, MS = 1_000_000_000, 1_000_000  # nanoseconds in a second, in a millisecond
-NEVER = 2**63 - 1  # ns
+DAY_NS, NEVER = 86_400 * NS, 2**63 - 1  # ns
 BID, ASK = SIDES = 1, -1  # side: +1 buys, -1 sells
 USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
 DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
@@ -62,7 +59,8 @@ PING_S = 5.0  # an idle socket may be cut after 10 s (sources differ, so be earl
 WATCHDOG_S, BOOK_WATCHDOG_S = 10.0, 60.0  # without any frame, without a book: reconnect
 BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min allowed
 MAX_QUEUED = 50_000  # messages waiting for the main thread; more = book lost
-MAX_MESSAGE = 4 << 20  # bytes; a snapshot of 1000 levels has about 60 kB
+MAX_HANDSHAKE, MAX_MESSAGE = 1 << 16, 4 << 20  # bytes; a snapshot of 1000 levels has 60 kB
+MAX_ROWS = 5_000  # of a side, or trades, in a message; a snapshot has 1000 levels a side
 MAX_TICK = 8_000_000  # the highest price: 800,000 USDT at a tick of 0.1
 LEAST, MOST = 1e-12, 1e15  # of steps, sizes (base coin) and prices (USDT)
 FLUSH_S = 0.5  # a recording is on disk after so long
@@ -74,7 +72,8 @@ class UserError(ValueError):
 
 def must_be(kind: type, value: Any, *limits: Any) -> Any:
     """The value; ValueError unless it is of a kind (True is no int) and within the limits."""
-    if type(value) is not kind or (limits and not limits[0] <= value <= limits[1]):
+    size = len(value) if type(value) is str else value
+    if type(value) is not kind or (limits and not limits[0] <= size <= limits[1]):
         raise ValueError(f"{str(value)[:40]} must be {kind.__name__} {limits or ''}")
     return value
 
@@ -91,6 +90,7 @@ class Instrument:
     tick_text: str = "0.1"  # price step, USDT
     lot_text: str = "0.001"  # quantity step, base coin
     min_qty: float = 0.001  # base coin
+    min_notional: float = 0.0  # least value of an order, USDT; 0: not known
     tick = cached_property(lambda self: Decimal(str(self.tick_text)))
     tick_size = cached_property(lambda self: float(self.tick_text))  # USDT
     lot_size = cached_property(lambda self: float(self.lot_text))  # base coin
@@ -99,52 +99,51 @@ class Instrument:
     base_coin = cached_property(lambda self: self.symbol.removesuffix("USDT"))
 
     def __post_init__(self) -> None:
-        for flag, text in (("--tick-size", self.tick_text), ("--lot-size", self.lot_text),
-                           ("min_qty", self.min_qty or self.lot_text)):  # fmt: skip
-            try:
-                must_be(float, float(text), LEAST, MOST)
-            except (TypeError, ValueError):
-                raise UserError(f"{flag} {text!r} must be a number above 0: try 0.1") from None
+        steps = self.tick_text, self.lot_text, self.min_qty or 1, self.min_notional or 1
+        try:
+            [must_be(float, float(step), LEAST, MOST) for step in steps]
+        except (TypeError, ValueError):
+            raise UserError(f"--tick-size, --lot-size {steps} must be above 0: try 0.1") from None
 
 
-SPOT = Instrument("BTCUSDT", "spot", "0.1", "0.000001", 0.000011)
-BUILT_IN = {(known.symbol, known.category): known for known in (Instrument(), SPOT)}  # in 2025
+BUILT_IN = {("BTCUSDT", "linear"): Instrument(min_notional=5.0),  # in 2025
+            ("BTCUSDT", "spot"): Instrument("BTCUSDT", "spot", "0.1", "0.000001", 0.000011, 5.0)}
 
 
-def find_instrument(symbol: str, category: str, tick_text: str | None, lot_text: str | None,
-                    ask: bool = False) -> Instrument:  # fmt: skip
+def find_instrument(symbol: str | None, category: str | None, tick_text: str | None,
+                    lot_text: str | None, ask: bool = False) -> Instrument:  # fmt: skip
     """The steps given before those that Bybit tells, if asked, before the built-in ones."""
-    base, why = BUILT_IN.get((symbol, category)), ""
+    market, why = (symbol or "BTCUSDT", category or "linear"), ""
+    base = BUILT_IN.get(market)
     if tick_text and lot_text:
-        base = base or Instrument(symbol, category, min_qty=0.0)
+        base = base or Instrument(*market, min_qty=0.0)
     elif ask:
         try:
-            base = fetch_instrument(symbol, category)
-        except (OSError, HTTPException) as error:
-            why = f", and Bybit does not tell ({error})"
+            base = fetch_instrument(*market)
+        except OSError as error:
+            why = f", and Bybit does not tell ({printable(str(error))})"
     if base is None:
-        raise UserError(f"{symbol} ({category}) is not known{why}: give --tick-size and --lot-size")
+        raise UserError(f"{' '.join(market)} is not known{why}: give --tick-size and --lot-size")
     return replace(base, tick_text=tick_text or base.tick_text, lot_text=lot_text or base.lot_text)
 
 
 def fetch_instrument(symbol: str, category: str) -> Instrument:
-    """Ask Bybit's public REST endpoint. OSError or HTTPException when it cannot be reached."""
+    """Ask Bybit's public REST endpoint. OSError when it does not tell, with what it said."""
     url = f"https://api.bybit.com/v5/market/instruments-info?category={category}&symbol={symbol}"
-    request = urllib.request.Request(url, headers=USER_AGENT)  # TLS is verified
+    request, body = urllib.request.Request(url, headers=USER_AGENT), b""  # TLS is verified
     try:
         with urllib.request.urlopen(request, timeout=CONNECT_S) as response:
             body = response.read(MAX_MESSAGE)
-        if not body.startswith(b"{"):  # a page of somebody between us and Bybit
-            raise OSError("no JSON in the answer")
         answer = json.loads(body)
-        if answer["retCode"] != 10001 and not answer["result"].get("list"):  # 10001: none such
-            raise OSError(printable(str(answer["retMsg"]))[:200])
-        (entry,) = answer["result"]["list"]
-        lot = entry["lotSizeFilter"]
-        steps = entry["priceFilter"]["tickSize"], lot.get("qtyStep") or lot["basePrecision"]
-        return Instrument(symbol, category, *steps, float(lot.get("minOrderQty") or steps[1]))
-    except MALFORMED:
-        raise UserError(f"Bybit knows no {symbol}: check --symbol and --category") from None
+        if answer["retCode"] != 10001:  # no such symbol
+            (entry,) = answer["result"]["list"]
+            tick_text, lot = entry["priceFilter"]["tickSize"], entry["lotSizeFilter"].get
+            lot_text = lot("qtyStep") or lot("basePrecision")  # of linear, of spot; as below
+            least = lot("minOrderQty") or lot_text, lot("minNotionalValue") or lot("minOrderAmt", 0)
+            return Instrument(symbol, category, tick_text, lot_text, *map(float, least))
+    except Exception as error:
+        raise OSError(body.decode("utf-8", "replace") or str(error)) from None
+    raise UserError(f"Bybit knows no {symbol}: check --symbol and --category")
 
 
 # ---- Messages and tapes ------------------------------------------------------------
@@ -180,10 +179,8 @@ class View(NamedTuple):
             return "book one-sided"
         return "book crossed" if self.best_bid >= -self.best_ask else ""
 
-    @property
-    def mid_ticks(self) -> float:
-        """(best bid + best ask) / 2 in ticks; nan while the book has a fault."""
-        return math.nan if self.fault else (self.best_bid - self.best_ask) / 2
+    mid_ticks = property(  # (best bid + best ask) / 2; nan while the book has a fault
+        lambda self: math.nan if self.fault else (self.best_bid - self.best_ask) / 2)  # fmt: skip
 
 
 class Message(NamedTuple):
@@ -327,25 +324,25 @@ HIT_SIDE = {"Buy": ASK, "Sell": BID}  # the side that a taker hits
 
 def level_of(text: str, tick: Decimal, side: int) -> int:
     """A price text as side x ticks, exactly: an ask at "64474.1" or "64474.10" is -644741."""
-    ticks = Decimal(must_be(str, text)) / tick
+    ticks = Decimal(must_be(str, text, 1, 40)) / tick
     if ticks % 1 > 0:
-        raise UserError(f"price {text[:40]} is no multiple of the tick {tick}: check --tick-size")
+        raise UserError(f"price {text} is no multiple of the tick {tick}: check --tick-size")
     return side * must_be(int, int(ticks), 1, MAX_TICK)
 
 
 def size_of(text: str) -> float:
     """A text as a number from 0 on: a size in base coin, or a price that is on no grid."""
-    return must_be(float, float(must_be(str, text)), 0, MOST)
+    return must_be(float, float(must_be(str, text, 1, 40)), 0, MOST)
 
 
 def exchange_time(ms: int, recv_ns: int) -> int:
     """ms of the exchange in ns; ValueError for what is further than a day from our clock."""
-    return must_be(int, must_be(int, ms) * MS, recv_ns - 86_400 * NS, recv_ns + 86_400 * NS)
+    return must_be(int, must_be(int, ms) * MS, recv_ns - DAY_NS, recv_ns + DAY_NS)
 
 
 class Parser:
     """It turns lines into messages, and keeps a book, so that each can say what is known after it.
-    Only a first snapshot off the price grid makes it raise: the user gave a wrong --tick-size.
+    UserError where it is off the price grid, at first or again: --tick-size is to be mended.
     """
 
     def __init__(self, instrument: Instrument, depth: int = 200) -> None:
@@ -392,21 +389,26 @@ class Parser:
             note = {"reason": printable(str(line.get("ret_msg")))}
             return Message(REFUSED, recv_ns, note=note, view=self.book.view)
         except MALFORMED as error:
-            is_book = str(topic).startswith("orderbook.")
-            if isinstance(error, UserError) and is_book and not self.had_book:
-                raise
-            self.counts["malformed"] += 1
-            self.problem = printable(f"malformed message: {type(error).__name__}: {error}"[:140])
-            return self._lose(recv_ns, self.problem) if is_book else None
+            reason = f"malformed message: {type(error).__name__}: {error}"
+            if not str(topic).startswith("orderbook."):
+                self.counts["malformed"] += 1
+                self.problem = printable(reason)
+                return None
+            if isinstance(error, UserError):  # off the grid
+                if not self.had_book:
+                    raise
+                self.had_book = False  # the next raises, unless a sound one comes
+            return self._lose(recv_ns, "malformed", reason)
 
-    def _lose(self, recv_ns: int, reason: str) -> Message | None:
+    def _lose(self, recv_ns: int, why: str, reason: str) -> Message | None:
         """From here to the next snapshot the book is worth nothing."""
-        self.last_u, self.problem = None, reason
+        self.counts[why] += 1
+        self.last_u, self.problem = None, printable(reason)
         if self.is_loss_told:
             return None
         self.is_loss_told = True
         self.counts["losses"] += 1
-        return Message(LOST, recv_ns, note={"reason": reason}, view=self.book.view)
+        return Message(LOST, recv_ns, note={"reason": self.problem}, view=self.book.view)
 
     def _parse_book(self, recv_ns: int, line: dict) -> Message | None:
         data, u = line["data"], must_be(int, line["data"]["u"], 0, NEVER)
@@ -415,17 +417,16 @@ class Parser:
         is_new = {"snapshot": True, "delta": False}[line["type"]] or u == 1  # 1: they restarted
         if not is_new:
             if self.last_u is None:
-                self.counts["before snapshot"] += 1
-                return self._lose(recv_ns, "delta before a snapshot")
+                return self._lose(recv_ns, "before snapshot", "delta before a snapshot")
             if u <= self.last_u:
                 self.counts["repeated"] += 1
                 return None
             if u > self.last_u + 1:
-                self.counts["gaps"] += 1
-                return self._lose(recv_ns, f"gap in u: {u} after {self.last_u}")
+                return self._lose(recv_ns, "gaps", f"gap in u: {u} after {self.last_u}")
         # Every row is judged before the first one changes our book.
         levels, sizes = array("q"), array("d")
         for side, rows in ((BID, data["b"]), (ASK, data["a"])):
+            must_be(int, len(rows), 0, MAX_ROWS)
             if set(map(list.__len__, rows)) - {2}:  # list.__len__ raises for what is no list
                 raise ValueError("a book row is not a pair")
             prices, texts = zip(*rows) if rows else ((), ())
@@ -440,6 +441,7 @@ class Parser:
 
     def _parse_trades(self, recv_ns: int, line: dict) -> Message | None:
         trades, view = [], self.book.view
+        must_be(int, len(line["data"]), 0, MAX_ROWS)
         for trade in line["data"]:
             if trade.get("BT"):  # a block trade is negotiated outside the book
                 self.counts["block trades"] += 1
@@ -465,9 +467,9 @@ class Parser:
 # ---- Recordings --------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """The exchange's words without what could break a line or steer a terminal."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
+def printable(text: str, most: int = 200) -> str:
+    """The words of others, cut, without what could break a line or steer a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:most])
 
 
 def control_line(event: str, **fields: Any) -> str:
@@ -485,29 +487,31 @@ def sound_line(payload: bytes) -> str:
 
 
 class GrowingFile:
-    """A new file that grows. A failing disk stops it and nothing else."""
+    """A new file that grows by whole lines. A failing disk stops it and nothing else."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.failure = path, ""
+        self.path, self.failure, self.size = path, "", 0  # bytes
         try:
-            self.file = open(path, "xb")  # x: it is never overwritten
+            self.file = open(path, "xb", buffering=0)  # x: it is never overwritten
         except FileExistsError:
             raise UserError(f"{path} exists and is not overwritten: choose another name") from None
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def write(self, text: str | bytes) -> None:
+        """Add lines, all of them or none."""
+        data = text.encode() if isinstance(text, str) else text
         try:
-            if not self.failure:
-                self.file.write(text.encode() if isinstance(text, str) else text)
-                self.file.flush()
+            while data and not self.failure:  # a disk may take a part
+                data = data[self.file.write(data) :]
+            self.size = self.file.tell()
         except OSError as error:
             self.failure = f"{self.path} stopped: {error.strerror or error}"
+            with contextlib.suppress(OSError):
+                self.file.truncate(self.size)
 
     def close(self) -> None:
-        """Close; a failing disk was reported by write."""
-        with contextlib.suppress(OSError):
-            self.file.close()
+        self.file.close()
 
 
 class Recorder(GrowingFile):
@@ -525,8 +529,8 @@ class Recorder(GrowingFile):
     def flush(self, min_age_s: float = 0.0) -> None:
         """Put the lines on disk if the oldest has waited for min_age_s."""
         if self.lines and time.monotonic() - self.lines[0][0] >= min_age_s:
-            text = "".join(line for _, line in self.lines)
-            self.write(gzip.compress(text.encode(), compresslevel=1))
+            text = "".join(line for _, line in self.lines).encode()
+            self.write(gzip.compress(text, compresslevel=1))
             self.lines.clear()
 
     def close(self) -> None:
@@ -535,54 +539,79 @@ class Recorder(GrowingFile):
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let write make a file under a temporary name, then give it its own."""
+    """Let write make a file under a temporary name, then give it its own. Links are followed."""
+    if path.exists():
+        check_file(path)
+        path = path.resolve()
     draft = path.with_name(path.name + ".part")
-    write(draft)
-    draft.replace(path)
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_file(path: Path, most_bytes: float = math.inf) -> None:
+    """UserError unless this is a regular file, which has an end, of a sane size."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'No regular' if path.exists() else 'No such'} file")
+    if path.stat().st_size > most_bytes:
+        raise UserError(f"{path} has more than {most_bytes:,} bytes: choose another file")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning."""
-    number = 0
+    check_file(path)
+    number = first_ns = 0
     try:
-        with gzip.open(path) as file:
+        with open(path, "rb") as raw:
+            file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
             while line := file.readline(8 * MAX_MESSAGE):  # escaped, a message may be 6 times it
                 if not line.endswith(b"\n"):  # it is the last, cut off
                     raise EOFError
                 number += 1
-                stamp, _, text = line[:-1].decode("utf-8", "replace").partition(" ")
-                yield must_be(int, int(stamp), 0, NEVER), text
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        if number == 0 and not isinstance(error, EOFError):
-            raise UserError(f"{path} is no gzip recording: make one with feed.py record") from None
-        logging.warning("%s is cut off after line %d: read up to there", path, number)
-    except ValueError:
-        raise UserError(f"{path}, line {number} has no receive time: not a recording") from None
+                stamp, _, text = line[:-1].decode("utf-8-sig", "replace").partition(" ")
+                recv_ns = int(stamp) if stamp.isdecimal() and len(stamp) < 20 else -1
+                first_ns = first_ns or recv_ns
+                if not 0 <= recv_ns <= NEVER or abs(recv_ns - first_ns) > 366 * DAY_NS:
+                    raise UserError(f"{path}, line {number}: no receive time near the first one's")
+                yield recv_ns, text
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        if number:
+            logging.warning("%s is cut off after line %d: read up to there", path, number)
+    if not number:
+        raise UserError(f"{path} holds no line: make a recording with feed.py record")
 
 
 class Recording:
     """A recording and the parser that fits it: by the flags, its start line, its early topics."""
 
     def __init__(self, path: Path, tick_text: str | None = None, lot_text: str | None = None,
-                 depth: int | None = None) -> None:  # fmt: skip
+                 depth: int | None = None, symbol: str | None = None,
+                 category: str | None = None) -> None:  # fmt: skip
         self.path, self.start = path, {}  # start: the start line's fields; empty without one
-        symbol, depths = "BTCUSDT", set()
+        depths = {}  # by symbol
         for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?
             with contextlib.suppress(*MALFORMED):
                 line = DECODER.decode(text)
                 if line.get("op") == "local" and line["event"] == "start":
                     self.start = self.start or line
                 elif line.get("topic", "").startswith("orderbook."):
-                    _, levels, symbol = line["topic"].split(".")
-                    depths.add(int(levels))
-        if depth and depth not in depths:
-            raise UserError(f"{path} has no depth {depth}: it has {sorted(depths)}")
-        market = self.start.get("symbol", symbol), self.start.get("category", "linear")
+                    _, levels, name = line["topic"].split(".")
+                    depths.setdefault(name, set()).add(int(levels))
+        here = symbol if symbol in depths else next(iter(depths), symbol)
+        told = self.start.get("symbol", here), self.start.get("category", category)
+        for flag, given, its in zip(("--symbol", "--category"), (symbol, category), told):
+            if given and given != its:
+                raise UserError(f"{path} is of {printable(str(its))}: leave out {flag} {given}")
+        if depth and depth not in depths.get(here, ()):
+            raise UserError(f"{path} has no depth {depth}: it has {sorted(depths.get(here, ()))}")
         steps = tick_text or self.start.get("tick_size"), lot_text or self.start.get("lot_size")
-        depth = depth or self.start.get("depth") or max(depths, default=DEPTHS[0])  # the deepest
-        instrument = find_instrument(*map(printable, map(str, market)), *steps)
-        min_qty = self.start.get("min_qty", instrument.min_qty)
-        self.parser = Parser(replace(instrument, min_qty=min_qty), depth)
+        depth = depth or self.start.get("depth") or max(depths.get(here, DEPTHS[:1]))  # the deepest
+        instrument = find_instrument(*(its and printable(str(its)) for its in told), *steps)
+        usual = {"min_qty": instrument.min_qty, "min_notional": 0.0}
+        least = {name: self.start.get(name, value) for name, value in usual.items()}
+        self.parser = Parser(replace(instrument, **least), depth)
         self.is_synthetic = bool(self.start.get("synthetic"))
 
     def messages(self) -> Iterator[Message]:
@@ -597,25 +626,30 @@ class Recording:
 # ---- Live feed ---------------------------------------------------------------------
 
 
+class Bounded:
+    """A socket that shakes hands for CONNECT_S at most, and gives no more than `left` bytes."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock, self.left, self.end_s = sock, MAX_HANDSHAKE, time.monotonic() + CONNECT_S
+
+    def recv(self, count: int) -> bytes:
+        if self.left <= 0:
+            raise ConnectionError("more bytes than a handshake or a message may have")
+        if self.end_s:
+            self.sock.settimeout(max(self.end_s - time.monotonic(), 0.001))
+        received = self.sock.recv(count)
+        self.left -= len(received)
+        return received
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+
 class BoundedSocket(websocket.WebSocket):
-    """A WebSocket that takes no message above MAX_MESSAGE, in one frame or in many."""
+    """A WebSocket whose own socket is bounded."""
 
-    unfinished = 0  # bytes of a message of which frames are still to come
-
-    def recv_frame(self) -> websocket.ABNF:
-        """The next frame, judged by the length it announces, before memory is taken."""
-        buffer = self.frame_buffer
-        if buffer.needs_header():
-            buffer.recv_header()
-        if buffer.needs_length():
-            buffer.recv_length()
-        length = self.unfinished + buffer.length
-        if length > MAX_MESSAGE:
-            raise ConnectionError(f"a message of {length} bytes, more than {MAX_MESSAGE}")
-        frame = super().recv_frame()
-        if frame.opcode < websocket.ABNF.OPCODE_CLOSE:  # text, binary, or their continuation
-            self.unfinished = 0 if frame.fin else length
-        return frame
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, Bounded(value) if name == "sock" and value else value)
 
 
 class LiveFeed:
@@ -623,16 +657,22 @@ class LiveFeed:
 
     def __init__(self, url: str, parser: Parser, recorder: Recorder | None = None,
                  clock_ns: Callable[[], int] | None = None) -> None:  # fmt: skip
-        wall_ns = time.time_ns() - time.monotonic_ns()  # plus monotonic time: it never decreases
-        self.clock_ns = clock_ns or (lambda: wall_ns + time.monotonic_ns())
+        self.clock_ns, self.offset_ns = clock_ns or self.read_clock, 0  # wall - monotonic time
         self.url, self.parser, self.recorder = url, parser, recorder
         self.queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.lock, self.stopping = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._run, name="feed", daemon=True)
         self.ws: websocket.WebSocket | None = None  # while connected
-        self.cut_reason = ""  # why another thread cut the connection
-        self.fatal = ""  # why the thread has ended
+        self.cut_reason = self.fatal = ""  # why another thread cut it, why the thread has ended
         self.reconnects = -1  # the first connection is no reconnect; see connect() for the times
+
+    def read_clock(self) -> int:
+        """ns since the epoch, by the clock that never decreases. A sleep is a loss."""
+        wall_ns, now_ns = time.time_ns(), time.monotonic_ns()
+        if wall_ns - now_ns - self.offset_ns > NS:
+            self.offset_ns = wall_ns - now_ns
+            self.cut("the computer slept, or its clock was set")
+        return self.offset_ns + now_ns
 
     def emit(self, text: str) -> Message | None:
         """Take a line of the exchange, or a control line, into the session and its recording."""
@@ -675,18 +715,19 @@ class LiveFeed:
             self.cut(f"no book message for {BOOK_WATCHDOG_S:g} s")
 
     def connect(self) -> websocket.WebSocket:
-        """Connect and subscribe. OSError or WebSocketException where there is no exchange."""
+        """Connect and subscribe. OSError, whatever is there in place of the exchange."""
         options = dict(skip_utf8_validation=True, header=USER_AGENT, class_=BoundedSocket)
+        topics = list(self.parser.topics)
         try:
-            ws = websocket.create_connection(self.url, timeout=CONNECT_S, **options)
-        except (ValueError, IndexError, websocket.WebSocketTimeoutException) as error:
-            raise ConnectionError(f"no sensible answer: {error}") from None
+            ws = websocket.create_connection(self.url, CONNECT_S, redirect_limit=0, **options)
+            ws.sock.end_s, ws.sock.left = 0.0, MAX_MESSAGE
+            for first in range(0, len(topics), 10):  # spot takes no more in one request
+                ws.send(json.dumps({"op": "subscribe", "args": topics[first : first + 10]}))
+        except Exception as error:
+            raise ConnectionError(printable(f"no exchange at {self.url}: {error}")) from None
         ws.settimeout(RECV_S)
         self.last_frame_ns = self.last_book_ns = self.last_ping_ns = self.clock_ns()
         self.cut_reason, self.ws, self.reconnects = "", ws, self.reconnects + 1
-        topics = list(self.parser.topics)
-        for first in range(0, len(topics), 10):  # spot takes no more in one request
-            ws.send(json.dumps({"op": "subscribe", "args": topics[first : first + 10]}))
         return ws
 
     def _run(self) -> None:
@@ -708,6 +749,7 @@ class LiveFeed:
                 self.last_frame_ns = self.clock_ns()
                 if opcode == websocket.ABNF.OPCODE_CLOSE:
                     raise ConnectionError(f"closed (code {int.from_bytes(payload[:2], 'big')})")
+                self.ws.sock.left = MAX_MESSAGE  # of the next message
                 message = self.emit(sound_line(payload))
                 kind, reason = (message.kind, message.note.get("reason")) if message else (None, "")
                 if kind in (DELTA, SNAPSHOT):
@@ -721,7 +763,7 @@ class LiveFeed:
                 continue  # subtle: what has come of a message is kept for the next try
             except (websocket.WebSocketException, OSError) as error:
                 # Tell the loss. Wait: longer each time, and for a main thread that is behind.
-                reason = printable(self.cut_reason or str(error) or type(error).__name__)[:200]
+                reason = printable(self.cut_reason or str(error) or type(error).__name__)
                 self.parser.problem = f"connection: {reason}"
                 if self.ws is not None and not self.stopping.is_set():
                     self.emit(control_line("lost", reason=reason))
@@ -743,14 +785,10 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
     url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
     source = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
     ws = source.connect()
-    try:
-        source.recorder = Recorder(record) if record else None
-    except UserError:
-        ws.shutdown()
-        raise
-    names = dict(symbol=instrument.symbol, category=instrument.category, depth=depth)
-    steps = dict(tick_size=instrument.tick_text, lot_size=instrument.lot_text)
-    source.emit(control_line("start", **names, **steps, min_qty=instrument.min_qty, **start))
+    source.recorder = Recorder(record) if record else None
+    names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
+    told = dict(zip(names, astuple(instrument))) | dict(depth=depth) | start
+    source.emit(control_line("start", **told))
     source.start(ws)
     return source
 
@@ -762,10 +800,7 @@ def run_record(options: argparse.Namespace) -> None:
     """Record the live feed to a file, for --minutes or until Ctrl-C."""
     steps = options.tick_size, options.lot_size
     instrument = find_instrument(options.symbol, options.category, *steps, not options.url)
-    try:
-        source = open_feed(instrument, options.depth or DEPTHS[0], options.url, options.file)
-    except (OSError, websocket.WebSocketException) as error:
-        raise UserError(f"the exchange cannot be reached ({error}): check the network") from None
+    source = open_feed(instrument, options.depth or DEPTHS[0], options.url, options.file)
     recorder, stop, end_s = source.recorder, StopSignal(), time.monotonic() + 60 * options.minutes
     while time.monotonic() < end_s and not (stop.is_set or source.fatal or recorder.failure):
         time.sleep(FLUSH_S)
@@ -774,26 +809,36 @@ def run_record(options: argparse.Namespace) -> None:
     source.stop()
     source.emit(control_line("end"))
     recorder.close()
+    print(f"{options.file}: {dict(source.parser.counts)}")
     if problem := source.fatal or recorder.failure:
         raise UserError(problem)
-    print(f"{options.file}: {dict(source.parser.counts)}")
 
 
 def run_info(options: argparse.Namespace) -> None:
     """Print what one wants to know of a recording."""
-    recording = Recording(options.file, options.tick_size, options.lot_size, options.depth)
-    tape, parser = build_tape(recording.messages()), recording.parser
+    steps = options.tick_size, options.lot_size, options.depth
+    recording = Recording(options.file, *steps, options.symbol, options.category)
+    parser, book, seconds = recording.parser, recording.parser.book, []
+
+    def messages() -> Iterator[Message]:
+        for _, second in groupby(recording.messages(), lambda message: message.recv_ns // NS):
+            yield from second
+            seconds.append((book.view.mid_ticks, book.depth(BID, 1.0) + book.depth(ASK, 1.0)))
+
+    tape = build_tape(messages())
+    if not len(tape):
+        raise UserError(f"{options.file} has no message of this market: check --symbol, --depth")
     kind = "SYNTHETIC, made by a simulator" if recording.is_synthetic else "recorded"
     print(f"{options.file}: {parser.instrument.symbol} {parser.instrument.category}, {kind}")
-    facts = [*parser.counts.items(), ("messages", len(tape))]
-    facts.append(("snapshots", int((tape.kind == SNAPSHOT).sum())))
-    if len(tape):
-        facts.append(("first message, UTC", clock_text(tape.recv_ns.item(0))))
-        facts.append(("span, s", f"{(tape.recv_ns.item(-1) - tape.recv_ns.item(0)) / NS:.1f}"))
-    losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
-    facts += [(f"book lost {times} times", reason) for reason, times in losses.items()]
+    first_ns, last_ns = tape.recv_ns[[0, -1]].tolist()
     is_book, has_mid = tape.is_book, ~np.isnan(tape.mid_ticks)
-    facts.append(("crossed or one-sided books", int((is_book & ~has_mid).sum())))
+    losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
+    facts = [*parser.counts.items(), ("messages", len(tape)),
+             ("snapshots", int((tape.kind == SNAPSHOT).sum())),
+             ("first message, UTC", clock_text(first_ns)),
+             ("span, s", f"{(last_ns - first_ns) / NS:.1f}"),
+             *((f"book lost {times} times", reason) for reason, times in losses.items()),
+             ("crossed or one-sided books", int((is_book & ~has_mid).sum()))]  # fmt: skip
     lag_ms, spread = (tape.recv_ns - tape.exch_ns) / MS, -(tape.best_bid + tape.best_ask)
     for label, values in (("receive - exchange time, ms", lag_ms[is_book]),
                           ("spread, ticks", spread[is_book & has_mid]),
@@ -801,28 +846,16 @@ def run_info(options: argparse.Namespace) -> None:
         if len(values):
             low, middle, high = np.percentile(values, [1, 50, 99])
             facts.append((label, f"median {middle:g}, 1 % {low:g}, 99 % {high:g}"))
-    # What is usual here: at every second, the mid and the depth of both sides.
-    seconds_ns = np.arange(tape.recv_ns[:1].sum() // NS + 1, tape.recv_ns[-1:].sum() // NS + 1) * NS
-    stops = np.searchsorted(tape.recv_ns, seconds_ns)
-    mids, book, depths = tape.mid_ticks[stops - 1], Book(), []
-    for start, stop in zip([0, *stops.tolist()], stops.tolist()):
-        for m in (tape.kind[start:stop] == SNAPSHOT).nonzero()[0] + start:
-            book.clear()
-            start = int(m)
-        book.apply(tape, start, stop)
-        depths.append(book.depth(BID, 1.0) + book.depth(ASK, 1.0))
-    if np.isfinite(mids).sum() > 2:
-        # Of each second: the return, and the turnover; of each minute, or all: their ratio.
-        returns_bps = 1e4 * np.diff(np.log(mids))
-        volume = np.append(0.0, np.cumsum(np.abs(tape.trade_level) * tape.trade_size))
-        window = np.ones(min(60, len(returns_bps)))
-        moved_bps = np.convolve(np.nan_to_num(np.abs(returns_bps)), window, "valid")
-        turnover = np.convolve(np.diff(volume[tape.first_trade[stops]]), window, "valid")
-        tick_bps, musd = 1e4 / np.nanmedian(mids), 1e-6 * parser.instrument.tick_size
-        liquidity = musd * np.median(turnover / np.maximum(moved_bps, tick_bps))
+    # What is usual here: the way of the mid from second to second, what was traded for it.
+    mids, depths = np.array(seconds).T
+    returns_bps = 1e4 * np.diff(np.log(mids))
+    if np.isfinite(returns_bps).any():
+        way_bps = max(np.nansum(np.abs(returns_bps)), 1e4 / np.nanmedian(mids))  # a tick or more
+        musd = 1e-6 * parser.instrument.tick_size
+        liquidity = musd * np.sum(np.abs(tape.trade_level) * tape.trade_size) / way_bps
         depth = musd * np.nanmedian(mids * depths) / 2
         facts += [("volatility, bps/sqrt(s)", f"{np.sqrt(np.nanmean(returns_bps**2)):.3f}"),
-                  ("median liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
+                  ("liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
                   ("median depth within 1 bp, M USDT", f"--depth-scale-musd {depth:.3g}")]
     print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
 
@@ -833,13 +866,12 @@ def clock_text(time_ns: int) -> str:
 
 
 def add_market_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that every command on a market shares."""
-    parser.add_argument("--symbol", default="BTCUSDT", type=str.upper, help="as Bybit writes it")
-    parser.add_argument("--category", default="linear", choices=("linear", "spot"))
+    """Flags that every command on a market shares; None where one is not given."""
+    parser.add_argument("--symbol", type=str.upper, help="as Bybit writes it (BTCUSDT)")
+    parser.add_argument("--category", choices=("linear", "spot"), help="(linear)")
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="levels a side (default 200)")
     parser.add_argument("--tick-size", help="price step, USDT (else Bybit's or the built-in one)")
     parser.add_argument("--lot-size", help="quantity step, base coin (as above)")
-    parser.add_argument("--url", help="another WebSocket address than Bybit's")
 
 
 def positive(text: str) -> float:
@@ -857,31 +889,44 @@ class Arguments(argparse.ArgumentParser):
 class StopSignal:
     """Whether Ctrl-C came (or SIGTERM: exit_cleanly). Another one ends the program where it is."""
 
+    came = False  # to any of them: exit_cleanly tells it by the status
+
     def __init__(self) -> None:
         self.is_set = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._note)
 
     def _note(self, *_: Any) -> None:
-        self.is_set = True
+        self.is_set = StopSignal.came = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_cleanly(run: Callable[[], None]) -> int:
-    """Run a command: 0, or 2 and one line on stderr for an error the user can mend."""
+    """Run a command: 0, 130 after Ctrl-C, 2 and one line on stderr for what the user can mend."""
+    StopSignal.came, status = False, 0
     if threading.current_thread() is threading.main_thread():  # SIGTERM as Ctrl-C
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # there may be none
+            stream.reconfigure(errors="replace")
     try:
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.ExitStack() as end:
+            end.callback(print, end="", flush=True)  # what stdout does not take is an error now
             run()
-    except BrokenPipeError:  # the reader of our output has gone (| head)
-        sys.stdout = None
+    except SystemExit as end:  # by the flags
+        status = end.code
+    except KeyboardInterrupt:
+        StopSignal.came = True
+        print("stopped", file=sys.stderr)
     except (UserError, OSError) as error:
         file = getattr(error, "filename", None)
-        what = f"{file}: {error.strerror}: check the path" if file else str(error)
-        print(f"error: {printable(what)}", file=sys.stderr)
-        return 2
-    return 0
+        if isinstance(error, OSError) and not file:  # of stdout: Python would try it again
+            sys.stdout = None
+        if not isinstance(error, BrokenPipeError):  # | head
+            what = f"{file}: {error.strerror}: check the path" if file else str(error)
+            print(f"error: {printable(what, 2000)}", file=sys.stderr)
+            status = 2
+    return status or (130 if StopSignal.came else 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -891,6 +936,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--minutes", type=positive, default=math.inf, help="to record (no end)")
     add_market_flags(parser)
+    parser.add_argument("--url", help="another WebSocket address than Bybit's")
     options = parser.parse_args(arguments)
     run = run_record if options.command == "record" else run_info
     return exit_cleanly(lambda: run(options))

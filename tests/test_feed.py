@@ -497,28 +497,28 @@ def test_a_recordings_first_lines_say_what_it_holds_unless_a_flag_does(tmp_path)
 # ---- Instruments and the command line ----------------------------------------------
 
 LINEAR_PAGE = b"""{"retCode":0,"result":{"list":[{"priceFilter":{"tickSize":"0.20"},
-    "lotSizeFilter":{"minOrderQty":"0.004","qtyStep":"0.002","maxOrderQty":"1190.000"}}]}}"""
+    "lotSizeFilter":{"minOrderQty":"0.004","qtyStep":"0.002","minNotionalValue":"6"}}]}}"""
 SPOT_PAGE = b"""{"retCode":0,"result":{"list":[{"priceFilter":{"tickSize":"0.01"},
-    "lotSizeFilter":{"minOrderQty":"0.000011","basePrecision":"0.000001"}}]}}"""
+    "lotSizeFilter":{"minOrderQty":"0.000011","basePrecision":"0.000001","minOrderAmt":"5"}}]}}"""
 LINEAR, SPOT, OTHER = ("BTCUSDT", "linear"), ("BTCUSDT", "spot"), ("ABC", "spot")
 
 
 @pytest.mark.parametrize(
     ("answer", "symbol", "steps", "expected"),
-    [(LINEAR_PAGE, LINEAR, (None, None), Instrument(*LINEAR, "0.20", "0.002", 0.004)),
-     (LINEAR_PAGE, LINEAR, ("0.5", None), Instrument(*LINEAR, "0.5", "0.002", 0.004)),
-     (SPOT_PAGE, SPOT, (None, "0.1"), Instrument(*SPOT, "0.01", "0.1", 0.000011)),
+    [(LINEAR_PAGE, LINEAR, (None, None), Instrument(*LINEAR, "0.20", "0.002", 0.004, 6.0)),
+     (LINEAR_PAGE, LINEAR, ("0.5", None), Instrument(*LINEAR, "0.5", "0.002", 0.004, 6.0)),
+     (SPOT_PAGE, SPOT, (None, "0.1"), Instrument(*SPOT, "0.01", "0.1", 0.000011, 5.0)),
      (AssertionError("asked"), OTHER, ("0.01", "1"), Instrument(*OTHER, "0.01", "1", 0.0)),
-     (OSError("no route"), LINEAR, (None, "3"), Instrument(lot_text="3")),
-     (b"<html>busy</html>", LINEAR, (None, None), Instrument()),
+     (OSError("no route"), LINEAR, (None, "3"), Instrument(lot_text="3", min_notional=5.0)),
+     (b"<html>busy</html>", LINEAR, (None, None), Instrument(min_notional=5.0)),
      (OSError("no route"), OTHER, ("0.1", None), "ABC.*--tick-size and --lot-size"),
      (b"", OTHER, (None, None), "ABC.*--tick-size and --lot-size")]
-    + [(body, OTHER, (None, None), "ABC.*--symbol and --category") for body in (
-        b'{"retCode":10001,"result":{}}', b"{broken", b'{"retCode":0,"result":{"list":[{}]}}')]
-    + [(b'{"retCode":10006,"retMsg":"Too many visits!","result":{}}', OTHER, (None, None),
-        "ABC.*Too many visits!.*--tick-size"),
-       (SPOT_PAGE.replace(b"minOrderQty", b""), SPOT, (None, None),
-        Instrument(*SPOT, "0.01", "0.000001", 0.000001))],
+    + [(b'{"retCode":10001,"result":{}}', OTHER, (None, None), "ABC.*--symbol and --category")]
+    + [(body, OTHER, (None, None), "ABC.*Bybit does not tell.*busy.*--tick-size") for body in (
+        b"{busy", b'{"retCode":10006,"retMsg":"busy","result":{}}', b"busy\x1b" + 300 * b"x",
+        b'{"retCode":10016,"retMsg":"busy"}', b'{"retCode":0,"busy":1,"result":{"list":[]}}')]
+    + [(SPOT_PAGE.replace(b"minOrderQty", b""), SPOT, (None, None),
+        Instrument(*SPOT, "0.01", "0.000001", 0.000001, 5.0))],
 )  # fmt: skip
 def test_flags_precede_bybits_answer_and_that_a_table(monkeypatch, answer, symbol, steps, expected):
     def urlopen(request, timeout):
@@ -531,6 +531,7 @@ def test_flags_precede_bybits_answer_and_that_a_table(monkeypatch, answer, symbo
         assert feed.find_instrument(*symbol, *steps, ask=True) == expected
     except UserError as error:
         assert isinstance(expected, str) and re.match(f".*{expected}", str(error))
+        assert str(error).isprintable() and len(str(error)) < 400
 
 
 def test_info_prints_what_a_recording_holds(tmp_path, capsys):
@@ -556,12 +557,12 @@ def test_info_prints_what_a_recording_holds(tmp_path, capsys):
 
 
 def test_info_tells_the_usual_liquidity_and_depth_as_flags(tmp_path, capsys):
-    """A flat market has moved by a tick, 0.1 bp, in 29 seconds of 0.1 M USDT each; 16 x 50,000."""
+    """A flat market has moved by a tick, 0.1 bp, in 30 seconds of 0.1 M USDT each; 16 x 50,000."""
     hits = [market.trades(1000 * second + 200, (feed.BID, 1, 2)) for second in range(30)]
     path = market.write(tmp_path / "r.gz", market.calm(30_500, *hits))
     assert feed.main(["info", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "--liquidity-scale-musd 29\n" in out and "--depth-scale-musd 0.8\n" in out
+    assert "--liquidity-scale-musd 30\n" in out and "--depth-scale-musd 0.8\n" in out
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,7 @@ def test_an_undisturbed_session_is_received_recorded_and_replayed(begin, instrum
 # ---- Faults that end a connection, and faults that cost nothing --------------------
 
 ENDLESS = b"\x01\x7e\xff\xff" + b"x" * 65_535 + (b"\x00\x7e\xff\xff" + b"x" * 65_535) * 64
+GIANT = b"\x81\x7f\0\0\1\0\0\0\0\0" + bytes(feed.MAX_MESSAGE)  # one of 2^40 bytes
 REFUSAL = compact({"success": False, "ret_msg": "handler not found\n\x1b[2J\ud800"})
 ENDING = {
     "a close frame": (lambda e: e.close_clients(1001), "1001"),
@@ -165,8 +166,8 @@ ENDING = {
     "an end of file": (lambda e: e.vanish(), "Connection to remote host was lost"),
     "two skipped updates": (lambda e: e.skip(2), "gap in u"),
     "a malformed book message": (lambda e: e.send(book_text("x")), "malformed"),
-    "a giant frame": (lambda e: e.send(b"\x81\x7f\0\0\1\0\0\0\0\0", None), f"{2**40} bytes"),
-    "a message of endless frames": (lambda e: e.send(ENDLESS, None), "more than 4194304"),
+    "a giant frame": (lambda e: e.send(GIANT, None), "more bytes than"),
+    "a message of endless frames": (lambda e: e.send(ENDLESS, None), "more bytes than"),
     "a frame of no known kind": (lambda e: e.send(b"\x83\x00", None), "opcode"),
     "a compressed frame": (lambda e: e.send(b"\xc1\x02{}", None), "rsv"),
     "three refused handshakes": (lambda e: (e.refuse(3), e.vanish()), ""),
@@ -396,7 +397,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("number", [0, signal.SIGINT, signal.SIGTERM])
 def test_the_command_records_until_its_end_or_a_signal_and_says_what(run, number):
     status, told, lines = run("--minutes", "0.5" if number else "0.005", number=number)
-    assert status == 0 and "new.gz: {'acks': 1, " in told
+    assert status == (130 if number else 0) and "new.gz: {'acks': 1, " in told
     assert json.loads(lines[0])["event"] == "start" and json.loads(lines[-1])["event"] == "end"
     assert 20 < sum(BOOK in text for text in lines) < 2_000
 
