@@ -1079,9 +1079,9 @@ def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, li
     rows = mm.plot_rows(maker, c)
     rows.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
     loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
-    if result.fills:
-        last = max(x[loss.argmax()], min(CLOSE_UP, x[-1]))
-        span = dict(maker=maker, c=c, first=max(last - CLOSE_UP, 0.0), last=last)
+    if result.fills and x[-1] > CLOSE_UP:
+        last = max(x[loss.argmax()], CLOSE_UP)
+        span = dict(maker=maker, c=c, first=last - CLOSE_UP, last=last)
         title = f"Most lost in ten minutes: {loss.max():.2f} USDT"
         rows.append((3.6, [partial(mm.plot_prices, title=title, **span)]))
         rows.append((1.8, [partial(plot_queues, **span)]))
@@ -1110,7 +1110,7 @@ def plot_spread(ax: Any, c: Mapping[str, np.ndarray], first_ns: int) -> None:
         ax.stackplot(x, terms, labels=names, colors=colors, alpha=0.8, step="post")
     quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
     mm.draw_steps(ax, x, quoted, mm.BLACK, "as quoted", 0.7)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
     ax.set_xlabel(f"minutes since {clock_text(first_ns)} UTC")
     mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
 
@@ -1120,12 +1120,14 @@ def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
     colors, dodges = (mm.BLACK, mm.BLUE, mm.RED), (0, -0.05, 0.05)
     for (name, cells), color, dodge in zip(metrics["markouts"].items(), colors, dodges):
         mean, half = np.array([(e.mean, e.half_width) for e in cells.values()]).T
-        ax.errorbar(np.arange(len(mean)) + dodge, mean, yerr=np.nan_to_num(half), color=color,
-                    capsize=3, marker="o", markersize=4, linewidth=1.2, label=name)  # fmt: skip
+        if np.isfinite(mean).any():
+            ax.errorbar(np.arange(len(mean)) + dodge, mean, yerr=np.nan_to_num(half), color=color,
+                        capsize=3, marker="o", markersize=4, linewidth=1.2, label=name)
     ax.axhline(0, color="grey", linewidth=0.8)
     fee_bps = metrics["frictions"]["maker_fee_bps"]
     ax.axhline(fee_bps, color=mm.PINK, linestyle="--", label="maker fee, to be earned")
     ax.set_xticks(range(len(HORIZONS)), HORIZONS)
+    ax.set_xlim(-0.2, len(HORIZONS) - 0.8)
     ax.set_xlabel("after the fill; at 0 s it is the effective half spread")
     mm.finish_panel(ax, "Markout of our fills ± 95 %; below 0: run over", "bps")
 
@@ -1307,7 +1309,10 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     log = feed.GrowingFile(options.log) if options.log else None
-    result = play(setting, log=log, stop=stop)
+    result, failures = play(setting, log=log, stop=stop), []
+    if log:
+        log.close()
+        failures += [log.failure] * bool(log.failure)
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
     metrics["seed"] = options.seed
     texts, rows = [format_table(metrics, result)], []
@@ -1334,7 +1339,7 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         shades = (np.array(setting.outages).reshape(-1, 2) - result.maker.first_ns) / MINUTE_NS
         files[options.plot] = partial(mm.draw_figure, plot_run(result, metrics) + rows, title,
                                       shared=4, shades=shades)  # fmt: skip
-    finish(files, texts, stop.is_set, *[log.failure] * bool(log and log.failure))
+    finish(files, texts, stop.is_set, failures)
 
 
 def describe_run(options: argparse.Namespace, setting: Setting) -> str:
@@ -1343,11 +1348,11 @@ def describe_run(options: argparse.Namespace, setting: Setting) -> str:
     return f"{names}   seed {options.seed}   version {setting.version}   run {setting.key}"
 
 
-def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool, *failures: str) -> None:
+def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
+           failures: list[str]) -> None:  # fmt: skip
     """Write files of a text, or by a function of the path; then print. What failed is told last, as
-    a UserError. Files of a run that was stopped replace none of a whole one: they say so.
+    a UserError. Files of a run that was stopped are named so, and replace none of a whole one.
     """
-    failures = [*failures]
     for path, content in files.items():
         path = path.with_name(f"stopped-{path.name}") if is_stopped else path
         try:
@@ -1447,7 +1452,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         title += f"\n{setting.words}, by {objective}, {' '.join(options.grid or DEFAULT_GRID)}"
         title += f"\n{describe_run(options, setting)}"
         files[options.plot] = partial(mm.draw_figure, rows, title)
-    finish(files, texts, stop.is_set)
+    finish(files, texts, stop.is_set, [])
 
 
 @contextlib.contextmanager

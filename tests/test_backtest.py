@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch) -> None:
 
 def run(*flags, executor=None) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of the command; a search has a thread for a worker."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
@@ -51,7 +51,7 @@ def run(*flags, executor=None) -> tuple[int, str, str]:
             status = backtest.main([str(flag) for flag in flags], executor or thread)
         except SystemExit as stopped:  # argparse's own
             status = stopped.code
-    return status, out.getvalue(), err.getvalue()
+    return status, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
 def read_csv(path: Path | str) -> list[dict]:
