@@ -121,8 +121,8 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
         counts.update(its_counts)
 
     is_synthetic = any(recording.is_synthetic for recording in recordings)
-    title = f"{instrument.symbol} {instrument.category}   backtest of {first.path.name}"
-    title += f" and {len(tapes) - 1} more" if len(tapes) > 1 else ""
+    names = ", ".join(recording.path.name for recording in recordings)
+    title = f"{instrument.symbol} {instrument.category}   backtest of {names}"
     title += "   SYNTHETIC DATA, no market" if is_synthetic else ""
     return Data(title, is_synthetic, instrument, first.start, tapes, counts)
 
@@ -146,8 +146,12 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     folder = CACHE / f"{path.name.split('.')[0]}-{hash_of(made_of)}"
     with contextlib.suppress(OSError, ValueError):  # none, or not as it was written
         return read_tape(folder)
-    remove_drafts()
     shutil.rmtree(folder, ignore_errors=True)
+    for draft in CACHE.glob("*.part"):
+        try:
+            os.kill(int(draft.name.split(".")[-2]), 0)  # signal 0: does its process live?
+        except (OSError, ValueError):
+            shutil.rmtree(draft, ignore_errors=True)
 
     print(f"reading {path.name}, once; then from {CACHE}", file=sys.stderr)
     tape = feed.build_tape(recording.messages())
@@ -179,35 +183,21 @@ def sum_files(folder: Path) -> dict[str, int]:
     return {file.name: zlib.crc32(np.memmap(file, mode="r")) for file in folder.glob("*.*")}
 
 
-def remove_drafts() -> None:
-    """What processes that were killed left in the cache."""
-    for draft in CACHE.glob("*.part"):
-        try:
-            os.kill(int(draft.name.split(".")[-2]), 0)  # signal 0: does it live?
-        except (OSError, ValueError):
-            shutil.rmtree(draft, ignore_errors=True)
-
-
 def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
     """The tape with control messages, each before what comes at or after its time."""
     if not notes:
         return tape
-    # None comes before the tape's first message.
     times = np.array([time_ns for time_ns, _ in notes]).clip(min=tape.recv_ns[0])
-    at = tape.recv_ns.searchsorted(times).clip(min=1)
+    at = tape.recv_ns.searchsorted(times).clip(min=1)  # none comes before the first message
 
     # What is known after a control message is what was known before it; it has no rows.
+    before = dict.fromkeys(("kind", "recv_ns", "exch_ns", *feed.View._fields), at - 1)
     columns = {}
-    for name in ("kind", "recv_ns", "exch_ns", *feed.View._fields):
-        column = getattr(tape, name)
-        columns[name] = np.insert(column, at, column[at - 1])
-    for name in ("first_row", "first_trade"):
-        column = getattr(tape, name)
-        columns[name] = np.insert(column, at, column[at])
+    for name, of in (before | dict.fromkeys(("first_row", "first_trade"), at)).items():
+        columns[name] = np.insert(getattr(tape, name), at, getattr(tape, name)[of])
     places = at + np.arange(len(at))
     columns["kind"][places] = feed.CONTROL
     columns["recv_ns"][places], columns["exch_ns"][places] = times, 0
-
     moved = {m + int((at <= m).sum()): note for m, note in tape.notes.items()}
     moved |= {int(m): note for m, (_, note) in zip(places, notes)}
     return replace(tape, **columns, notes=moved)
@@ -251,14 +241,10 @@ class Setting:
 
     @property
     def version(self) -> str:
-        """Of the code, with a strategy's own file."""
+        """It is another one if anything differs: data, flags, code, a strategy's own file."""
         code = (feed.__file__, opt.__file__, mm.__file__, __file__, self.strategy)
-        return hash_of([Path(f).read_text("latin-1") for f in code if Path(f).is_file()])
-
-    @property
-    def key(self) -> str:
-        """It is another one if anything differs: code, data, parameters, frictions."""
-        return hash_of(astuple(self), self.version)
+        texts = [Path(file).read_text("latin-1") for file in code if Path(file).is_file()]
+        return hash_of(astuple(self), texts)
 
     def change(self, changes: Mapping[str, Any]) -> Setting:
         """The same with some parameters changed."""
@@ -271,18 +257,13 @@ class Result:
 
     setting: Setting
     is_stopped: bool  # before the end of the data
+    title: str
     maker: mm.MarketMaker
     fills: list[mm.Fill]
     columns: dict[str, np.ndarray]  # of the decisions: see mm.History
     sent: list[int]  # decisions at which an order was sent or cancelled
     minutes_ns: np.ndarray  # where the whole minutes that were played begin
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
-
-    @property
-    def title(self) -> str:
-        """Which market, which data, what differs from the defaults."""
-        stopped = "   STOPPED EARLY" if self.is_stopped else ""
-        return f"{self.setting.data.title}{stopped}\n{self.setting.words}"
 
 
 def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
@@ -324,7 +305,8 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
     columns = maker.history.columns()
     minutes_ns = data.minutes_ns[data.minutes_ns + MINUTE_NS <= columns["time_ns"][-1]]
     is_stopped = bool(stop and stop.is_set)
-    return Result(setting, is_stopped, maker, fills, columns, sent, minutes_ns,
+    title = f"{data.title}{'   STOPPED EARLY' * is_stopped}\n{setting.words}"
+    return Result(setting, is_stopped, title, maker, fills, columns, sent, minutes_ns,
                   np.concatenate(markouts))  # fmt: skip
 
 
@@ -341,10 +323,9 @@ def draw_outages(count: int, tapes: list[Tape], rng: Generator) -> list[tuple[in
 
 
 def measure_markouts(fills: list[mm.Fill], tape: Tape, tick_size: float) -> np.ndarray:
-    """side (mid at fill time + h - price) / price x 1e4, bps: (fills, HORIZONS_S).
-
-    That mid is the one after the last book message up to then, exchange time; nan before the
-    first, in a hole and beyond the last. Bought at 100, mid 99.9 after 1 s: -10, run over.
+    """side (mid at fill time + h - price) / price x 1e4, bps: (fills, HORIZONS_S). Of the mid after
+    the last book message up to then, exchange time; nan before the first, in a hole, and beyond
+    the last. Bought at 100, mid 99.9 after 1 s: -10, run over.
     """
     book_ns, mids = tape.exch_ns[tape.is_book], tape.mid_ticks[tape.is_book] * tick_size
     side = np.array([fill.side for fill in fills])[:, None]
@@ -365,6 +346,7 @@ ANNUAL_FROM_S = 3 * 86_400  # a shorter span says nothing of a year
 NET, FILLS = 0, 1  # rows of a run by the minute
 TINY = 1e-9  # USDT or base coin: less is rounding
 SIDES_OF = {"both": (1, -1), "bought": (1,), "sold": (-1,)}
+TERMS = ("volatility", "liquidity", "depth")  # of the base spread
 HORIZONS = ["0 s", *(f"{h:g} s" for h in HORIZONS_S)]  # at 0 s the effective half spread
 FEW_FILLS = 30  # below, nothing can be said of them
 FRICTIONS = ["fill_model", "maker_fee_bps", "taker_fee_bps", "order_latency_ms", "clock_offset_ms"]
@@ -403,11 +385,10 @@ class Estimate:
 
 
 def estimate_mean(values: np.ndarray, clusters: np.ndarray) -> Estimate:
-    """The mean of values, where those of one cluster may go together.
+    """The mean of values, where those of one cluster may go together; nan is excluded.
 
-    SE^2 = G/(G-1) sum_clusters (sum of the deviations from the mean)^2 / n^2, G clusters;
-    the interval is t SE wide to either side, Student's t with G - 1 degrees of freedom.
-    One cluster alone gives none. nan is excluded and counted.
+    SE^2 = G/(G-1) sum_clusters (sum of the deviations from the mean)^2 / n^2, G clusters; the
+    interval is t SE wide to either side, Student's t with G - 1 > 0 degrees of freedom.
     """
     is_known = np.isfinite(values)
     finite, n = values[is_known], int(is_known.sum())
@@ -445,22 +426,19 @@ def measure_sharpe(net: np.ndarray, span_s: float) -> dict[str, Any]:
 
 
 def measure_drawdown(t_s: np.ndarray, net: np.ndarray) -> dict[str, Any]:
-    """The deepest fall of net below its peak so far, USDT, as seen at the decisions.
-
-    Its duration, s, runs from the last moment at that peak to the first one back at it,
-    or to the end of the data. We start with 0.
+    """The deepest fall of net, which starts with 0, below its peak so far, USDT, at the decisions.
+    It lasts, s, from the last moment at that peak to the first one back at it, or to the end.
     """
     peak = np.maximum.accumulate(np.append(0.0, net))[1:]
     worst = int((peak - net).argmax())
     depth = peak[worst] - net[worst]
-    if depth <= TINY:
-        return {"max_drawdown_usdt": 0.0, "max_drawdown_s": 0.0, "max_drawdown_recovered": True}
     # From the peak before the worst moment to the first moment back at it.
     is_at_peak = net >= peak[worst] - TINY
     before, after = np.flatnonzero(is_at_peak[:worst]), np.flatnonzero(is_at_peak[worst:])
     begin_s = t_s[before[-1]] if len(before) else t_s[0]
     end_s = t_s[worst + after[0]] if len(after) else t_s[-1]
-    return {"max_drawdown_usdt": depth, "max_drawdown_s": end_s - begin_s,
+    is_any = depth > TINY
+    return {"max_drawdown_usdt": is_any * depth, "max_drawdown_s": is_any * (end_s - begin_s),
             "max_drawdown_recovered": len(after) > 0}  # fmt: skip
 
 
@@ -475,10 +453,8 @@ def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) 
 
     inventory, mean = c["inventory"], mean_of(c["inventory"])
     is_at_limit = np.abs(inventory) > p.max_inventory - p.order_qty + TINY  # for one order more
-    terms = ("volatility", "liquidity", "depth")
     return {
-        "bid_uptime": mean_of(np.isfinite(c["bid_price"])),
-        "ask_uptime": mean_of(np.isfinite(c["ask_price"])),
+        **{f"{side}_uptime": mean_of(np.isfinite(c[f"{side}_price"])) for side in ("bid", "ask")},
         "quoted_spread_bps": mean_of((c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4),
         "inventory_mean": mean,
         "inventory_std": math.sqrt(mean_of((inventory - mean) ** 2)),
@@ -486,7 +462,7 @@ def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) 
         "inventory_max": inventory.max(),
         "at_limit": mean_of(is_at_limit),
         "base_spread_bps": mean_of(c["base_spread_bps"]),
-        **{f"{name}_spread_bps": mean_of(c[f"{name}_bps"]) for name in terms},
+        **{f"{name}_spread_bps": mean_of(c[f"{name}_bps"]) for name in TERMS},
     }
 
 
@@ -525,10 +501,8 @@ def estimate_markouts(markouts: np.ndarray, clusters: np.ndarray) -> dict[str, E
 
 
 def measure_adverse_selection(fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Who hit us: markouts by side and horizon, and after 1 s by the rule that made the fill.
-
-    The fills of one minute are one cluster: a move that runs over one quote runs over the
-    next. At 60 s neighbouring minutes overlap, and the interval is somewhat too narrow.
+    """Who hit us: markouts by side and horizon, and after 1 s by rule. The fills of one minute are
+    one cluster: a move runs over quote after quote. At 60 s the interval is somewhat too narrow.
     """
     minute, markouts, rules = fills["time_ns"] // MINUTE_NS, {}, {}
     for name, sides in SIDES_OF.items():
@@ -547,9 +521,9 @@ def measure_outages(result: Result) -> list[dict[str, Any]]:
     for begin_ns, end_ns in result.setting.outages:
         begin, end = np.searchsorted(time_ns, [begin_ns, end_ns], "right") - 1
         if begin >= 0 and time_ns[end] >= end_ns:  # else the run was stopped before
-            inside = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
-            outages.append({"start_ns": begin_ns, "end_ns": end_ns,
-                            "net_usdt": net[end] - net[begin], "fills": inside})  # fmt: skip
+            fills = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
+            cost = {"net_usdt": net[end] - net[begin], "fills": fills}
+            outages.append({"start_ns": begin_ns, "end_ns": end_ns, **cost})
     return outages
 
 
@@ -577,7 +551,6 @@ def measure(result: Result) -> dict[str, Any]:
         "title": result.title,
         "is_stopped": result.is_stopped,
         "version": result.setting.version,
-        "run": result.setting.key,
         "data": [path for path, *_ in result.setting.stamps],
         "strategy": result.setting.strategy,
         "parameters": opt.differing(maker.parameters),
@@ -774,10 +747,8 @@ Regimes = dict[str, dict[str, Any]]  # by name: what its minutes brought
 
 
 def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
-    """Which part of the earlier values each one falls into, 0 the lowest; -1 = too early.
-
-    Thresholds are quantiles of what came before, so that no class knows the future. A
-    value equal to earlier ones counts as the lowest of them; nan is in no class.
+    """Which part of the earlier values each one falls into, 0 the lowest; -1: too early, or nan.
+    No class knows the future. A value equal to earlier ones counts as the lowest of them.
     """
     classed, is_known = np.full(len(values), -1), np.isfinite(values)
     for k in np.flatnonzero(is_known):
@@ -789,10 +760,8 @@ def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
 
 
 def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Volatility, bps/sqrt(s), and directness of each whole minute: (n,) each.
-
-    Of the mid every 5 s: root mean square of the log returns over sqrt(5 s); and
-    |sum of returns| / sum of |returns|, 1 for a straight move, near 0 for there and back.
+    """Volatility, bps/sqrt(s), and directness of each whole minute: (n,) each. Of the mid every
+    5 s: root mean square of the log returns over sqrt(5 s); |sum of returns| / sum of |returns|.
     """
     begins, parts = result.minutes_ns, MINUTE_NS // (GRID_S * NS)
     time_ns, mid = result.columns["time_ns"], result.columns["mid_price"]
@@ -860,8 +829,7 @@ def format_regimes(regimes: Regimes, whose: str) -> str:
 # minutes on which a choice is made. Out of sample: those after it, which judge it.
 
 DEFAULT_GRID = ["alpha=0.25,1,4", "gamma=0.25,0.5,1,2", "delta=0,1,4", "zeta=0,1,4"]
-OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # not of BASELINES
-BASELINES = opt.STRATEGIES.keys() - {"lp"}
+OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no baseline's
 IN_SAMPLE = 2 / 3  # of the minutes
 LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
@@ -891,7 +859,7 @@ def parse_grid(texts: Sequence[str], setting: Setting) -> dict[str, list[float]]
     # Can all of it be played, and does it change anything?
     for changes in opt.expand_grid(grid):
         _ = setting.change(changes).parameters  # raises what is wrong with them
-    unused = OF_THE_PROGRAM if setting.strategy in BASELINES else ()
+    unused = OF_THE_PROGRAM if setting.strategy in ("fixed", "as") else ()
     for name in grid:
         if FIELDS[name].metadata["fixed"] or name in unused:
             raise UserError(f"--grid {name} is nothing that --strategy {setting.strategy} chooses: "
@@ -1027,9 +995,8 @@ Window = tuple[int, dict[str, float], float]  # begin, ns; choice; its net a min
 def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: str,
                  stop: feed.StopSignal) -> tuple[list[Window], slice, Result]:  # fmt: skip
     """Tune on two windows, trade the next, roll on: the windows, their minutes, and what came out.
-
-    It is played in one piece, parameters changing where a window begins, inventory and queues
-    carried along. Before the first choice it trades as given, and that does not count.
+    It is played in one piece, inventory and queues carried along; before the first choice it
+    trades as given, and that does not count.
     """
     length, windows, notes = trials[0][1].shape[1] // (LOOK_BACK + count), [], []
     for k in range(count):
@@ -1091,11 +1058,10 @@ def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, li
 def plot_queues(ax: Any, maker: mm.MarketMaker, c: Mapping[str, np.ndarray], first: float,
                 last: float) -> None:  # fmt: skip
     """What stood ahead of our quotes, from one minute to another."""
-    x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
-    is_in = (x >= first) & (x <= last)
     for name, color in (("bid", mm.BLUE), ("ask", mm.RED)):
         queue = np.where(np.isfinite(c[f"{name}_queue"]), c[f"{name}_queue"], np.nan)
-        mm.draw_steps(ax, x[is_in], queue[is_in], color, f"ahead of our {name}")
+        x, queue = mm.within(maker, first, last, c["time_ns"], queue)
+        mm.draw_steps(ax, x, queue, color, f"ahead of our {name}")
     ax.set_xlabel(f"minutes since {clock_text(maker.first_ns)} UTC")
     mm.finish_panel(ax, "Queue at the decisions", maker.instrument.base_coin)
     ax.set_xlim(first, last)
@@ -1103,11 +1069,10 @@ def plot_queues(ax: Any, maker: mm.MarketMaker, c: Mapping[str, np.ndarray], fir
 
 def plot_spread(ax: Any, c: Mapping[str, np.ndarray], first_ns: int) -> None:
     """The terms of the base spread, stacked, and the spread that was quoted."""
-    x, names = (c["time_ns"] - first_ns) / MINUTE_NS, ("volatility", "liquidity", "depth")
-    terms = [c[f"{name}_bps"] for name in names]
+    x, terms = (c["time_ns"] - first_ns) / MINUTE_NS, [c[f"{name}_bps"] for name in TERMS]
     if np.isfinite(terms).any():
         colors = mm.SKY, mm.YELLOW, mm.PINK
-        ax.stackplot(x, terms, labels=names, colors=colors, alpha=0.8, step="post")
+        ax.stackplot(x, terms, labels=TERMS, colors=colors, alpha=0.8, step="post")
     quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
     mm.draw_steps(ax, x, quoted, mm.BLACK, "as quoted", 0.7)
     ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
@@ -1223,16 +1188,13 @@ def check_flags(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {rule} {others}: leave it out".replace("_", "-"))
     if not given.isdisjoint(SEARCH) and len(options.strategy) > 1:
         raise UserError("--tune and --walk-forward take one --strategy: leave the others out")
-    if given & OF_THE_PROGRAM and BASELINES.issuperset(options.strategy):
-        unused, whose = min(given & OF_THE_PROGRAM), " ".join(options.strategy)
-        raise UserError(f"--{unused} means nothing to --strategy {whose}: leave it out")
 
 
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     """Check what was asked before the work; then play once, or search."""
     check_flags(options)
     _ = [mm.load_strategy(name) for name in options.strategy]  # raises what is wrong with one
-    options.data = list_recordings(options.data)
+    options.data = [file for path in options.data for file in list_recordings(path)]
     if options.each:
         return run_each(options)
     setting, is_search = make_setting(options, options.data), options.tune or options.walk_forward
@@ -1251,15 +1213,10 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
         run_once(options, setting)
 
 
-def list_recordings(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given; of a folder its recordings, in order of their first time."""
-    files = []
-    for path in paths:
-        found = [file for file in path.glob("*") if file.name.endswith((".jsonl", ".gz"))]
-        if path.is_dir() and not found:
-            raise UserError(f"{path} holds no recording (.jsonl or .gz): choose another folder")
-        files += sorted(found, key=lambda file: next(feed.read_lines(file), (0, ""))[0]) or [path]
-    return files
+def list_recordings(path: Path) -> list[Path]:
+    """A file; of a folder its recordings, in order of their first time."""
+    files = [file for file in path.glob("*") if file.name.endswith((".jsonl", ".gz"))]
+    return sorted(files, key=lambda file: next(feed.read_lines(file), (0, ""))[0]) or [path]
 
 
 def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
@@ -1335,17 +1292,11 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     if options.out:
         files = {options.out / name: text for name, text in list_results(result, metrics).items()}
     if options.plot:
-        title = f"{result.title}\n{describe_run(options, setting)}"
+        title = f"{result.title}\nseed {options.seed}, version {setting.version}"
         shades = (np.array(setting.outages).reshape(-1, 2) - result.maker.first_ns) / MINUTE_NS
         files[options.plot] = partial(mm.draw_figure, plot_run(result, metrics) + rows, title,
                                       shared=4, shades=shades)  # fmt: skip
     finish(files, texts, stop.is_set, failures)
-
-
-def describe_run(options: argparse.Namespace, setting: Setting) -> str:
-    """Where a picture comes from: no two that differ in anything look the same."""
-    names = ", ".join(Path(path).name for path, *_ in setting.stamps)
-    return f"{names}   seed {options.seed}   version {setting.version}   run {setting.key}"
 
 
 def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
@@ -1406,7 +1357,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     grid, objective = parse_grid(options.grid or DEFAULT_GRID, setting), options.objective
     folder = options.out or Path("tuning")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"trials-{setting.key}.jsonl"  # trials of different kinds never mix
+    path = folder / f"trials-{setting.version}.jsonl"  # trials of different kinds never mix
 
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
     with contextlib.nullcontext(executor) if executor else start_workers(options.workers) as pool:
@@ -1450,7 +1401,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     texts.append(f"written to {folder}, trials to {path.name}")
     if rows and options.plot:
         title += f"\n{setting.words}, by {objective}, {' '.join(options.grid or DEFAULT_GRID)}"
-        title += f"\n{describe_run(options, setting)}"
+        title += f"\nseed {options.seed}, version {setting.version}"
         files[options.plot] = partial(mm.draw_figure, rows, title)
     finish(files, texts, stop.is_set, [])
 
@@ -1509,20 +1460,16 @@ def build_arguments() -> argparse.ArgumentParser:
         help="what a search makes large: net, or Sharpe ratio of a minute (default net)")
     add("--walk-forward", type=number(1, 1000), nargs="?", const=4, metavar="N",
         help="tune on two windows, trade the next, roll on, N times (default 4)")  # fmt: skip
-    add("--workers", type=number(1, 1000), default=os.cpu_count(), metavar="N",
-        help="processes of a search (default: all cores)")  # fmt: skip
-    add("--bootstrap", type=number(100, 1e6), metavar="N",
-        help="intervals from N resamples of the minutes (a search takes 1000)")  # fmt: skip
+    add("--workers", type=number(1, 1000), default=os.cpu_count(), help="processes of a search")
+    add("--bootstrap", type=number(100, 1e6), metavar="N", help="intervals from N resamples")
     add("--each", action="store_true", help="play each file of --data on its own, line by line")
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
-    add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py",
-        help=f"{mm.STRATEGY_HELP}; or several")
+    add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py", help=mm.STRATEGY_HELP)
     add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
         help="share of what is left of a trade that fills us, 0.01 to 1 (default 1)")  # fmt: skip
     add("--impact-bps", type=number(0.0, 1e4), default=0.0, metavar="X",
         help="how much worse an order as large as the depth near the mid fills (default 0)")
-    add("--outages", type=number(0, 1e6), default=0, metavar="N",
-        help="windows of 5 to 60 s in which we hear nothing and cannot cancel")  # fmt: skip
+    add("--outages", type=number(0, 1e6), default=0, help="spells of 5 to 60 s, unheard")
     add("--seed", type=number(0, 1e18), default=0, help="of outages and resamples (default 0)")
     add("--peer-rules", action="store_true", help="fill rules of hftbacktest, to compare")
     feed.add_market_flags(parser)

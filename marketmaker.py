@@ -992,31 +992,33 @@ def follow_account(maker: MarketMaker) -> tuple[np.ndarray, ...]:
     return tuple(np.array(rows).T)
 
 
+def within(maker: MarketMaker, first: float, last: float, time_ns: Any,
+           values: Any) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """What falls from one minute of the run to another: minutes, and values."""
+    x = (np.array(time_ns, np.int64) - maker.first_ns) / MINUTE_NS
+    is_in = (x >= first) & (x <= last)
+    return x[is_in], np.array(values)[is_in]
+
+
 def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray], first: float, last: float,
                 title: str = "Price") -> None:  # fmt: skip
     """The mid of every second, quotes and fills, from one minute of the run to another."""
-
-    def within(time_ns: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
-        x = (np.array(time_ns, np.int64) - maker.first_ns) / MINUTE_NS
-        is_in = (x >= first) & (x <= last)
-        return x[is_in], np.array(values)[is_in]
-
+    cut = partial(within, maker, first, last)
     # Where seconds are missing, no book was known.
     seconds, mids = np.array(maker.seconds), np.array(maker.mids)
     gaps = (np.diff(seconds) > NS).nonzero()[0]
     seconds, mids = np.insert(seconds, gaps + 1, seconds[gaps] + NS), np.insert(mids, gaps + 1, NAN)
-    draw_steps(ax, *within(seconds, mids), BLACK, "mid")
+    draw_steps(ax, *cut(seconds, mids), BLACK, "mid")
     for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
-        draw_steps(ax, *within(c["time_ns"], c[f"{name}_price"]), color, f"our {name}", 0.4)
+        draw_steps(ax, *cut(c["time_ns"], c[f"{name}_price"]), color, f"our {name}", 0.4)
         fills = [(fill.recv_ns, fill.price) for fill in maker.account.fills if fill.side == side]
-        x, prices = within(*zip(*fills)) if fills else ([], [])
+        x, prices = cut(*zip(*fills)) if fills else ([], [])
         if len(x):
             ax.scatter(x, prices, s=30 if len(x) < 150 else 15, c=color, marker=marker, zorder=5,
                        edgecolors="white", linewidths=0.3, label=f"{VERBS[side]} ({len(x):,})")
     ax.ticklabel_format(axis="y", useOffset=False)
     finish_panel(ax, title, "USDT")
-    margin = 0.01 * (last - first)
-    ax.set_xlim(first - margin, last + margin)
+    ax.set_xlim(first, last)
 
 
 def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
