@@ -21,9 +21,8 @@ Assumptions, with the direction of their bias:
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. The result is net =
 gross - fees, in USDT, of an account that starts empty.
 
-How sure is it? One path is no proof, and what a search finds looks better than it is: so
-`--bootstrap` resamples the minutes, `--tune` judges its choice on others than it looked at, and
-`--walk-forward` tunes and trades in turn. Their mathematics, with sources, is in optimize.py.
+One path is no proof, and what a search finds looks better than it is: so `--bootstrap` resamples
+the minutes, and `--tune` judges its choice on others. The mathematics is in optimize.py.
 """
 
 from __future__ import annotations
@@ -146,16 +145,11 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     folder = CACHE / f"{path.name.split('.')[0]}-{hash_of(made_of)}"
     with contextlib.suppress(OSError, ValueError):  # none, or not as it was written
         return read_tape(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    for draft in CACHE.glob("*.part"):
-        try:
-            os.kill(int(draft.name.split(".")[-2]), 0)  # signal 0: does its process live?
-        except (OSError, ValueError):
-            shutil.rmtree(draft, ignore_errors=True)
-
+    draft = folder.with_name(folder.name + ".part")
+    for remains in (folder, draft):  # of a process that was killed, too
+        shutil.rmtree(remains, ignore_errors=True)
     print(f"reading {path.name}, once; then from {CACHE}", file=sys.stderr)
     tape = feed.build_tape(recording.messages())
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         draft.mkdir(parents=True)
         for name in feed.COLUMNS:
@@ -456,14 +450,11 @@ def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) 
     return {
         **{f"{side}_uptime": mean_of(np.isfinite(c[f"{side}_price"])) for side in ("bid", "ask")},
         "quoted_spread_bps": mean_of((c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4),
-        "inventory_mean": mean,
-        "inventory_std": math.sqrt(mean_of((inventory - mean) ** 2)),
-        "inventory_min": inventory.min(),
-        "inventory_max": inventory.max(),
-        "at_limit": mean_of(is_at_limit),
-        "base_spread_bps": mean_of(c["base_spread_bps"]),
+        "inventory_mean": mean, "inventory_std": math.sqrt(mean_of((inventory - mean) ** 2)),
+        "inventory_min": inventory.min(), "inventory_max": inventory.max(),
+        "at_limit": mean_of(is_at_limit), "base_spread_bps": mean_of(c["base_spread_bps"]),
         **{f"{name}_spread_bps": mean_of(c[f"{name}_bps"]) for name in TERMS},
-    }
+    }  # fmt: skip
 
 
 def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -475,14 +466,11 @@ def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str,
     refused = {name.removeprefix(why): n for name, n in counts.items() if name.startswith(why)}
     filled = len(set(zip(fills["side"], fills["arrival_ns"], fills["price"])))
     measures = {
-        "fills": len(result.fills),
-        "taker_fills": len(result.fills) - len(fills["side"]),
-        "orders_sent": counts["sent"],
-        "orders_filled": filled,
-        "orders_refused": sum(refused.values()),
+        "fills": len(result.fills), "taker_fills": len(result.fills) - len(fills["side"]),
+        "orders_sent": counts["sent"], "orders_filled": filled,
         "fill_ratio": filled / counts["sent"] if counts["sent"] else math.nan,
-        "refused": refused,
-    }
+        "orders_refused": sum(refused.values()), "refused": refused,
+    }  # fmt: skip
     # Medians of what is known.
     for name, values in (
         ("time_to_fill_s", (fills["time_ns"] - fills["arrival_ns"]) / NS),
@@ -529,10 +517,9 @@ def measure_outages(result: Result) -> list[dict[str, Any]]:
 
 def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix."""
-    maker, account, c = result.maker, result.maker.account, result.columns
-    fills, net = resting_fills(result), cut_into_minutes(result)[NET]
+    setting, maker, account, c = result.setting, result.maker, result.maker.account, result.columns
+    fills, net, holes = resting_fills(result), cut_into_minutes(result)[NET], setting.data.holes
     # Time stands still in a hole.
-    holes = result.setting.data.holes
     in_holes = [np.clip(c["time_ns"] - begin, 0, end - begin) for begin, end in holes]
     t_s = (c["time_ns"] - maker.first_ns - sum(in_holes)) / NS
     span_s, hours = t_s[-1], t_s[-1] / 3600
@@ -548,23 +535,15 @@ def measure(result: Result) -> dict[str, Any]:
     sources = (maker.strategy_name, "last_good", "default", "none")
 
     return {
-        "title": result.title,
-        "is_stopped": result.is_stopped,
-        "version": result.setting.version,
-        "data": [path for path, *_ in result.setting.stamps],
-        "strategy": result.setting.strategy,
-        "parameters": opt.differing(maker.parameters),
-        "is_synthetic": result.setting.data.is_synthetic,
-        "first_event_utc": clock_text(maker.first_ns),
-        "last_event_utc": clock_text(maker.last_ns),
-        "span_s": span_s,
-        "holes": len(holes),
-        "holes_s": sum(end_ns - begin_ns for begin_ns, end_ns in holes) / NS,
-        "events": maker.messages,
+        "title": result.title, "is_stopped": result.is_stopped, "version": setting.version,
+        "data": [path for path, *_ in setting.stamps], "is_synthetic": setting.data.is_synthetic,
+        "strategy": setting.strategy, "parameters": opt.differing(maker.parameters),
+        "first_event_utc": clock_text(maker.first_ns), "last_event_utc": clock_text(maker.last_ns),
+        "span_s": span_s, "events": maker.messages,
+        "holes": len(holes), "holes_s": sum(end_ns - begin_ns for begin_ns, end_ns in holes) / NS,
         **{f"{name}_usdt": usdt for name, usdt in money.items()},
         **{f"{name}_bps": usdt * scale for name, usdt in money.items()},
-        "residual_usdt": account.residual,
-        "turnover_usdt": account.turnover,
+        "residual_usdt": account.residual, "turnover_usdt": account.turnover,
         "turnover_rate": account.turnover / hours / limit_usdt if hours else math.nan,
         **measure_sharpe(net, span_s),
         **measure_drawdown(t_s, c["equity"]),
@@ -573,9 +552,9 @@ def measure(result: Result) -> dict[str, Any]:
         **measure_quotes(c, t_s, maker.parameters),
         "decisions": {name: maker.sources[name] for name in sources},
         "reasons": {name: n for name, n in maker.reasons.items() if name},
-        "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | result.setting.exchange,
+        "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | setting.exchange,
         "outages": measure_outages(result),
-    }
+    }  # fmt: skip
 
 
 # ---- Tables ------------------------------------------------------------------------
@@ -712,9 +691,8 @@ def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict
         for name, value, sample in zip([*runs, "difference"], values, samples):
             measures.setdefault(name, {})[measure] = (float(value), *opt.interval_of(sample))
     for name, run in runs.items():  # of one ratio there is one interval, here and in the table
-        ratio = measure_sharpe(run[NET], 0)
-        bounds = (ratio[f"sharpe_per_minute{bound}"] for bound in ("", "_low", "_high"))
-        measures[name]["sharpe"] = tuple(bounds)
+        _, *ratio_and_bounds = measure_sharpe(run[NET], 0).values()
+        measures[name]["sharpe"] = tuple(ratio_and_bounds[:3])
     fills = {name: int(run[FILLS].sum()) for name, run in runs.items()}
     return {
         "periods": len(x), "resamples": count, "block": opt.common_block_length(x), "fills": fills,
@@ -801,13 +779,11 @@ def summarize_regimes(result: Result) -> Regimes:
         regimes[name] = {
             "minutes": len(rows),
             "volatility_bps": estimate_mean(volatility[rows], rows).mean,
-            "gross_usdt": (net + fees)[rows].sum(),
-            "fees_usdt": fees[rows].sum(),
-            "net_usdt": net[rows].sum(),
-            "net_a_minute": estimate_mean(net[rows], rows),
+            "gross_usdt": (net + fees)[rows].sum(), "fees_usdt": fees[rows].sum(),
+            "net_usdt": net[rows].sum(), "net_a_minute": estimate_mean(net[rows], rows),
             "fills": of_fill.sum(),
             "markouts": estimate_markouts(fills["markouts"][of_fill], minute_of[of_fill]),
-        }
+        }  # fmt: skip
     return regimes
 
 
@@ -1088,7 +1064,6 @@ def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
         if np.isfinite(mean).any():
             ax.errorbar(np.arange(len(mean)) + dodge, mean, yerr=np.nan_to_num(half), color=color,
                         capsize=3, marker="o", markersize=4, linewidth=1.2, label=name)
-    ax.axhline(0, color="grey", linewidth=0.8)
     fee_bps = metrics["frictions"]["maker_fee_bps"]
     ax.axhline(fee_bps, color=mm.PINK, linestyle="--", label="maker fee, to be earned")
     ax.set_xticks(range(len(HORIZONS)), HORIZONS)
@@ -1122,7 +1097,6 @@ def plot_regimes(ax: Any, regimes: Regimes) -> None:
         ax.bar(at + 0.25 * (k - 1), heights, 0.25, color=color, label=label)
     half = [r["minutes"] * r["net_a_minute"].half_width for r in regimes.values()]
     ax.errorbar(at + 0.25, heights, yerr=np.nan_to_num(half), fmt="none", color="grey", capsize=3)
-    ax.axhline(0, color="grey", linewidth=0.6)
     ax.set_xticks(at, [f"{name}\n{r['minutes']:,} min" for name, r in regimes.items()])
     mm.finish_panel(ax, "Result by regimes (net ± 95 %)", "USDT")
 
@@ -1153,7 +1127,6 @@ def plot_walk(ax: Any, windows: list[Window], runs: Mapping[str, np.ndarray]) ->
         ax.axvline(at, color="grey", linestyle=":", linewidth=0.8)
     ax.plot(given, color=mm.SKY, linewidth=1.2, label="as given")
     ax.plot(net, color=mm.BLACK, linewidth=1.4, label="walk-forward")
-    ax.axhline(0, color="grey", linewidth=0.6)
     ax.set_xlabel(f"minutes since {clock_text(windows[0][0])} UTC")
     mm.finish_panel(ax, "Walk-forward: net out of sample", "USDT")
 
@@ -1266,10 +1239,7 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     log = feed.GrowingFile(options.log) if options.log else None
-    result, failures = play(setting, log=log, stop=stop), []
-    if log:
-        log.close()
-        failures += [log.failure] * bool(log.failure)
+    result = play(setting, log=log, stop=stop)
     metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
     metrics["seed"] = options.seed
     texts, rows = [format_table(metrics, result)], []
@@ -1288,22 +1258,23 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
         texts.append("\n" + format_regimes(regimes, "of all minutes"))
 
-    files: dict[Path, Any] = {}
-    if options.out:
-        files = {options.out / name: text for name, text in list_results(result, metrics).items()}
+    files = list_results(result, metrics, options.out) if options.out else {}
     if options.plot:
         title = f"{result.title}\nseed {options.seed}, version {setting.version}"
         shades = (np.array(setting.outages).reshape(-1, 2) - result.maker.first_ns) / MINUTE_NS
         files[options.plot] = partial(mm.draw_figure, plot_run(result, metrics) + rows, title,
                                       shared=4, shades=shades)  # fmt: skip
-    finish(files, texts, stop.is_set, failures)
+    finish(files, texts, stop.is_set, log)
 
 
 def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
-           failures: list[str]) -> None:  # fmt: skip
-    """Write files of a text, or by a function of the path; then print. What failed is told last, as
-    a UserError. Files of a run that was stopped are named so, and replace none of a whole one.
+           log: feed.GrowingFile | None = None) -> None:  # fmt: skip
+    """Write files, of a text or by a function of the path; then print. What failed is told after
+    all the rest (UserError). A stopped run's files have names of their own, and replace no others.
     """
+    if log:
+        log.close()
+    failures = [log.failure] if log and log.failure else []
     for path, content in files.items():
         path = path.with_name(f"stopped-{path.name}") if is_stopped else path
         try:
@@ -1319,7 +1290,7 @@ def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
         raise UserError("; ".join(failures))
 
 
-def list_results(result: Result, metrics: dict[str, Any]) -> dict[str, str]:
+def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[Path, Any]:
     """metrics.json, and as CSV the orders wanted (when something was sent), fills, equity."""
     c, digits = result.columns, result.maker.instrument.digits
     quotes = ["time_ns,bid_price,bid_qty,ask_price,ask_qty"]
@@ -1338,8 +1309,8 @@ def list_results(result: Result, metrics: dict[str, Any]) -> dict[str, str]:
     for time_ns, *values in zip(*table):
         equity.append(",".join([str(time_ns), *map(mm.plain, values)]))
     tables = {"quotes.csv": quotes, "fills.csv": fills, "equity.csv": equity}
-    texts = {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
-    return {"metrics.json": to_json(metrics), **texts}
+    texts = {folder / name: "\n".join(lines) + "\n" for name, lines in tables.items()}
+    return {folder / "metrics.json": to_json(metrics), **texts}
 
 
 def to_json(values: Any) -> str:
@@ -1403,7 +1374,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         title += f"\n{setting.words}, by {objective}, {' '.join(options.grid or DEFAULT_GRID)}"
         title += f"\nseed {options.seed}, version {setting.version}"
         files[options.plot] = partial(mm.draw_figure, rows, title)
-    finish(files, texts, stop.is_set, [])
+    finish(files, texts, stop.is_set)
 
 
 @contextlib.contextmanager
@@ -1447,7 +1418,7 @@ def build_arguments() -> argparse.ArgumentParser:
     what = "The paper market maker over recorded history."
     parser = feed.Arguments(prog="backtest.py", description=what)
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", default=[mm.SAMPLE], metavar="FILE",
+    add("--data", type=Path, nargs="+", default=[mm.SAMPLE], metavar="FILE|DIR",
         help="recordings, in order of time (default: the bundled synthetic sample)")  # fmt: skip
     add("--plot", type=Path, nargs="?", const=Path("backtest.png"), metavar="FILE.png",
         help="draw what came out (without a name: backtest.png)")  # fmt: skip
@@ -1456,8 +1427,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--tune", action="store_true", help="search for better parameters, into --out or tuning")
     add("--grid", action="append", metavar="NAME=A,B,…",
         help=f"values to try of a parameter (default {' '.join(DEFAULT_GRID)})")  # fmt: skip
-    add("--objective", choices=SCORES, default="net",
-        help="what a search makes large: net, or Sharpe ratio of a minute (default net)")
+    add("--objective", choices=SCORES, default="net", help="what a search makes large (default net)")
     add("--walk-forward", type=number(1, 1000), nargs="?", const=4, metavar="N",
         help="tune on two windows, trade the next, roll on, N times (default 4)")  # fmt: skip
     add("--workers", type=number(1, 1000), default=os.cpu_count(), help="processes of a search")

@@ -960,6 +960,8 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
     ax.set_ylabel(label)
     ax.margins(x=0.01)
     ax.grid(alpha=0.25, linewidth=0.5)
+    if ax.get_ylim()[0] < 0 < ax.get_ylim()[1]:
+        ax.axhline(0, color="grey", linewidth=0.7)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6, frameon=False,
                   fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
@@ -1032,7 +1034,6 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
         limit = maker.parameters.max_inventory
         ax.axhline(limit, color=RED, linewidth=1.0, label="limit")
         ax.axhline(-limit, color=RED, linewidth=1.0)
-        ax.axhline(0, color="grey", linewidth=0.6)
         finish_panel(ax, "Inventory", maker.instrument.base_coin)
 
     def plot_result(ax: Any) -> None:
@@ -1043,7 +1044,6 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
         draw_steps(ax, x, revaluation, BLUE, "+ revaluation")
         draw_steps(ax, x, -fees, PINK, "- fees")
         draw_steps(ax, x, net, BLACK, "= net", 1.4)
-        ax.axhline(0, color="grey", linewidth=0.6)
         finish_panel(ax, "Result", "USDT")
 
     prices = partial(plot_prices, maker=maker, c=c, first=0.0, last=max(x[-1], 0.01))
