@@ -139,12 +139,16 @@ def hash_of(*parts: Any) -> str:
 
 def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     """The tape of a recording, and what its parser counted: parsed once, then from the cache."""
-    # The folder's name says of which file, and how, the columns were made.
     parser, path = recording.parser, recording.path
     made_of = CACHE_VERSION, stamp_file(path), parser.instrument.tick_text, [*parser.topics]
     folder = CACHE / f"{path.name.split('.')[0]}-{hash_of(made_of)}"
-    with contextlib.suppress(OSError, ValueError):  # none, or not as it was written
-        return read_tape(folder)
+    files = {name: folder / f"{name}.npy" for name in feed.COLUMNS}
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or not as it was written
+        if json.loads((folder / "sums").read_text()) == sum_files(folder):
+            notes, counts = json.loads((folder / "notes.json").read_text())
+            columns = {name: np.asarray(np.load(files[name], mmap_mode="r")) for name in files}
+            return Tape(**columns, notes={int(m): note for m, note in notes.items()}), counts
+
     draft = folder.with_name(folder.name + ".part")
     for remains in (folder, draft):  # of a process that was killed, too
         shutil.rmtree(remains, ignore_errors=True)
@@ -152,24 +156,14 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     tape = feed.build_tape(recording.messages())
     try:
         draft.mkdir(parents=True)
-        for name in feed.COLUMNS:
-            np.save(draft / f"{name}.npy", getattr(tape, name))
+        for name, file in files.items():
+            np.save(draft / file.name, getattr(tape, name))
         (draft / "notes.json").write_text(json.dumps([tape.notes, parser.counts]))
         (draft / "sums").write_text(json.dumps(sum_files(draft)))
         draft.rename(folder)
     except OSError:  # another process was faster, or nothing can be written there
         shutil.rmtree(draft, ignore_errors=True)
     return tape, parser.counts
-
-
-def read_tape(folder: Path) -> tuple[Tape, Mapping[str, int]]:
-    """From the cache. OSError or ValueError if it is not what was written there."""
-    if json.loads((folder / "sums").read_text()) != sum_files(folder):
-        raise ValueError
-    files = {name: folder / f"{name}.npy" for name in feed.COLUMNS}
-    columns = {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items()}
-    notes, counts = json.loads((folder / "notes.json").read_text())
-    return Tape(**columns, notes={int(m): note for m, note in notes.items()}), counts
 
 
 def sum_files(folder: Path) -> dict[str, int]:
@@ -870,13 +864,13 @@ def try_all(configurations: list[dict[str, float]], setting: Setting, path: Path
     keys = [frozenset(changes.items()) for changes in configurations]
     missing = [changes for key, changes in zip(keys, configurations) if key not in kept]
     total, work = len(missing), partial(try_out, setting)
-    with open(path, "a") as file:
+    with open(path, "ab", buffering=0) as file:
         try:
             played = opt.run_trials(work, missing, executor, lambda: stop.is_set)
             for done, (k, run) in enumerate(played, 1):
                 kept[frozenset(missing[k].items())] = run
-                file.write("\n" + json.dumps([missing[k], run.tolist()]))
-                file.flush()
+                with contextlib.suppress(OSError):  # a full disk ends no search
+                    file.write(f"\n{json.dumps([missing[k], run.tolist()])}".encode())
                 if done * 10 // total > (done - 1) * 10 // total:  # at each tenth of them
                     print(f"{done:,} of {total:,} trials", file=sys.stderr, flush=True)
         except BrokenExecutor:
@@ -1018,29 +1012,34 @@ CLOSE_UP = 10.0  # minutes
 def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, list[mm.Panel]]]:
     """The panels of a run: the first four over its time, then close up where most was lost."""
     maker, c = result.maker, result.columns
-    x, *_, net = mm.follow_account(maker)
     rows = mm.plot_rows(maker, c)
     rows.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
+    x, *_, net = mm.follow_account(maker)
     loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
-    if result.fills and x[-1] > CLOSE_UP:
+    if loss.max() > 0 and x[-1] > CLOSE_UP:
         last = max(x[loss.argmax()], CLOSE_UP)
-        span = dict(maker=maker, c=c, first=last - CLOSE_UP, last=last)
-        title = f"Most lost in ten minutes: {loss.max():.2f} USDT"
-        rows.append((3.6, [partial(mm.plot_prices, title=title, **span)]))
-        rows.append((1.8, [partial(plot_queues, **span)]))
+        close_up = dict(maker=maker, c=c, span=(last - CLOSE_UP, last))
+        rows.append((3.6, [partial(plot_close_up, **close_up)]))
+        rows.append((1.8, [partial(plot_queues, **close_up)]))
     return [*rows, (HEIGHT, [partial(plot_markouts, metrics=metrics)])]
 
 
-def plot_queues(ax: Any, maker: mm.MarketMaker, c: Mapping[str, np.ndarray], first: float,
-                last: float) -> None:  # fmt: skip
-    """What stood ahead of our quotes, from one minute to another."""
+def plot_close_up(ax: Any, maker: mm.MarketMaker, c: dict, span: tuple[float, float]) -> None:
+    """Prices from one minute of the run to another."""
+    mm.plot_prices(ax, maker, c)
+    begin, end = np.searchsorted((c["time_ns"] - maker.first_ns) / MINUTE_NS, span)
+    prices = [c[name][begin:end] for name in ("bid_price", "mid_price", "ask_price")]
+    ax.set_title("The ten minutes that lost most", loc="left", fontsize=10, fontweight="bold")
+    ax.set(xlim=span, ylim=(np.nanmin(prices), np.nanmax(prices)))
+
+
+def plot_queues(ax: Any, maker: mm.MarketMaker, c: dict, span: tuple[float, float]) -> None:
+    """What stood ahead of our quotes, where it was shown, from one minute to another."""
+    x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
     for name, color in (("bid", mm.BLUE), ("ask", mm.RED)):
-        queue = np.where(np.isfinite(c[f"{name}_queue"]), c[f"{name}_queue"], np.nan)
-        x, queue = mm.within(maker, first, last, c["time_ns"], queue)
-        mm.draw_steps(ax, x, queue, color, f"ahead of our {name}")
-    ax.set_xlabel(f"minutes since {clock_text(maker.first_ns)} UTC")
-    mm.finish_panel(ax, "Queue at the decisions", maker.instrument.base_coin)
-    ax.set_xlim(first, last)
+        mm.draw_steps(ax, x, c[f"{name}_queue"], color, f"ahead of our {name}")
+    mm.finish_panel(ax, "Queue", maker.instrument.base_coin)
+    ax.set_xlim(span)
 
 
 def plot_spread(ax: Any, c: Mapping[str, np.ndarray], first_ns: int) -> None:
@@ -1089,12 +1088,10 @@ def plot_bootstrap(ax: Any, b: Mapping[str, Any], what: str = "Net out of sample
 def plot_regimes(ax: Any, regimes: Regimes) -> None:
     """Gross, fees and net of the minutes of each regime."""
     at = np.arange(len(regimes))
-    for k, (label, name, sign, color) in enumerate((
-        ("gross", "gross_usdt", 1, mm.GREEN), ("fees, as a loss", "fees_usdt", -1, mm.PINK),
-        ("net", "net_usdt", 1, mm.BLACK),
-    )):  # fmt: skip
-        heights = [sign * r[name] for r in regimes.values()]
-        ax.bar(at + 0.25 * (k - 1), heights, 0.25, color=color, label=label)
+    for k, (name, sign, color) in enumerate([("gross", 1, mm.GREEN), ("fees", -1, mm.PINK),
+                                             ("net", 1, mm.BLACK)]):  # fmt: skip
+        heights = [sign * r[f"{name}_usdt"] for r in regimes.values()]
+        ax.bar(at + 0.25 * (k - 1), heights, 0.25, color=color, label=f"{'- ' * (sign < 0)}{name}")
     half = [r["minutes"] * r["net_a_minute"].half_width for r in regimes.values()]
     ax.errorbar(at + 0.25, heights, yerr=np.nan_to_num(half), fmt="none", color="grey", capsize=3)
     ax.set_xticks(at, [f"{name}\n{r['minutes']:,} min" for name, r in regimes.items()])
@@ -1159,7 +1156,7 @@ def check_flags(options: argparse.Namespace) -> None:
             rule = "does not go with" if excluded else "needs"
             others = " or ".join(f"--{other}" for other in sorted(excluded or needed))
             raise UserError(f"--{name} {rule} {others}: leave it out".replace("_", "-"))
-    if not given.isdisjoint(SEARCH) and len(options.strategy) > 1:
+    if given & SEARCH and len(options.strategy) > 1:
         raise UserError("--tune and --walk-forward take one --strategy: leave the others out")
 
 
@@ -1427,7 +1424,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--tune", action="store_true", help="search for better parameters, into --out or tuning")
     add("--grid", action="append", metavar="NAME=A,B,…",
         help=f"values to try of a parameter (default {' '.join(DEFAULT_GRID)})")  # fmt: skip
-    add("--objective", choices=SCORES, default="net", help="what a search makes large (default net)")
+    add("--objective", choices=SCORES, default="net", help="what a search makes large")
     add("--walk-forward", type=number(1, 1000), nargs="?", const=4, metavar="N",
         help="tune on two windows, trade the next, roll on, N times (default 4)")  # fmt: skip
     add("--workers", type=number(1, 1000), default=os.cpu_count(), help="processes of a search")

@@ -980,47 +980,36 @@ def follow_account(maker: MarketMaker) -> tuple[np.ndarray, ...]:
     """The account at every whole second, every fill and the end: minutes of the run, inventory,
     spread captured, revaluation, fees, equity.
     """
-    account, rows = Account(), []
+    a, rows = Account(), []
     marks = [(time_ns, mid, None) for time_ns, mid in zip(maker.seconds, maker.mids)]
     marks += [(fill.recv_ns, fill.mid_price, fill) for fill in maker.account.fills]
     marks.append((maker.last_ns, maker.account.mid_price, None))
     for time_ns, mid_price, fill in sorted(marks, key=lambda mark: mark[0]):
-        account.mark(mid_price)
+        a.mark(mid_price)
         if fill:
-            account.settle(fill)
-        rows.append(((time_ns - maker.first_ns) / MINUTE_NS, account.inventory,
-                     account.spread_captured, account.revaluation, account.fees_paid,
-                     account.equity))  # fmt: skip
+            a.settle(fill)
+        minute = (time_ns - maker.first_ns) / MINUTE_NS
+        rows.append((minute, a.inventory, a.spread_captured, a.revaluation, a.fees_paid, a.equity))
     return tuple(np.array(rows).T)
 
 
-def within(maker: MarketMaker, first: float, last: float, time_ns: Any,
-           values: Any) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """What falls from one minute of the run to another: minutes, and values."""
-    x = (np.array(time_ns, np.int64) - maker.first_ns) / MINUTE_NS
-    is_in = (x >= first) & (x <= last)
-    return x[is_in], np.array(values)[is_in]
-
-
-def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray], first: float, last: float,
-                title: str = "Price") -> None:  # fmt: skip
-    """The mid of every second, quotes and fills, from one minute of the run to another."""
-    cut = partial(within, maker, first, last)
-    # Where seconds are missing, no book was known.
+def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray]) -> None:
+    """The mid of every second, quotes and fills; where seconds are missing, no book was known."""
     seconds, mids = np.array(maker.seconds), np.array(maker.mids)
     gaps = (np.diff(seconds) > NS).nonzero()[0]
     seconds, mids = np.insert(seconds, gaps + 1, seconds[gaps] + NS), np.insert(mids, gaps + 1, NAN)
-    draw_steps(ax, *cut(seconds, mids), BLACK, "mid")
+    draw_steps(ax, (seconds - maker.first_ns) / MINUTE_NS, mids, BLACK, "mid")
     for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
-        draw_steps(ax, *cut(c["time_ns"], c[f"{name}_price"]), color, f"our {name}", 0.4)
-        fills = [(fill.recv_ns, fill.price) for fill in maker.account.fills if fill.side == side]
-        x, prices = cut(*zip(*fills)) if fills else ([], [])
-        if len(x):
-            ax.scatter(x, prices, s=30 if len(x) < 150 else 15, c=color, marker=marker, zorder=5,
-                       edgecolors="white", linewidths=0.3, label=f"{VERBS[side]} ({len(x):,})")
+        x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
+        draw_steps(ax, x, c[f"{name}_price"], color, f"our {name}", 0.4)
+        ours = [fill for fill in maker.account.fills if fill.side == side]
+        if ours:
+            at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
+            ax.scatter(at, [fill.price for fill in ours], s=30 if len(ours) < 150 else 15, c=color,
+                       marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
+                       label=f"{VERBS[side]} ({len(ours):,})")  # fmt: skip
     ax.ticklabel_format(axis="y", useOffset=False)
-    finish_panel(ax, title, "USDT")
-    ax.set_xlim(first, last)
+    finish_panel(ax, "Price", "USDT")
 
 
 def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
@@ -1031,9 +1020,8 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
 
     def plot_inventory(ax: Any) -> None:
         draw_steps(ax, x, inventory, BLACK, "held")
-        limit = maker.parameters.max_inventory
-        ax.axhline(limit, color=RED, linewidth=1.0, label="limit")
-        ax.axhline(-limit, color=RED, linewidth=1.0)
+        ax.axhline(maker.parameters.max_inventory, color=RED, linewidth=1.0, label="limit")
+        ax.axhline(-maker.parameters.max_inventory, color=RED, linewidth=1.0)
         finish_panel(ax, "Inventory", maker.instrument.base_coin)
 
     def plot_result(ax: Any) -> None:
@@ -1046,7 +1034,7 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
         draw_steps(ax, x, net, BLACK, "= net", 1.4)
         finish_panel(ax, "Result", "USDT")
 
-    prices = partial(plot_prices, maker=maker, c=c, first=0.0, last=max(x[-1], 0.01))
+    prices = partial(plot_prices, maker=maker, c=c)
     return [(4.4, [prices]), (1.8, [plot_inventory]), (2.8, [plot_result])]
 
 
