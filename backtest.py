@@ -132,16 +132,12 @@ def stamp_file(path: Path) -> Stamp:
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def hash_of(*parts: Any) -> str:
-    """Ten digits that tell things apart which differ in anything."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
-
-
 def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     """The tape of a recording, and what its parser counted: parsed once, then from the cache."""
     parser, path = recording.parser, recording.path
     made_of = CACHE_VERSION, stamp_file(path), parser.instrument.tick_text, [*parser.topics]
-    folder = CACHE / f"{path.name.split('.')[0]}-{hash_of(made_of)}"
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    folder = CACHE / f"{path.name.split('.')[0]}-{key}"
     files = {name: folder / f"{name}.npy" for name in feed.COLUMNS}
     with contextlib.suppress(OSError, ValueError):  # it is not there, or not as it was written
         if json.loads((folder / "sums").read_text()) == sum_files(folder):
@@ -194,7 +190,6 @@ def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
 # ---- A run -------------------------------------------------------------------------
 
 HORIZONS_S = np.array([0.1, 1, 10, 60])  # of markouts
-OUTAGE_S = (5.0, 60.0)  # shortest and longest
 FRICTIONLESS = {"participation": 1.0, "impact_bps": 0.0, "peer_rules": False}
 
 
@@ -221,18 +216,17 @@ class Setting:
     @property
     def words(self) -> str:
         """The strategy, and whatever differs from the defaults."""
-        words = [f"strategy {Path(self.strategy).stem}"]
-        words.append(opt.in_words(opt.differing(self.parameters)) or "parameters at their defaults")
+        changed = opt.in_words(opt.differing(self.parameters)) or "parameters at their defaults"
+        words = [f"strategy {Path(self.strategy).stem}", changed]
         words += [f"{n} {v:g}" for n, v in self.exchange.items() if v != FRICTIONLESS[n]]
-        words += [f"{n} {v}" for n, v in zip(("tick", "lot", "depth"), self.steps) if v]
-        return ", ".join(words + [f"{len(self.outages)} outages"] * bool(self.outages))
+        return ", ".join(words + [mm.count(len(self.outages), "outage")] * bool(self.outages))
 
     @property
     def version(self) -> str:
         """It is another one if anything differs: data, flags, code, a strategy's own file."""
         code = (feed.__file__, opt.__file__, mm.__file__, __file__, self.strategy)
         texts = [Path(file).read_text("latin-1") for file in code if Path(file).is_file()]
-        return hash_of(astuple(self), texts)
+        return hashlib.sha256(json.dumps([astuple(self), texts]).encode()).hexdigest()[:10]
 
     def change(self, changes: Mapping[str, Any]) -> Setting:
         """The same with some parameters changed."""
@@ -271,11 +265,9 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
     maker.on_decision = note_decision
 
     # Outages are messages in the stream.
-    notes = list(notes)
-    for begin_ns, end_ns in setting.outages:
-        notes.append((begin_ns, {"event": "outage", "back_ns": end_ns}))
-        notes.append((end_ns, {"event": "back"}))
-    notes.sort(key=lambda note: note[0])
+    begins = [(begin, {"event": "outage", "back_ns": end}) for begin, end in setting.outages]
+    ends = [(end, {"event": "back"}) for _, end in setting.outages]
+    notes = sorted([*notes, *begins, *ends], key=lambda note: note[0])
 
     # Follow tape by tape, and look up where the mid went after the fills of each.
     fills, markouts = maker.account.fills, []
@@ -299,12 +291,12 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
 
 
 def draw_outages(count: int, tapes: list[Tape], rng: Generator) -> list[tuple[int, int]]:
-    """Windows of receive time, (begin, end), in order; none overlap."""
+    """Windows of 5 to 60 s of receive time, (begin, end), in order; none overlap."""
     first_ns, last_ns = tapes[0].recv_ns.item(0), tapes[-1].recv_ns.item(-1)
     windows: list[tuple[int, int]] = []
     for start in sorted(rng.uniform(first_ns, last_ns, count).tolist()):
         begin = max(int(start), windows[-1][1] + NS if windows else first_ns)
-        end = begin + int(rng.uniform(*OUTAGE_S) * NS)
+        end = begin + int(rng.uniform(5.0, 60.0) * NS)
         if end < last_ns:
             windows.append((begin, end))
     return windows
@@ -329,7 +321,6 @@ def measure_markouts(fills: list[mm.Fill], tape: Tape, tick_size: float) -> np.n
 
 # ---- Metrics -----------------------------------------------------------------------
 
-YEAR_MINUTES = 365 * 1440  # the market never closes
 ANNUAL_FROM_S = 3 * 86_400  # a shorter span says nothing of a year
 NET, FILLS = 0, 1  # rows of a run by the minute
 TINY = 1e-9  # USDT or base coin: less is rounding
@@ -404,7 +395,7 @@ def measure_sharpe(net: np.ndarray, span_s: float) -> dict[str, Any]:
     """
     n, error = len(net), opt.sharpe_error(net)
     sharpe = net.mean() / net.std(ddof=1) if n > 2 and net.std() > TINY else math.nan
-    year = math.sqrt(YEAR_MINUTES) if span_s >= ANNUAL_FROM_S else math.nan
+    year = math.sqrt(365 * 1440) if span_s >= ANNUAL_FROM_S else math.nan
     measures: dict[str, Any] = {"sharpe_minutes": n}
     for name, periods in (("minute", 1.0), ("year", year)):
         measures[f"sharpe_per_{name}"] = periods * sharpe
@@ -652,7 +643,7 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
             add(name, str(value), FIELDS[name].metadata["help"] if name in FIELDS else "")
     for outage in metrics["outages"]:
         length_s = (outage["end_ns"] - outage["start_ns"]) / NS
-        cost = f"{outage['fills']} fills in it, net {outage['net_usdt']:+.2f} USDT"
+        cost = f"{mm.count(outage['fills'], 'fill')} in it, net {outage['net_usdt']:+.2f} USDT"
         add(f"outage {clock_text(outage['start_ns'])}", f"{length_s:.1f} s", cost)
     counts = result.setting.data.counts.items()
     defects = [f"{n:,} {what}" for what, n in counts if n and what not in SOUND]
@@ -803,7 +794,6 @@ OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no 
 IN_SAMPLE = 2 / 3  # of the minutes
 LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
-RESAMPLES = 1000  # where --bootstrap gives no number
 LUCK = 0.05  # if luck does as well at least this often, the report says that it may be luck
 PRICE = """
 The price of having searched
@@ -908,9 +898,8 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
     # Which of its values is the last that was tried, though the parameter could go further?
     at_edge = []
     for name, value in changes.items():
-        tried, rule = {other[name] for other, _ in trials}, FIELDS[name].metadata
-        is_last = value in (min(tried), max(tried)) and len(tried) > 1
-        if is_last and rule["low"] < value < rule["high"]:
+        tried, rule = sorted({other[name] for other, _ in trials}), FIELDS[name].metadata
+        if value in (tried[0], tried[-1]) and tried[1:] and rule["low"] < value < rule["high"]:
             at_edge.append(name)
 
     # How good would the best of as many trials look, if none had skill?
@@ -927,14 +916,11 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
     return {
         "objective": objective, "minutes": minutes, "split": split, "judged": minutes - split,
         "trials": len(trials), "on_grid": len(on_grid), "around": len(finer),
-        "best": changes, "run": best,
-        "in_sample": in_sample, "out_of_sample": out_of_sample,
-        "plateau": (opt.measure_paths(x.T)[SCORES[objective]] >= low).sum(),
-        "deflated_sharpe": deflated,
+        "best": changes, "run": best, "in_sample": in_sample, "out_of_sample": out_of_sample,
+        "plateau": (opt.measure_paths(x.T)[SCORES[objective]] >= low).sum(), "at_edge": at_edge,
+        "deflated_sharpe": deflated, "luck_probability": (1 + as_good) / (1 + count),
         "sharpe_by_luck": opt.best_sharpe_by_luck(scatter, len(trials)),
-        "luck_probability": (1 + as_good) / (1 + count),
         "is_better": better_by > 0,  # than what was given, where neither was chosen
-        "at_edge": at_edge,
     }  # fmt: skip
 
 
@@ -1011,48 +997,42 @@ CLOSE_UP = 10.0  # minutes
 
 def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, list[mm.Panel]]]:
     """The panels of a run: the first four over its time, then close up where most was lost."""
-    maker, c = result.maker, result.columns
-    rows = mm.plot_rows(maker, c)
-    rows.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
-    x, *_, net = mm.follow_account(maker)
+    maker, c, (x, *_, net) = result.maker, result.columns, mm.follow_account(result.maker)
+    minutes, rows = (c["time_ns"] - maker.first_ns) / MINUTE_NS, mm.plot_rows(maker, c)
     loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
+    last = max(x[loss.argmax()], CLOSE_UP)
+    begin, end = np.searchsorted(minutes, (last - CLOSE_UP, last))
+
+    def plot_spread(ax: Any) -> None:
+        terms = [c[f"{name}_bps"] for name in TERMS]
+        if np.isfinite(terms).any():
+            ax.stackplot(minutes, terms, labels=TERMS, colors=(mm.SKY, mm.YELLOW, mm.PINK),
+                         alpha=0.8, step="post")  # fmt: skip
+        quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
+        mm.draw_steps(ax, minutes, quoted, mm.BLACK, "as quoted", 0.7)
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+        ax.set_xlabel(f"minutes since {clock_text(maker.first_ns)} UTC")
+        mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
+
+    def plot_close_up(ax: Any) -> None:
+        mm.plot_prices(ax, maker, c)
+        for fills in ax.collections:
+            fills.set_sizes([40])
+        prices = [c[name][begin:end] for name in ("bid_price", "mid_price", "ask_price")]
+        ax.set_title("The ten minutes that lost most", loc="left", fontsize=10, fontweight="bold")
+        ax.set(xlim=(last - CLOSE_UP, last), ylim=(np.nanmin(prices), np.nanmax(prices)))
+
+    def plot_queues(ax: Any) -> None:
+        for name, color in (("bid", mm.BLUE), ("ask", mm.RED)):
+            queue = c[f"{name}_queue"][begin:end]  # inf, where it was not shown, is a gap
+            mm.draw_steps(ax, minutes[begin:end], queue, color, f"ahead of our {name}")
+        mm.finish_panel(ax, "Queue", maker.instrument.base_coin)
+        ax.set_xlim(last - CLOSE_UP, last)
+
+    rows.append((2.4, [plot_spread]))
     if loss.max() > 0 and x[-1] > CLOSE_UP:
-        last = max(x[loss.argmax()], CLOSE_UP)
-        close_up = dict(maker=maker, c=c, span=(last - CLOSE_UP, last))
-        rows.append((3.6, [partial(plot_close_up, **close_up)]))
-        rows.append((1.8, [partial(plot_queues, **close_up)]))
+        rows += [(3.6, [plot_close_up]), (1.8, [plot_queues])]
     return [*rows, (HEIGHT, [partial(plot_markouts, metrics=metrics)])]
-
-
-def plot_close_up(ax: Any, maker: mm.MarketMaker, c: dict, span: tuple[float, float]) -> None:
-    """Prices from one minute of the run to another."""
-    mm.plot_prices(ax, maker, c)
-    begin, end = np.searchsorted((c["time_ns"] - maker.first_ns) / MINUTE_NS, span)
-    prices = [c[name][begin:end] for name in ("bid_price", "mid_price", "ask_price")]
-    ax.set_title("The ten minutes that lost most", loc="left", fontsize=10, fontweight="bold")
-    ax.set(xlim=span, ylim=(np.nanmin(prices), np.nanmax(prices)))
-
-
-def plot_queues(ax: Any, maker: mm.MarketMaker, c: dict, span: tuple[float, float]) -> None:
-    """What stood ahead of our quotes, where it was shown, from one minute to another."""
-    x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
-    for name, color in (("bid", mm.BLUE), ("ask", mm.RED)):
-        mm.draw_steps(ax, x, c[f"{name}_queue"], color, f"ahead of our {name}")
-    mm.finish_panel(ax, "Queue", maker.instrument.base_coin)
-    ax.set_xlim(span)
-
-
-def plot_spread(ax: Any, c: Mapping[str, np.ndarray], first_ns: int) -> None:
-    """The terms of the base spread, stacked, and the spread that was quoted."""
-    x, terms = (c["time_ns"] - first_ns) / MINUTE_NS, [c[f"{name}_bps"] for name in TERMS]
-    if np.isfinite(terms).any():
-        colors = mm.SKY, mm.YELLOW, mm.PINK
-        ax.stackplot(x, terms, labels=TERMS, colors=colors, alpha=0.8, step="post")
-    quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
-    mm.draw_steps(ax, x, quoted, mm.BLACK, "as quoted", 0.7)
-    ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
-    ax.set_xlabel(f"minutes since {clock_text(first_ns)} UTC")
-    mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
 
 
 def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
@@ -1177,10 +1157,7 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
                         "--tune or --walk-forward need: give more --data")  # fmt: skip
     if options.plot and not (options.plot.parent == options.out or options.plot.parent.is_dir()):
         raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
-    if is_search:
-        run_search(options, setting, executor)
-    else:
-        run_once(options, setting)
+    run_search(options, setting, executor) if is_search else run_once(options, setting)
 
 
 def list_recordings(path: Path) -> list[Path]:
@@ -1220,8 +1197,8 @@ def run_each(options: argparse.Namespace) -> None:
 
     for name, values in tables.items():
         rows = [[f"{name}, USDT", *(label for label, _ in EACH.values())]]
-        lines = [*zip([path.name for path in options.data], values)]
-        lines.append(("mean", values.mean(axis=0)))
+        names = [path.name for path in options.data]
+        lines = [*zip(names, values), ("mean", values.mean(axis=0))]
         if len(values) > 1:
             lines.append(("standard error", values.std(axis=0, ddof=1) / math.sqrt(len(values))))
         for label, numbers in lines:
@@ -1312,12 +1289,9 @@ def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[
 
 def to_json(values: Any) -> str:
     """Values as JSON, which knows no nan and no inf; arrays, there to be drawn, are left out."""
-
-    def plain(value: Any) -> Any:
-        return value.item() if isinstance(value, np.generic) else getattr(value, "__dict__", None)
-
-    finite = json.loads(json.dumps(values, default=plain), parse_constant=lambda _: None)
-    return json.dumps(finite, indent=1) + "\n"
+    text = json.dumps(values, default=lambda value: value.item() if isinstance(value, np.generic)
+                      else getattr(value, "__dict__", None))  # fmt: skip
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
 
 
 def run_search(options: argparse.Namespace, setting: Setting, executor: Executor | None) -> None:
@@ -1339,7 +1313,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
 
     # Judge what was found, also after a stop; of a walk only a whole one says something.
     title = setting.data.title.replace("backtest of", "search over")
-    count, texts, files, rows = options.bootstrap or RESAMPLES, [title], {}, []
+    count, texts, files, rows = options.bootstrap or 1000, [title], {}, []
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
         texts.append(format_report(r, asdict(setting.parameters)))

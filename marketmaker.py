@@ -1007,7 +1007,7 @@ def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray]) -> None:
             at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
             ax.scatter(at, [fill.price for fill in ours], s=30 if len(ours) < 150 else 15, c=color,
                        marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
-                       label=f"{VERBS[side]} ({len(ours):,})")  # fmt: skip
+                       label=VERBS[side])  # fmt: skip
     ax.ticklabel_format(axis="y", useOffset=False)
     finish_panel(ax, "Price", "USDT")
 
