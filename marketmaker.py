@@ -55,6 +55,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import queue
 import re
 import runpy
@@ -64,7 +65,8 @@ import textwrap
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -80,6 +82,7 @@ from optimize import INF, Distances, Parameters
 
 NAN = math.nan  # not known, or none
 MINUTE_NS = 60 * NS
+DECIMALS = 12  # of quantities: no lot is finer
 DEFAULTS = asdict(Parameters())
 WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # of 1 s before the first quote
@@ -87,7 +90,9 @@ LOOK_AHEAD = 512  # messages, for the next one that is due
 LATE_NS = 10 * NS  # no trade is heard of later than this
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
-BURST = 500  # messages of a replay that are taken at once, if none is early
+BURST = 20_000  # rows and trades of a replay that are taken at once, if none is early
+MAX_PARAMS = 1 << 20  # bytes of --params
+NOTICE_S = 10.0  # how long a notice stands on the screen
 GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
@@ -111,6 +116,9 @@ class Market:
     book: feed.Book = field(default_factory=feed.Book)
     lost: str = "no book yet"  # why the book cannot be trusted; empty: it can
     book_recv_ns: int = 0  # when the last book message was received
+    lag_ns: int = 0  # of it, receive after exchange time
+    usual_lag_ns: int = 0  # of the last snapshot
+    ticker_recv_ns: int = 0  # when the last ticker was received
     volatility: float = NAN  # bps/sqrt(s), over the last minute
     ema_volatility: float = NAN  # bps/sqrt(s)
     ema_ns: int = 0  # when that was last renewed
@@ -190,7 +198,7 @@ class Account:
     revaluation: float = 0.0  # sum of inventory x change of the mid
     turnover: float = 0.0
     mid_price: float = NAN  # the last mid that it was marked to
-    peak_equity: float = 0.0
+    peak_equity: float = 0.0  # the highest that was ever marked
     fills: list[Fill] = field(default_factory=list)
 
     @property
@@ -214,16 +222,12 @@ class Account:
             if self.inventory:
                 self.revaluation += self.inventory * (mid_price - self.mid_price)
             self.mid_price = mid_price
+            self.peak_equity = max(self.peak_equity, self.equity)
 
     def settle(self, fill: Fill) -> None:
-        """Book one fill.
-
-        By hand: mid 100, buy 1 at 99 with a fee of 0.1: cash -99.1, captured 1. The mid
-        rises to 104: revaluation 4. Sell 1 at 105 with a fee of 0.1: cash 5.8, captured 2.
-        Net 5.8 = captured 2 + revaluation 4 - fees 0.2.
-        """
+        """Book one fill. Bought 1 at 99 around a mid of 100: cash -99, spread captured 1."""
         self.cash -= fill.side * fill.qty * fill.price + fill.fee
-        self.inventory = round(self.inventory + fill.side * fill.qty, 9)
+        self.inventory = round(self.inventory + fill.side * fill.qty, DECIMALS)
         self.fees_paid += fill.fee
         self.spread_captured += fill.side * (fill.mid_price - fill.price) * fill.qty
         self.turnover += fill.qty * fill.price
@@ -275,6 +279,11 @@ def plain(value: float) -> str:
     return np.format_float_positional(float(text), trim="-") if "e" in text else text
 
 
+def coins(qty: float) -> str:
+    """A quantity with every digit that a lot may have, never with an exponent: 0.00000001."""
+    return np.format_float_positional(round(qty, DECIMALS), trim="-")
+
+
 def log_row(decision: Decision, digits: int) -> str:
     """A line of the log; empty where nothing is known. digits: decimals of a price."""
     forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), f".{digits}f")
@@ -283,7 +292,8 @@ def log_row(decision: Decision, digits: int) -> str:
     for name in LOGGED[1:-2]:
         value = getattr(decision, name)
         is_missing = value != value or (name.endswith("_qty") and not value)
-        text = format(value, forms[name]) if name in forms else plain(value)
+        form = coins if name in ("bid_qty", "ask_qty", "inventory") else plain
+        text = format(value, forms[name]) if name in forms else form(value)
         cells.append("" if is_missing else text)
     reason = decision.reason.replace(",", ";").replace("\n", " ")
     return ",".join([*cells, decision.source, reason]) + "\n"
@@ -315,15 +325,13 @@ def first_place(holds: np.ndarray, start: int, stop: int) -> int:
 
 def floor_to_lot(qty: float, lot_size: float) -> float:
     """The largest multiple of the lot that is not above qty: 0.012 for 0.0129 and 0.001."""
-    return round(math.floor(qty / lot_size + 1e-9) * lot_size, 9)
+    return round(math.floor(qty / lot_size + 1e-9) * lot_size, DECIMALS)
 
 
 @dataclass(slots=True, eq=False)
 class Order:
-    """A paper order. It stands on the exchange in (arrival_ns, cancel_ns].
-
-    It carries its own queue: at its arrival the size shown at its price, from then on it only
-    gets shorter (but see `see_row`).
+    """A paper order. It stands on the exchange in (arrival_ns, cancel_ns]. Its queue is the size
+    shown at its price at its arrival, and from then on only gets shorter.
     """
 
     side: int
@@ -339,11 +347,11 @@ class Order:
     eaten: float = 0.0  # of the queue, by trades
     due: float = 0.0  # base coin, our share of what trades left, below a lot so far
 
-    def see_row(self, shown: float, exch_ns: int) -> None:
-        """A book row says what is shown at our price: a smaller size shortens the queue."""
-        if exch_ns <= self.arrival_ns:
-            # subtle: a row of before the arrival that we hear of after it. It tells better
-            # what stood there when we came, so the queue starts anew from it.
+    def see(self, shown: float, exch_ns: int) -> None:
+        """The book says what is shown at our price: a smaller size shortens the queue."""
+        if exch_ns <= self.arrival_ns and shown < INF:
+            # subtle: heard after the arrival, but of before it. It tells better what stood there
+            # when we came, so the queue starts anew from it.
             self.queue_ahead = max(shown - self.eaten, 0.0)
         elif exch_ns <= self.cancel_ns:
             self.queue_ahead = min(self.queue_ahead, shown)
@@ -369,6 +377,7 @@ class PaperExchange:
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
+    worst: dict = field(default_factory=dict)
     trade_ns: int = 0  # exchange time of the last trade that was met
     recv_ns: int = 0  # of the message that is matched
     mid_price: float = NAN  # just before that message
@@ -413,6 +422,7 @@ class PaperExchange:
     def begin(self, tape: Tape) -> None:
         """A tape is to come. reach[side][m]: an order of this side at that level or a better
         one (a higher level) is touched by message m, by its trades or the opposite best.
+        worst[side][m]: the last level that is seen just before message m.
         """
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
@@ -420,12 +430,14 @@ class PaperExchange:
             hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
             nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
             reach[has_trades] = np.minimum(reach[has_trades], nearest)
+            worst = tape.worst_bid if side == BID else tape.worst_ask
+            self.worst[side] = np.append(self.book.view.worst(side), worst)
 
     def match(self, tape: Tape, start: int, stop: int) -> None:
         """Messages start..stop-1: those that matter meet our orders, all change the book."""
         while start < stop:
             # The next that matters: a snapshot, one after the arrival of an order, or one that
-            # reaches an order which has arrived.
+            # reaches an order which has arrived, or opens the window as far as that.
             m = start if tape.kind[start] == feed.SNAPSHOT else stop
             for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
                 m = first_place(tape.exch_ns[start:m] > arrival_ns, start, m)
@@ -433,6 +445,9 @@ class PaperExchange:
                 levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
                 if levels:
                     m = first_place(self.reach[side][start:m] <= max(levels), start, m)
+                for level in levels:
+                    is_seen = self.worst[side][start : m + 1] <= level
+                    m = first_place(is_seen[1:] > is_seen[:-1], start, m)
             self._apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
@@ -443,13 +458,14 @@ class PaperExchange:
         self.book.apply(tape, start, stop)
         first, last = tape.first_row.item(start), tape.first_row.item(stop)
         for order in [order for order in self.orders if order.has_arrived]:
-            worst = tape.worst_bid if order.side == BID else tape.worst_ask
-            for row in (tape.level[first:last] == order.level).nonzero()[0].tolist():
-                m = int(tape.first_row.searchsorted(first + row, "right")) - 1
-                shown = tape.size.item(first + row)
-                if not shown and order.level < worst.item(m) and not self.peer_rules:
+            rows = (tape.level[first:last] == order.level).nonzero()[0] + first
+            told = tape.first_row.searchsorted(rows, "right") - 1
+            for m, row in dict(zip(told.tolist(), rows.tolist())).items():  # of two the later wins
+                shown = tape.size.item(row)
+                is_seen = order.level >= self.worst[order.side].item(m + 1)
+                if not (shown or is_seen or self.peer_rules):
                     shown = INF  # it was not deleted, it has left the window
-                order.see_row(shown, tape.exch_ns.item(m))
+                order.see(shown, tape.exch_ns.item(m))
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -496,13 +512,12 @@ class PaperExchange:
             self.trade_ns = exch_ns
             return
 
-        # Of the book, or a ticker: does it shorten our queue, or reach our price?
+        # A message of the book: does it shorten our queue, or reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
         self._apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
-            if kind == feed.SNAPSHOT:  # it tells of every level
-                order.see_row(self._shown(order), exch_ns)
+            order.see(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
                 self.refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
@@ -563,7 +578,7 @@ class PaperExchange:
             exch_ns, max(self.recv_ns, self.back_ns), side, price, qty, fee, account.mid_price,
             order.queue_ahead, order.queue_at_arrival, order.arrival_ns, rule,
         ))  # fmt: skip
-        order.left = round(order.left - qty, 9)
+        order.left = round(order.left - qty, DECIMALS)
         if order.left <= 0:
             self.orders.remove(order)
 
@@ -597,6 +612,7 @@ class MarketMaker:
         self.seconds, self.mids = array("q"), array("d")  # whole seconds, and the mid at each, USDT
         self.traded: list[float] = []  # turnovers heard of in this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
+        self.unheard_ns = 0  # for how long quotes stood while the connection was lost
         self.sources: Counter[str] = Counter()  # of decisions
         self.reasons: Counter[str] = Counter()
         if log is not None:
@@ -649,19 +665,22 @@ class MarketMaker:
 
     def _hear(self, tape: Tape, stop: int) -> None:
         """Messages before `stop` have come: our orders meet them, and the book shows them."""
-        trades = self.market.trades
-        first, last = tape.first_trade.item(self.heard), tape.first_trade.item(stop)
+        market, start, trades = self.market, self.heard, self.market.trades
+        first, last = tape.first_trade.item(start), tape.first_trade.item(stop)
         columns = tape.trade_ns, tape.trade_level, tape.trade_size
         heard = [*zip(*(column[first:last].tolist() for column in columns))]
         self.traded += [abs(level) * size for _, level, size in heard]
         trades.extend(heard)
         while heard and trades[0][0] < heard[-1][0] - MINUTE_NS - LATE_NS:
             trades.popleft()
-        self.exchange.match(tape, self.heard, stop)
+        self.exchange.match(tape, start, stop)
         self.heard = stop
         book = tape.last_book.item(stop - 1) if stop else -1
         if book >= 0:
-            self.market.book_recv_ns = tape.recv_ns.item(book)
+            market.book_recv_ns = tape.recv_ns.item(book)
+            market.lag_ns = market.book_recv_ns - tape.exch_ns.item(book)
+        for ticker in (tape.kind[start:stop] == feed.TICKER).nonzero()[0][-1:].tolist():
+            market.ticker_recv_ns = tape.recv_ns.item(start + ticker)
 
     def _change_rules(self, tape: Tape, m: int, now_ns: int) -> None:
         """A snapshot, a loss, or a control line: never part of a slice."""
@@ -669,10 +688,14 @@ class MarketMaker:
         market, note, is_due = self.market, tape.notes.get(m, {}), True
         if tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
             is_due = market.lost or self.is_stale or now_ns >= self.due_ns
-            market.lost = ""
+            market.lost, market.usual_lag_ns = "", market.lag_ns
         elif tape.kind[m] == feed.LOST and not market.lost:
             market.lost = note["reason"]
             market.grid_mid = NAN
+            # Until the cancels arrive the quotes stand, and what they meet is never heard.
+            end_ns = min(max((o.cancel_ns for o in self.exchange.orders), default=0),
+                         now_ns + self.exchange.latency_ns)  # fmt: skip
+            self.unheard_ns += max(end_ns - market.book.exch_ns, 0)
             # At what price a taker order would trade, nobody can say: it is sent again later.
             self.exchange.orders = [o for o in self.exchange.orders if not o.is_taker]
         elif note.get("event") == "params":
@@ -688,20 +711,35 @@ class MarketMaker:
             self.decide(now_ns)
 
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
-        """Parameters of a control line, unless they are unsound; whether they are in force. Those
-        under "overrides" are the user's, and replace all that he gave before.
-        """
+        """Parameters of a control line, unless they are unsound; whether they are in force."""
         try:
-            recorded = {**self.recorded, **note.get("parameters", {})}
-            overrides = {**note.get("overrides", self.overrides)}
-            changes, min_order = DEFAULTS | recorded | overrides, self.instrument.min_order
-            p = opt.change_parameters(self.parameters, changes, min_order, running=True)
+            recorded, overrides, p = self.merge(note)
         except (ValueError, TypeError) as error:
             logging.warning("parameters in the recording are refused: %s", error)
             return False
         self.recorded, self.overrides = recorded, overrides
+        if p.min_half_spread_bps > self.parameters.min_half_spread_bps:
+            self.last_good = (-NEVER, None)  # it may be nearer than the edge of now
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
         return True
+
+    def merge(self, note: Mapping[str, Any]) -> tuple[dict, dict, Parameters]:
+        """What a control line makes of ours; ValueError or TypeError if that is unsound. Those
+        under "overrides" are the user's, and replace all that he gave before.
+        """
+        recorded = {**self.recorded, **note.get("parameters", {})}
+        overrides = {**note.get("overrides", self.overrides)}
+        changes, min_order = DEFAULTS | recorded | overrides, self.instrument.min_order
+        p = opt.change_parameters(self.parameters, changes, min_order, running=True)
+        return recorded, overrides, self.check_value(p)
+
+    def check_value(self, p: Parameters) -> Parameters:
+        """The same; UserError if the exchange would refuse order_qty at the mid as too small."""
+        least, value = self.instrument.min_notional, p.order_qty * self.account.mid_price
+        if value < least:  # nan: nothing is known yet
+            worth = f"order_qty = {coins(p.order_qty)} is worth {value:.2f} USDT"
+            raise UserError(f"{worth}, it must be at least {least:g}: raise --order-qty")
+        return p
 
     def stale_ns(self) -> int:
         """From when on the book is stale, if no message of it comes before."""
@@ -749,7 +787,6 @@ class MarketMaker:
         """Mark the inventory to the mid, and look at the drawdown."""
         account, limit = self.account, self.parameters.max_drawdown_usdt
         account.mark(self.market.book.view.mid_ticks * self.instrument.tick_size)
-        account.peak_equity = max(account.peak_equity, account.equity)
         if limit is not None and account.peak_equity - account.equity > limit:
             self.is_stopped = True  # for good
 
@@ -759,12 +796,14 @@ class MarketMaker:
         """Why there must be no quote now, the first reason of these; empty if there may be one."""
         p, market, view = self.parameters, self.market, self.market.book.view
         gap_bps = abs(self.account.mid_price / view.mark_price - 1) * 1e4  # nan without a mark
+        late_ns, mark_age_ns = market.lag_ns - market.usual_lag_ns, time_ns - market.ticker_recv_ns
         guards = {
             "outage": self.exchange.back_ns,
             "book lost": market.lost,
             view.fault: view.fault,  # crossed, one-sided; empty: sound
             "book stale": time_ns >= self.stale_ns(),
-            "far from mark price": gap_bps > p.max_mark_gap_bps,
+            "book late": late_ns > p.stale_after_s * NS,
+            "far from mark price": gap_bps > p.max_mark_gap_bps and mark_age_ns <= MINUTE_NS,
             "drawdown limit": self.is_stopped,
             "warming up": len(market.returns_bps) < WARMUP_RETURNS or math.isnan(market.grid_mid),
         }
@@ -781,6 +820,8 @@ class MarketMaker:
         self._mark()
         self.mid_ticks = view.mid_ticks
         is_sound = not (market.lost or view.fault)
+        if math.isnan(market.mid_price):
+            self.check_value(p)
         market.mid_price = account.mid_price
         for side in SIDES:
             market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
@@ -794,8 +835,13 @@ class MarketMaker:
         # What to quote: distances from the mid, then levels and quantities.
         source, distances, wanted = "none", None, dict.fromkeys(SIDES, (None, 0.0))
         if not reason:
-            distances = self._choose(time_ns)
+            q = min(max(account.inventory / p.max_inventory, -1.0), 1.0)
+            good_ns, good = self.last_good
+            distances = opt.choose_distances(self.strategy, self.strategy_name, p, market, q, good,
+                                             (time_ns - good_ns) / NS)  # fmt: skip
             source = distances.source
+            if source == self.strategy_name:
+                self.last_good = (time_ns, distances)
             wanted, reason = self._place(distances, view.mid_ticks)
         elif reason == "drawdown limit":
             self.exchange.flatten(time_ns)
@@ -826,20 +872,9 @@ class MarketMaker:
         self.history.add(self.decision)
         self.on_decision(self)
 
-    def _choose(self, time_ns: int) -> Distances:
-        """Distances from the mid, by the strategy or its fallbacks."""
-        p, market, name = self.parameters, self.market, self.strategy_name
-        q = min(max(self.account.inventory / p.max_inventory, -1.0), 1.0)
-        good_ns, good = self.last_good
-        age_s = (time_ns - good_ns) / NS
-        distances = opt.choose_distances(self.strategy, name, p, market, q, good, age_s)
-        if distances.source == name:
-            self.last_good = (time_ns, distances)
-        return distances
-
     def _place(self, distances: Distances, mid: float) -> tuple[dict[int, tuple], str]:
         """(level or None, quantity) by side around a mid in ticks, and the reasons given."""
-        p, lot = self.parameters, self.instrument.lot_size
+        p, lot, tick_size = self.parameters, self.instrument.lot_size, self.instrument.tick_size
         wanted = dict.fromkeys(SIDES, (None, 0.0))
         reasons = [distances.reason] if distances.reason else []
         for side, name, bps in ((BID, "bid", distances.bid_bps), (ASK, "ask", distances.ask_bps)):
@@ -849,7 +884,9 @@ class MarketMaker:
             level = max(level, 1) if side == BID else level
             # No more than a share of the depth, and within the inventory limit.
             qty = floor_to_lot(min(p.order_qty, p.max_depth_share * self.market.depths[side]), lot)
-            if qty < self.instrument.min_order * (1 - 1e-9):
+            least_usdt = self.instrument.min_notional
+            least = max(self.instrument.min_order, least_usdt / (side * level * tick_size))
+            if qty < least * (1 - 1e-9):
                 reasons.append(f"no {name}: book too thin for a lot")
             elif side * self.account.inventory + qty > p.max_inventory + lot / 2:
                 reasons.append(f"no {name}: inventory limit")
@@ -871,6 +908,12 @@ class MarketMaker:
 # ---- Display -----------------------------------------------------------------------
 
 VERBS = {BID: "bought", ASK: "sold"}
+BELOW = "\n" + " " * 15  # the next line, right of the label
+
+
+def count(n: int, what: str) -> str:
+    """1 fill, 2 fills."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def list_counts(counts: Counter) -> str:
@@ -888,60 +931,72 @@ def price_constraints(solution: opt.Solution, p: Parameters) -> str:
     }
     words = (f"{what}: {100 * price / solution.cost:+.1f} %"
              for what, price in prices.items() if abs(price) > 1e-9)  # fmt: skip
-    return "cost of the quote, " + "   ".join(words)
+    return "cost, " + "   ".join(words)
+
+
+def describe_account(maker: MarketMaker) -> str:
+    """Inventory and result."""
+    a, p, coin = maker.account, maker.parameters, maker.instrument.base_coin
+    held = "+" * (a.inventory > 0) + coins(a.inventory)
+    return f"""\
+Inventory      {held} {coin} of at most {coins(p.max_inventory)}   {count(len(a.fills), "fill")}
+Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
+               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
+"""
 
 
 def describe_market(maker: MarketMaker) -> str:
-    """What is known of the market and wanted, as of the last decision."""
-    d, p, market = maker.decision, maker.parameters, maker.market
+    """What we quote and why, what filled, what is known of the market: as of the last decision,
+    but queues, markouts, last and mark price and ages of now. nan = not known.
+    """
+    d, p, market, now_ns = maker.decision, maker.parameters, maker.market, maker.last_ns
     view, n, coin = market.book.view, maker.instrument.digits, maker.instrument.base_coin
+    orders, mid_price = maker.exchange.orders, maker.account.mid_price
+    queues = {order.side: order.queue_ahead for order in orders if order.cancel_ns == NEVER}
+    quotes, fills = [], []
+    for side, name, price, qty in ((BID, "bid", *d[4:6]), (ASK, "ask", *d[6:8])):
+        text = f"{name} {price:,.{n}f} x {coins(qty)}, {1e4 * abs(price / d.mid_price - 1):.2f}"
+        text += f" bps away, {coins(queues.get(side, NAN))} ahead"
+        quotes.append(text if qty else f"no {name}")
+    for fill in maker.account.fills[-3:]:
+        text = f"{VERBS[fill.side]} {coins(fill.qty)} at {fill.price:,.{n}f}, markout so far "
+        fills.append(text + f"{1e4 * fill.side * (mid_price / fill.price - 1):+.2f} bps")
     recent = market.recent_trades(maker.instrument.tick_size)[-3:]
-    trades = ", ".join(f"{VERBS[trade.side]} {trade.size:g}" for trade in recent)
-    bid_bps, ask_bps = (1e4 * abs(ours / d.mid_price - 1) for ours in (d.bid_price, d.ask_price))
+    trades = [f"{VERBS[trade.side]} {coins(trade.size)}, " for trade in recent]
+    heard_ns = recent[-1].time_ns + maker.exchange.offset_ns if recent else NAN
+    is_old = view.mark_price > 0 and now_ns - market.ticker_recv_ns > MINUTE_NS
     solution = d.distances and d.distances.solution
     return f"""\
-Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
-last {view.last_price:,.{n}f}   mark {view.mark_price:,.{n}f} USDT
-               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
-               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s)
-               liquidity {d.liquidity:.2f} M USDT per bp   last trades {trades or "none"}
-Our quote      bid {d.bid_price:,.{n}f} x {d.bid_qty:g}, {bid_bps:.2f} bps away
-               ask {d.ask_price:,.{n}f} x {d.ask_qty:g}, {ask_bps:.2f} bps away
+Our quote      {BELOW.join(quotes)}
                source {d.source}   {d.reason}   {market.lost}
+Last fills     {BELOW.join(fills) or "none"}
+Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   last {view.last_price:,.{n}f}
+               mark {view.mark_price:,.{n}f}{" is over a minute old: it guards nothing" * is_old}
+               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
+               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), \
+liquidity {d.liquidity:.2f} M USDT/bp
+               last trades {"".join(trades)}{(now_ns - heard_ns) / NS:.1f} s ago
 Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
 liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
-               at least {p.min_half_spread_bps:g}: no quote nearer to the mid
+               no quote nearer than {p.min_half_spread_bps:g}; \
+a round trip: {2 * p.maker_fee_bps:g}, twice the maker fee
 Parameters     {opt.in_words(opt.differing(p)) or "all at their defaults"}
 At the margin  {price_constraints(solution, p) if solution else "-"}
 """
 
 
-def describe_account(maker: MarketMaker) -> str:
-    """Inventory, fills and result."""
-    a, p, coin = maker.account, maker.parameters, maker.instrument.base_coin
-    fills = f"{len(a.fills)} fill{'s' * (len(a.fills) != 1)}"
-    for last in a.fills[-1:]:
-        price = f"{last.price:,.{maker.instrument.digits}f}"
-        fills += f"   last: {VERBS[last.side]} {last.qty:g} at {price}"
-    return f"""\
-Inventory      {a.inventory:+g} {coin} of at most {p.max_inventory:g}   {fills}
-Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
-               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
-               a round trip costs {2 * p.maker_fee_bps:g} bps, twice the maker fee
-"""
-
-
 def summarize(maker: MarketMaker) -> str:
     """What there is to say at the end."""
-    first, last = clock_text(maker.first_ns), clock_text(maker.last_ns)
+    span = f"{clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC   "
     return f"""\
-Span           {first} to {last} UTC   {maker.messages} messages
+Span           {span if maker.messages else ""}{count(maker.messages, "message")}
 Decisions      {list_counts(maker.sources)}
 Reasons        {list_counts(maker.reasons)}
 Orders         {list_counts(maker.exchange.counts)}
 {describe_account(maker)}\
                turnover {maker.account.turnover:,.0f}   \
 the sum is off by {maker.account.residual:.0e}
+Unheard        quotes stood {maker.unheard_ns / NS:.1f} s while the connection was lost
 """
 
 
@@ -1039,7 +1094,7 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
 
 
 def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path, shared: int = 0,
-                shades: Iterable[tuple[float, float]] = ()) -> None:  # fmt: skip
+                shades: Any = ()) -> None:  # fmt: skip
     """Panels, each with its height in inches, as a PNG; the first `shared` have one x axis, and
     shades from x to x.
     """
@@ -1066,7 +1121,9 @@ def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
     """What the user set: the flags, before the values in FILE.json of --params."""
     path, flags = options.params, {name: getattr(options, name) for name in opt.FIELDS}
     try:
-        values = {**json.loads(path.read_text())} if path else {}
+        if path:
+            feed.check_file(path, MAX_PARAMS)
+        values = {**json.loads(path.read_text("utf-8-sig"))} if path else {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         rule = 'it must hold one JSON object such as {"alpha": 2}'
         raise UserError(f"--params {path}: {error}: {rule}") from None
@@ -1103,14 +1160,16 @@ class Session:
     """One run as its user sees it: screen, files, edits of --params. A replay has no source."""
 
     def __init__(self, options: argparse.Namespace, maker: MarketMaker, title: str,
-                 parser: feed.Parser, source: feed.LiveFeed | None = None) -> None:  # fmt: skip
+                 parser: feed.Parser, given: Mapping[str, Any],
+                 source: feed.LiveFeed | None = None) -> None:  # fmt: skip
         self.options, self.maker, self.title = options, maker, title
-        self.parser, self.source, self.stream = parser, source, sys.stdout
+        self.parser, self.given, self.source = parser, given, source  # given: as last accepted
         self.files = [file for file in (maker.log, source and source.recorder) if file]
-        self.given = given_parameters(options)  # as last accepted
-        self.next_look_s = self.next_show_s = 0.0
-        self.has_begun = False
-        self.notice = "Ctrl-C ends the run with a summary" if self.stream.isatty() else ""
+        self.next_look_s = self.next_show_s = self.notice_end_s = 0.0
+        self.notice = ""  # on the screen for NOTICE_S
+        self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
+        self.is_screen = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.print("" if self.is_screen else f"{title}\n")
 
     def run(self, bursts: Iterator[list[feed.Message]]) -> None:
         """Take every message, and look around in between; at the end close all files."""
@@ -1125,89 +1184,106 @@ class Session:
             for file in self.files:
                 file.close()
         maker.finish()
-        if self.stream.isatty():
-            self.show()
-        print(f"{self.title}\n{summarize(maker)}", end="", file=self.stream)
+        self.notice, self.notice_end_s = "ENDED", INF
+        failures = [file.failure for file in self.files if file.failure]
+        screen = self.draw_screen() if self.is_screen else ""
+        self.print(screen + "\n".join([self.title, summarize(maker), *failures]))
+        self.printer.shutdown()
         if self.options.plot and maker.messages:
             rows = plot_rows(maker, maker.history.columns())
             words = opt.in_words(opt.differing(maker.parameters)) or "parameters at their defaults"
             title = f"{self.title}   {maker.strategy_name}, {words}\n"
             title += f"minutes since {clock_text(maker.first_ns)} UTC"
             draw_figure(rows, title, self.options.plot, shared=len(rows))
+        if failures:
+            raise UserError("; ".join(failures))
 
     def look(self) -> None:
-        """A few times a second: the disk, the feed, the parameter file, the screen."""
+        """A few times a second: the feed, the parameter file, the screen."""
         now_s, market = time.monotonic(), self.maker.market
         if now_s < self.next_look_s:
             return
         self.next_look_s = now_s + TICK_S
-        for file in self.files:
-            if file.failure:
-                self.notice = f"DISK: {file.failure}"
         if self.options.params and self.options.speed != INF:
             self.read_edits()
         if self.source:
             self.source.tend()
             if market.book.view.fault and not market.lost:  # it heals by a new snapshot only
                 self.source.cut(f"resync: {market.book.view.fault}")
-        if now_s >= self.next_show_s:
-            self.next_show_s = now_s + (0.25 if self.stream.isatty() else 1.0)
-            self.show()
+        if now_s >= self.next_show_s and self.printing.done():
+            self.next_show_s = now_s + (0.25 if self.is_screen else 1.0)
+            self.print(self.draw_screen() if self.is_screen else self.draw_line())
+
+    def print(self, text: str) -> None:
+        """Out of the way. What fails is kept by stdout, and told at the end."""
+        self.printing = self.printer.submit(print, text, end="", flush=True)
+
+    def notify(self, notice: str) -> None:
+        """It stands on the screen for some seconds."""
+        self.notice, self.notice_end_s = feed.printable(notice), time.monotonic() + NOTICE_S
 
     def read_edits(self) -> None:
         """A sound edit of --params becomes a message of the session; another gives a notice."""
-        maker, min_order = self.maker, self.maker.instrument.min_order
+        maker, before = self.maker, self.maker.parameters
         try:
             given = given_parameters(self.options)
             if given == self.given:
                 return
             # What is taken out of the file goes back to what it was without it.
-            before, recorded = maker.parameters, {} if self.source else maker.recorded
-            values = DEFAULTS | recorded | given
-            p = opt.change_parameters(before, values, min_order, running=True)
+            note = {"parameters": DEFAULTS | given} if self.source else {"overrides": given}
+            _, _, p = maker.merge(note)
             if self.source:
-                self.source.emit(feed.control_line("params", parameters=asdict(p)))
+                self.source.emit(feed.control_line("params", **note))
             else:  # a file is a slower exchange: the edit comes at the receive time of now
-                note, view = {"event": "params", "overrides": given}, maker.market.book.view
+                note, view = {"event": "params", **note}, maker.market.book.view
                 maker.take(feed.Message(feed.CONTROL, maker.last_ns, note=note, view=view))
             changed = {n: v for n, v in asdict(p).items() if v != getattr(before, n)}
-            self.given, self.notice = given, f"parameters changed: {opt.in_words(changed)}"
+            self.given = given
+            self.notify(f"parameters changed: {opt.in_words(changed)}")
         except (UserError, ValueError, TypeError) as error:
-            self.notice = f"edit of {self.options.params} refused: {error}"
+            self.notify(f"edit of {self.options.params} refused: {error}")
 
     def describe_feed(self) -> str:
         """How the connection is, and what went wrong."""
-        market, parser, source, text = self.maker.market, self.parser, self.source, ""
+        maker, counts, source, text = self.maker, self.parser.counts, self.source, ""
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
             text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
-            text = "ENDED   " if source.stopping.is_set() else text
-            text += f"{source.reconnects} reconnects   "
-        text += f"{self.maker.messages:,} messages   {parser.counts['gaps']} gaps   "
-        lag_ns = market.book_recv_ns - market.book.exch_ns - self.maker.exchange.offset_ns
-        text += f"{parser.counts['malformed']} malformed   lag {lag_ns / MS:.0f} ms"
+            text = "" if source.stopping.is_set() else text
+            text += f"{count(source.reconnects, 'reconnect')}   "
+        lag_ns = maker.market.lag_ns - maker.exchange.offset_ns
+        text += f"lag {lag_ns / MS:.0f} ms"
         text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
-        return text + (f"\n               last problem: {parser.problem}" if parser.problem else "")
+        text += f"{BELOW}{count(maker.messages, 'message')}   {count(counts['gaps'], 'gap')}   "
+        text += f"{counts['malformed']} malformed"
+        silent = [name for name, _ in self.parser.topics.values() if not counts[name]]
+        text += f"   none of {', '.join(silent)}" if silent else ""
+        problems = [file.failure for file in self.files if file.failure] + [self.parser.problem]
+        return f"Feed           {text}" + f"{BELOW}last problem: {problems[0]}" * bool(problems[0])
 
-    def show(self) -> None:
-        """The screen in place on a terminal; else the title, and then a line each time."""
-        maker, now = self.maker, clock_text(self.maker.last_ns)
-        d, net, digits = maker.decision, maker.account.equity, maker.instrument.digits
-        if self.stream.isatty():
-            text = f"{self.title}   {now} UTC\npaper trading: no order is ever sent\n\n"
-            text += describe_market(maker) + describe_account(maker)
-            text += f"Feed           {self.describe_feed()}\n\n{self.notice}"
-            columns, rows = shutil.get_terminal_size((80, 24))
-            lines = re.sub(r"\bnan\b", "-", text).splitlines()[: rows - 1]  # nan: not known
-            text = "".join(f"{line[:columns]}\x1b[K\n" for line in lines)
-            print(f"\x1b[H{text}\x1b[J", end="", file=self.stream, flush=True)
-        elif maker.messages:
-            text = "" if self.has_begun else f"{self.title}\n"
-            text += f"{now}  mid {maker.account.mid_price:,.{digits + 1}f}  "
-            text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
-            text += f"{d.source} {d.reason}  net {net:+.2f}  {self.notice}"
-            print(re.sub(r"\bnan\b", "-", text), file=self.stream, flush=True)
-            self.has_begun, self.notice = True, ""
+    def draw_screen(self) -> str:
+        """A frame in place of the last, what matters most first: a window may be small."""
+        maker, columns, rows = self.maker, *shutil.get_terminal_size((80, 24))
+        now = f"{clock_text(maker.last_ns)} UTC   " if maker.messages else ""
+        calm = "paper trading: no order is ever sent; Ctrl-C ends it"
+        notice = self.notice if time.monotonic() < self.notice_end_s else calm
+        text = describe_account(maker) + describe_market(maker) + self.describe_feed()
+        if columns < 80:  # labels are cut before numbers
+            text = re.sub(r"(?m)^(.{6}).{9}", r"\1 ", text)
+        text = f"{now}{self.title}\n{notice}\n\n" + re.sub(r"\b(nan|inf)\b", "-", text)
+        lines = text.splitlines()[: rows - 1]
+        text = "".join(f"{line[:columns]}\x1b[K\n" for line in lines)
+        return f"\x1b[H{text}\x1b[J"
+
+    def draw_line(self) -> str:
+        """The same in a line, where there is no terminal to draw on."""
+        maker, d, digits = self.maker, self.maker.decision, self.maker.instrument.digits
+        text = f"mid {d.mid_price:,.{digits + 1}f}  "
+        text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
+        text = f"{clock_text(maker.last_ns)}  {text * (d.mid_price > 0)}{d.source} {d.reason} "
+        text += f"{maker.market.lost} net {maker.account.equity:+.2f}  {self.notice}\n"
+        self.notice = ""
+        return re.sub(r"\bnan\b", "-", text) * bool(maker.messages)
 
 
 def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
@@ -1233,7 +1309,7 @@ def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed
 def replayed_messages(recording: feed.Recording, speed: float,
                       duration_s: float) -> Iterator[list[feed.Message]]:  # fmt: skip
     """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
-    stop, began_s, first_ns, burst = feed.StopSignal(), time.monotonic(), 0, []
+    stop, began_s, first_ns, burst, rows = feed.StopSignal(), time.monotonic(), 0, [], 0
     for message in recording.messages():
         first_ns = first_ns or message.recv_ns
         elapsed_s = (message.recv_ns - first_ns) / NS
@@ -1244,20 +1320,27 @@ def replayed_messages(recording: feed.Recording, speed: float,
         if elapsed_s > duration_s or stop.is_set:
             break
         burst.append(message)
-        if len(burst) == BURST:
+        rows += 1 + len(message.rows[0]) + len(message.trades)
+        if rows > BURST:
             yield burst
-            burst = []
+            burst, rows = [], 0
     yield burst
 
 
 def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) -> None:
     """Paper trading on a recording or on the live feed."""
-    if options.replay and options.record:
-        raise UserError("--record records the live feed: leave it out with --replay")
-    if options.plot and not options.plot.absolute().parent.is_dir():
-        raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
-    if options.log and options.log.exists():
-        raise UserError(f"{options.log} exists and is not overwritten: choose another name")
+    # What can be said at once, also of flags that would do nothing.
+    replay, plot, log = options.replay, options.plot, options.log
+    for is_wrong, what in (
+        (replay and options.record, "--record is of the live feed: leave out --replay"),
+        (replay and options.url, "--url is of the live feed: leave out --replay"),
+        (options.speed and not replay, "--speed is of a replay: give --replay FILE"),
+        (plot and not plot.absolute().parent.is_dir(),
+         f"--plot {plot} cannot be written: choose a file in a folder"),
+        (log and log.exists(), f"{log} exists and is not overwritten: choose another name"),
+    ):  # fmt: skip
+        if is_wrong:
+            raise UserError(what)
     load_strategy(options.strategy)  # raises what is wrong with it
     given, steps = given_parameters(options), (options.tick_size, options.lot_size)
     source, path, speed, label = None, options.replay, options.speed or 1.0, "REPLAY"
@@ -1275,16 +1358,16 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
             )  # fmt: skip
         except (OSError, websocket.WebSocketException) as error:
             reason = f"{where} cannot be reached ({error})"
-            if options.live or options.url or options.record or market != ("BTCUSDT", "linear"):
+            if options.live or options.url or options.record or any(market):
                 raise UserError(f"{reason}: check the network, or give --replay FILE") from None
             print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
-            path, speed, label = SAMPLE, options.speed or SAMPLE_SPEED, "OFFLINE REPLAY"
+            path, speed, label = SAMPLE, SAMPLE_SPEED, "OFFLINE REPLAY"
         else:
             parser, label = source.parser, f"LIVE from {where}"
 
     # A recording; what the user gave, its control lines do not change.
     if not source:
-        recording = feed.Recording(path, *steps, options.depth)
+        recording = feed.Recording(path, *steps, options.depth, options.symbol, options.category)
         parser, overrides, start = recording.parser, given, recording.start
         parameters = choose_parameters(given, start, parser.instrument)
         pace = "" if speed == INF else f" at {speed:g} x"
@@ -1297,7 +1380,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     title = f"{parser.instrument.symbol} {parser.instrument.category}   {label}"
     if options.params and speed == INF:
         title += "   --params is read once at --speed max"
-    session = Session(options, maker, title, parser, source)
+    session = Session(options, maker, title, parser, given, source)
     session.run(live_messages(session, source) if source
                 else replayed_messages(recording, speed, options.duration))  # fmt: skip
 
@@ -1338,6 +1421,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
     add("--strategy", default="lp", metavar="NAME|FILE.py", help=STRATEGY_HELP)
     feed.add_market_flags(parser)
+    add("--url", help="another WebSocket address than Bybit's")
     add_parameter_flags(parser)
     return parser
 

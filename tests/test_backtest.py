@@ -487,7 +487,7 @@ def test_a_full_disk_is_told_at_the_end_and_all_the_rest_is_done():
     assert all(name in line for name in ("log.csv", "metrics.json", "p.png"))
     assert Path("whole.csv").read_text().startswith(log := Path("log.csv").read_text())
     assert log.endswith("\n") and not [*Path().rglob("*.part")]
-    assert {path.name for path in Path("out").iterdir()} == {"equity.csv", "fills.csv", "quotes.csv"}
+    assert {path.stem for path in Path("out").iterdir()} == {"equity", "fills", "quotes"}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

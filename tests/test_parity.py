@@ -144,6 +144,6 @@ def test_a_full_disk_stops_the_recording_and_not_the_quoting(
     monkeypatch.setattr(feed.Recorder, "record", record_on_a_full_disk)
     with LoopbackExchange(lines, clock_ns=clock_ns) as exchange:
         flags = ["--live", "--url", exchange.url, "--record", str(tmp_path / "r.gz")]
-        assert marketmaker.main([*flags, "--duration", "60"], clock_ns) == 0
-    assert "r.gz stopped: No space left on device" in capsys.readouterr().out
+        assert marketmaker.main([*flags, "--duration", "60"], clock_ns) == 2
+    assert all("r.gz stopped: No space left on device" in text for text in capsys.readouterr())
     assert makers[0].sources["lp"] > 5
