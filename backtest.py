@@ -63,7 +63,6 @@ CACHE = Path(__file__).parent / "data" / "cache"  # of tapes; may be deleted at 
 CACHE_VERSION = 3  # of a tape's columns; what another version wrote is not read
 Stamp = tuple[str, int, int, int]  # of a file: path, size, times of its last changes in ns
 Steps = tuple[Any, ...]  # tick, lot, depth, symbol, category; None: as the data tell
-Note = tuple[int, dict[str, Any]]  # a control message: receive time in ns, and its fields
 
 
 # ---- History: recordings as tapes, kept in a cache ---------------------------------
@@ -139,6 +138,10 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     folder = CACHE / f"{path.name.split('.')[0]}-{key}"
     files = {name: folder / f"{name}.npy" for name in feed.COLUMNS}
+
+    def sum_files(folder: Path) -> dict[str, int]:
+        return {file.name: zlib.crc32(np.memmap(file, mode="r")) for file in folder.glob("*.*")}
+
     with contextlib.suppress(OSError, ValueError):  # it is not there, or not as it was written
         if json.loads((folder / "sums").read_text()) == sum_files(folder):
             notes, counts = json.loads((folder / "notes.json").read_text())
@@ -162,18 +165,12 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     return tape, parser.counts
 
 
-def sum_files(folder: Path) -> dict[str, int]:
-    """A check sum of each file of a tape."""
-    return {file.name: zlib.crc32(np.memmap(file, mode="r")) for file in folder.glob("*.*")}
-
-
-def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
-    """The tape with control messages, each before what comes at or after its time."""
+def insert_notes(tape: Tape, notes: Sequence[tuple[int, dict]]) -> Tape:
+    """The tape with control messages (receive time in ns, fields), each before what comes then."""
     if not notes:
         return tape
     times = np.array([time_ns for time_ns, _ in notes]).clip(min=tape.recv_ns[0])
     at = tape.recv_ns.searchsorted(times).clip(min=1)  # none comes before the first message
-
     # What is known after a control message is what was known before it; it has no rows.
     before = dict.fromkeys(("kind", "recv_ns", "exch_ns", *feed.View._fields), at - 1)
     columns = {}
@@ -248,7 +245,7 @@ class Result:
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
 
 
-def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
+def play(setting: Setting, notes: Sequence[tuple[int, dict]] = (), log: Any = None,
          stop: feed.StopSignal | None = None) -> Result:  # fmt: skip
     """Play the data, with notes put in. The log takes lines; a stop ends at the next decision."""
     data = setting.data
@@ -263,12 +260,10 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
             raise StopIteration
 
     maker.on_decision = note_decision
-
     # Outages are messages in the stream.
     begins = [(begin, {"event": "outage", "back_ns": end}) for begin, end in setting.outages]
     ends = [(end, {"event": "back"}) for _, end in setting.outages]
     notes = sorted([*notes, *begins, *ends], key=lambda note: note[0])
-
     # Follow tape by tape, and look up where the mid went after the fills of each.
     fills, markouts = maker.account.fills, []
     for tape in data.tapes:
@@ -279,7 +274,6 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
         markouts.append(measure_markouts(fills[before:], tape, data.instrument.tick_size))
         if stop and stop.is_set:
             break
-
     # The end: one row more, with the account as the last message leaves it.
     maker.finish()
     columns = maker.history.columns()
@@ -508,7 +502,6 @@ def measure(result: Result) -> dict[str, Any]:
     in_holes = [np.clip(c["time_ns"] - begin, 0, end - begin) for begin, end in holes]
     t_s = (c["time_ns"] - maker.first_ns - sum(in_holes)) / NS
     span_s, hours = t_s[-1], t_s[-1] / 3600
-
     # net = gross - fees = spread captured + revaluation - fees + residual, each in USDT, and
     # in bps of the turnover, beside which a fee in bps can be read. Fees below 0: a rebate.
     money = {
@@ -544,8 +537,7 @@ def measure(result: Result) -> dict[str, Any]:
 
 # ---- Tables ------------------------------------------------------------------------
 #
-# The table of a run is data: a title of a section, then label | value | note, whose braces
-# name metrics and their formats. {coin} is the base coin.
+# The table of a run is data: titles, and label | value | note with metrics and their formats.
 
 TABLE = """{title}
 {first_event_utc} to {last_event_utc} UTC, {events:,} events, \
@@ -635,7 +627,6 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
         add(rule, f"{r['fills']:,}", f"{share:.0%}   {r['markout']} bps ({r['markout'].n})")
     if metrics["fills"] < FEW_FILLS:
         add(f"WARNING: from fewer than {FEW_FILLS} fills nothing can be said of such figures")
-
     # Sections whose rows are not always the same.
     for section in ("decisions", "reasons", "frictions"):
         add(f"\n{section.capitalize()}")
@@ -706,7 +697,6 @@ def format_bootstrap(b: Mapping[str, Any], title: str) -> str:
 GRID_S = 5  # mids this far apart measure a minute; a decision is never older
 REGIME_WARMUP = 30  # minutes before the first that is classed
 VOLATILITIES, DIRECTIONS = ("calm", "usual", "wild"), ("range", "trend")
-Regimes = dict[str, dict[str, Any]]  # by name: what its minutes brought
 
 
 def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
@@ -731,7 +721,6 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     is_known = np.isfinite(mid)
     grid_ns = begins[:, None] + np.arange(parts + 1) * (GRID_S * NS)
     mids = values_at(grid_ns, time_ns[is_known], mid[is_known])
-
     # A row of returns for each minute; there are none before the first mid.
     mids[mids == 0] = np.nan
     returns = np.diff(np.log(mids)) * 1e4
@@ -740,7 +729,7 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt((returns**2).mean(axis=1) / GRID_S), direct
 
 
-def summarize_regimes(result: Result) -> Regimes:
+def summarize_regimes(result: Result) -> dict[str, dict[str, Any]]:
     """Result, fills and markouts of the minutes of each regime."""
     # What each minute brought, and into which minute each fill falls.
     begins, c, fills = result.minutes_ns, result.columns, resting_fills(result)
@@ -748,7 +737,6 @@ def summarize_regimes(result: Result) -> Regimes:
     minute_of = np.searchsorted(begins, fills["recv_ns"], "right") - 1
     is_in = fills["recv_ns"] < np.append(0, begins + MINUTE_NS)[minute_of + 1]
     minute_of = np.where(is_in, minute_of, -1)  # in none, or in a hole
-
     # Which minutes are in a regime: told at their end, by their rank among those before them.
     volatility, direct = describe_minutes(result)
     members = {"all": np.full(len(net), True)}
@@ -772,7 +760,7 @@ def summarize_regimes(result: Result) -> Regimes:
     return regimes
 
 
-def format_regimes(regimes: Regimes, whose: str) -> str:
+def format_regimes(regimes: dict[str, dict[str, Any]], whose: str) -> str:
     """A line for each regime."""
     rows: list[list[Any]] = [["", "min", "bps/√s", "gross", "fees", "net", "net a minute", "fills",
                               "markout 1 s", "markout 10 s"]]  # fmt: skip
@@ -792,9 +780,7 @@ def format_regimes(regimes: Regimes, whose: str) -> str:
 DEFAULT_GRID = ["alpha=0.25,1,4", "gamma=0.25,0.5,1,2", "delta=0,1,4", "zeta=0,1,4"]
 OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no baseline's
 IN_SAMPLE = 2 / 3  # of the minutes
-LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
-LUCK = 0.05  # if luck does as well at least this often, the report says that it may be luck
 PRICE = """
 The price of having searched
   deflated Sharpe ratio {deflated_sharpe:.3f}: the confidence that the best's true ratio is above
@@ -815,7 +801,6 @@ def parse_grid(texts: Sequence[str], setting: Setting) -> dict[str, list[float]]
             grid[name.strip().replace("-", "_")] = sorted({float(v) for v in values.split(",")})
         except ValueError:
             raise UserError(f"--grid {text}: write numbers, as in alpha=0.5,1,2") from None
-
     # Can all of it be played, and does it change anything?
     for changes in opt.expand_grid(grid):
         _ = setting.change(changes).parameters  # raises what is wrong with them
@@ -849,7 +834,6 @@ def try_all(configurations: list[dict[str, float]], setting: Setting, path: Path
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             changes, run = json.loads(line)
             kept[frozenset(changes.items())] = np.array(run)
-
     # Play what is missing, and write it down as it comes.
     keys = [frozenset(changes.items()) for changes in configurations]
     missing = [changes for key, changes in zip(keys, configurations) if key not in kept]
@@ -894,14 +878,12 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
         resample({"best": best[:, part], "as given": given[:, part]}, count, rng)
         for part in (slice(0, split), slice(split, None))
     )
-
     # Which of its values is the last that was tried, though the parameter could go further?
     at_edge = []
     for name, value in changes.items():
         tried, rule = sorted({other[name] for other, _ in trials}), FIELDS[name].metadata
         if value in (tried[0], tried[-1]) and tried[1:] and rule["low"] < value < rule["high"]:
             at_edge.append(name)
-
     # How good would the best of as many trials look, if none had skill?
     x = np.column_stack([run[NET, :split] for _, run in trials])
     mean, variance = x.mean(axis=0), x.var(axis=0, ddof=1)
@@ -926,8 +908,8 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
 
 def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
     """What was tried, the best, how it fares out of sample, and what the search costs."""
-    is_luck = r["luck_probability"] >= LUCK
-    verdict = "it may be luck" if is_luck else "luck alone would rarely do this"
+    may_be_luck = r["luck_probability"] >= 0.05
+    verdict = "it may be luck" if may_be_luck else "luck alone would rarely do this"
     return "\n".join([
         "{minutes:,} minutes: chosen by {objective} on the first {split:,}, judged on the other "
         "{judged:,}".format(**r),
@@ -945,14 +927,13 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
 # ---- Walk-forward ------------------------------------------------------------------
 
 LOOK_BACK = 2  # windows on which each choice is made
-Window = tuple[int, dict[str, float], float]  # begin, ns; choice; its net a minute in sample
 
 
 def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: str,
-                 stop: feed.StopSignal) -> tuple[list[Window], slice, Result]:  # fmt: skip
-    """Tune on two windows, trade the next, roll on: the windows, their minutes, and what came out.
-    It is played in one piece, inventory and queues carried along; before the first choice it
-    trades as given, and that does not count.
+                 stop: feed.StopSignal) -> tuple[list[tuple], slice, Result]:  # fmt: skip
+    """Tune on two windows, trade the next, roll on: windows (begin, ns; choice; its net a minute in
+    sample), their minutes, and what came out. It is played in one piece, inventory and queues
+    carried along; before the first choice it trades as given, and that does not count.
     """
     length, windows, notes = trials[0][1].shape[1] // (LOOK_BACK + count), [], []
     for k in range(count):
@@ -965,7 +946,7 @@ def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: s
     return windows, span, play(setting, notes, stop=stop)
 
 
-def format_walk(windows: list[Window], traded: np.ndarray, c: Mapping[str, np.ndarray]) -> str:
+def format_walk(windows: list[tuple], traded: np.ndarray, c: Mapping[str, np.ndarray]) -> str:
     """Each window: what was chosen, net a minute in sample and out of it."""
     rows = [["from, UTC", "in sample", "out of it", "fills", "carried in", "chosen"]]
     count, length = len(windows), traded.shape[1] // len(windows)
@@ -1065,7 +1046,7 @@ def plot_bootstrap(ax: Any, b: Mapping[str, Any], what: str = "Net out of sample
     mm.finish_panel(ax, f"{what}: {b['periods']:,} minutes, resampled", "how often")
 
 
-def plot_regimes(ax: Any, regimes: Regimes) -> None:
+def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]]) -> None:
     """Gross, fees and net of the minutes of each regime."""
     at = np.arange(len(regimes))
     for k, (name, sign, color) in enumerate([("gross", 1, mm.GREEN), ("fees", -1, mm.PINK),
@@ -1084,23 +1065,23 @@ def plot_trials(ax: Any, groups: Sequence[list[np.ndarray]], split: int) -> None
     styles = (dict(s=14, color=mm.BLUE, alpha=0.6), dict(s=14, color=mm.GREEN, alpha=0.6),
               dict(s=50, color=mm.BLACK, marker="D"), dict(s=170, color=mm.RED, marker="*"))
     for group, label, style in zip(groups, labels, styles):
-        inside = [run[NET, :split].mean() for run in group]
-        ax.scatter(inside, [run[NET, split:].mean() for run in group], label=label, **style)
+        if group:
+            inside = [run[NET, :split].mean() for run in group]
+            ax.scatter(inside, [run[NET, split:].mean() for run in group], label=label, **style)
     ax.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
     ax.set_xlabel("in sample, USDT; dotted: as good out of it as in it")
     mm.finish_panel(ax, "Net a minute of every trial", "out of sample, USDT")
     ax.margins(0.05)
 
 
-def plot_walk(ax: Any, windows: list[Window], runs: Mapping[str, np.ndarray]) -> None:
+def plot_walk(ax: Any, windows: list[tuple], runs: Mapping[str, np.ndarray]) -> None:
     """Net out of sample, joined, and what each choice promised in sample."""
     net, given = (np.append(0, np.cumsum(run[NET])) for run in runs.values())
     length = (len(net) - 1) // len(windows)
     for k, (_, _, inside) in enumerate(windows):
         at, end = k * length, (k + 1) * length
-        promise = net[at] + inside * length
-        ax.plot([at, end], [net[at], promise], color=mm.PINK, linestyle="--", linewidth=1.2,
-                label="" if k else "as promised in sample")  # fmt: skip
+        ax.plot([at, end], [net[at], net[at] + inside * length], color=mm.PINK, linestyle="--",
+                linewidth=1.2, label="" if k else "as promised in sample")  # fmt: skip
         ax.axvline(at, color="grey", linestyle=":", linewidth=0.8)
     ax.plot(given, color=mm.SKY, linewidth=1.2, label="as given")
     ax.plot(net, color=mm.BLACK, linewidth=1.4, label="walk-forward")
@@ -1116,8 +1097,6 @@ EACH = {  # metrics of --each: label, format
     "fills": ("fills", ".0f"), "spread_captured_usdt": ("captured", "+.2f"),
     "inventory_std": ("inventory_sd", ".4f"), "max_drawdown_usdt": ("drawdown", ".2f"),
 }  # fmt: skip
-
-
 SEARCH = {"tune", "walk_forward"}
 NEEDS = {  # flags that change nothing without one of others, and flags that exclude others
     "grid": SEARCH, "objective": SEARCH, "workers": SEARCH,
@@ -1148,10 +1127,9 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     if options.each:
         return run_each(options)
     setting, is_search = make_setting(options, options.data), options.tune or options.walk_forward
-
-    # Both parts of a split, and every window, must be long enough to say something.
+    # Both parts of a split, and every window, must have ten minutes to say something.
     minutes = len(setting.data.minutes_ns)
-    least = LEAST_MINUTES * max(3, (options.walk_forward or 0) + LOOK_BACK)
+    least = 10 * max(3, (options.walk_forward or 0) + LOOK_BACK)
     if minutes < least and (is_search or options.bootstrap):
         raise UserError(f"{minutes} minutes of data are fewer than the {least} that --bootstrap, "
                         "--tune or --walk-forward need: give more --data")  # fmt: skip
@@ -1202,8 +1180,7 @@ def run_each(options: argparse.Namespace) -> None:
         if len(values) > 1:
             lines.append(("standard error", values.std(axis=0, ddof=1) / math.sqrt(len(values))))
         for label, numbers in lines:
-            cells = [format(x, form) for x, (_, form) in zip(numbers, EACH.values())]
-            rows.append([label, *cells])
+            rows.append([label, *(format(x, form) for x, (_, form) in zip(numbers, EACH.values()))])
         print("\n".join(align(rows)) + "\n")
 
 
@@ -1213,15 +1190,15 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     log = feed.GrowingFile(options.log) if options.log else None
-    result = play(setting, log=log, stop=stop)
-    metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
-    metrics["seed"] = options.seed
+    with contextlib.closing(log) if log else contextlib.nullcontext():
+        result = play(setting, log=log, stop=stop)
+    metrics = measure(result) | {"seed": options.seed}
+    runs = {setting.strategy: cut_into_minutes(result)}
     texts, rows = [format_table(metrics, result)], []
     for name in options.strategy[1:] if not stop.is_set else ():
         other = play(replace(setting, strategy=name), stop=stop)
         runs[name] = cut_into_minutes(other)
         texts.append("\n" + format_table(measure(other), other))
-
     # What is said of whole minutes, if no run was cut short.
     if options.bootstrap and not stop.is_set:
         metrics["bootstrap"] = b = resample(runs, options.bootstrap, default_rng(options.seed))
@@ -1246,8 +1223,6 @@ def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
     """Write files, of a text or by a function of the path; then print. What failed is told after
     all the rest (UserError). A stopped run's files have names of their own, and replace no others.
     """
-    if log:
-        log.close()
     failures = [log.failure] if log and log.failure else []
     for path, content in files.items():
         path = path.with_name(f"stopped-{path.name}") if is_stopped else path
@@ -1300,7 +1275,6 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     folder = options.out or Path("tuning")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trials-{setting.version}.jsonl"  # trials of different kinds never mix
-
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
     with contextlib.nullcontext(executor) if executor else start_workers(options.workers) as pool:
         stop = feed.StopSignal()
@@ -1310,7 +1284,6 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
             _, given = trials.pop(0)
         if options.tune and not stop.is_set:
             finer = play_all(refine_grid(trials, grid, setting, objective))
-
     # Judge what was found, also after a stop; of a walk only a whole one says something.
     title = setting.data.title.replace("backtest of", "search over")
     count, texts, files, rows = options.bootstrap or 1000, [title], {}, []
@@ -1406,8 +1379,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--each", action="store_true", help="play each file of --data on its own, line by line")
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
     add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py", help=mm.STRATEGY_HELP)
-    add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
-        help="share of what is left of a trade that fills us, 0.01 to 1 (default 1)")  # fmt: skip
+    add("--participation", type=number(0.01, 1), default=1.0, help="share of a trade that fills us")
     add("--impact-bps", type=number(0.0, 1e4), default=0.0, metavar="X",
         help="how much worse an order as large as the depth near the mid fills (default 0)")
     add("--outages", type=number(0, 1e6), default=0, help="spells of 5 to 60 s, unheard")

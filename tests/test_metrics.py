@@ -135,13 +135,6 @@ def test_the_interval_treats_the_values_of_a_cluster_as_one_event():
     assert alone.mean == 2 and math.isnan(alone.half_width)
 
 
-def test_the_interval_of_single_values_is_the_textbook_one():
-    values = np.random.default_rng(1).normal(size=500)
-    error = values.std(ddof=1) / math.sqrt(500)
-    e = estimate_mean(values, np.arange(500))
-    assert e.half_width / error == pytest.approx(1.9647, abs=1e-4)
-
-
 # ---- Risk --------------------------------------------------------------------------
 
 
@@ -229,11 +222,6 @@ def test_an_average_weighs_each_decision_by_the_time_it_holds_where_it_is_known(
     base_bps = average(lambda row: number(row, "base_spread_bps"))
     terms = [metrics[f"{name}_spread_bps"] for name in ("volatility", "liquidity", "depth")]
     assert metrics["base_spread_bps"] == near(base_bps) == near(sum(terms)) and 0 not in terms
-
-
-def test_a_value_holds_from_its_time_on_until_the_next_and_is_0_before():
-    at_ns, time_ns = np.array([4, 5, 9, 10, 99]), np.array([5, 10])
-    assert backtest.values_at(at_ns, time_ns, np.array([2.0, 3.0])).tolist() == [0, 2, 2, 3, 3]
 
 
 # ---- Table -------------------------------------------------------------------------

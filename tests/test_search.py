@@ -96,20 +96,6 @@ def test_trials_come_as_they_end_and_what_has_not_begun_at_the_end_is_cancelled(
     assert set(played) <= {first, 1}
 
 
-def test_killed_worker_is_an_error_and_no_silence():
-    with PROCESSES() as executor, pytest.raises(BrokenExecutor):
-        list(optimize.run_trials(signal.raise_signal, [signal.SIGKILL] * 50, executor))
-
-
-def test_dying_executor_is_left_to_fail_its_trials_itself():
-    futures = [Future(), Future()]
-    futures[0].set_exception(BrokenExecutor())
-    executor = SimpleNamespace(submit=lambda play, k: futures[k])
-    with pytest.raises(BrokenExecutor):
-        list(optimize.run_trials(abs, [0, 1], executor))
-    assert not futures[1].cancelled()
-
-
 # ---- Block length ------------------------------------------------------------------
 
 

@@ -334,21 +334,6 @@ def test_the_walk_chooses_by_its_two_windows_and_trades_the_next_in_one_piece(
 # ---- 5. Intervals, and the price of a search ---------------------------------------
 
 
-def test_intervals_of_independent_minutes_are_those_of_the_normal_law(place, tmp_path, monkeypatch):
-    """What both runs share does not blur their difference."""
-    rng = np.random.default_rng(3)
-    shared, best = rng.normal(0, 20, MINUTES), rng.normal(1, 1, MINUTES)
-    make_up(monkeypatch, lambda changes: shared + best * bool(changes))
-    search(place, tmp_path, "--tune", "--grid", "alpha=1", "--bootstrap", "4000")
-    part = json.loads((tmp_path / "search.json").read_text())["in_sample"]
-    assert (part["periods"], part["resamples"]) == (SPLIT, 4000)
-    for run_name, net in (("best", shared + best), ("as given", shared), ("difference", best)):
-        value, low, high = part["measures"][run_name]["net_usdt"]
-        wide = 2 * 1.96 * net[:SPLIT].std() * SPLIT**0.5
-        assert value == near(net[:SPLIT].sum()) and low < value < high
-        assert high - low == pytest.approx(wide, rel=0.2)
-
-
 @pytest.mark.parametrize("skill, verdict", [(0, "may be luck"), (1.5, "luck alone would rarely")])
 def test_luck_and_the_deflated_ratio_are_those_of_the_formulas_for_the_trials(
     skill, verdict, place, tmp_path, monkeypatch
