@@ -997,8 +997,7 @@ def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, li
 
     def plot_close_up(ax: Any) -> None:
         mm.plot_prices(ax, maker, c)
-        for fills in ax.collections:
-            fills.set_sizes([40])
+        _ = [fills.set_sizes([40]) for fills in ax.collections]
         prices = [c[name][begin:end] for name in ("bid_price", "mid_price", "ask_price")]
         ax.set_title("The ten minutes that lost most", loc="left", fontsize=10, fontweight="bold")
         ax.set(xlim=(last - CLOSE_UP, last), ylim=(np.nanmin(prices), np.nanmax(prices)))
@@ -1013,7 +1012,7 @@ def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, li
     rows.append((2.4, [plot_spread]))
     if loss.max() > 0 and x[-1] > CLOSE_UP:
         rows += [(3.6, [plot_close_up]), (1.8, [plot_queues])]
-    return [*rows, (HEIGHT, [partial(plot_markouts, metrics=metrics)])]
+    return rows + [(HEIGHT, [partial(plot_markouts, metrics=metrics)])] * bool(result.fills)
 
 
 def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
@@ -1233,7 +1232,8 @@ def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
                 content(path)
                 texts.append(f"plot: {path}")
         except (UserError, OSError) as error:
-            failures.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+            is_disk = isinstance(error, OSError)
+            failures.append(f"{path}: {error.strerror}" if is_disk else str(error))
     print("\n".join(texts))
     if failures:
         raise UserError("; ".join(failures))

@@ -531,8 +531,8 @@ def test_the_mid_is_drawn_every_second_and_a_lost_book_is_a_gap(monkeypatch):
     assert mids[12_000] == 50_000 and mids[13_000] == 50_000.5 and np.isnan(mids[21_000])
     assert sorted(mids) == [*range(1000, 21_001, 1000), 26_000]
     labels = [ax.get_legend_handles_labels()[1] for ax in axes]
-    assert labels[0] == ["mid", "our bid", "our ask"] and labels[-1] == ["maker fee, to be earned"]
-    assert "drawdown" not in labels[2] and "volatility" not in labels[3]
+    assert labels[0] == ["mid", "our bid", "our ask"] and "drawdown" not in labels[2]
+    assert labels[3:] == [["as quoted"]]  # no terms of a fixed spread, and no markouts
 
 
 def test_pictures_of_runs_with_different_flags_never_have_the_same_title(monkeypatch):

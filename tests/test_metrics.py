@@ -11,7 +11,6 @@ import pytest
 from market import FAR, WALL, beats, busy_market, calm, delta, lost, snapshot, trades, write
 from test_backtest import CALM, FOUR, ROUGH, folder, near, play, play_fixed  # noqa: F401
 
-import backtest
 from backtest import estimate_mean, measure_drawdown, measure_sharpe
 from feed import ASK
 

@@ -1,14 +1,12 @@
 """optimize.py, second half: the search, and what it is worth, on noise and known truths."""
 
 import math
-import signal
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from statistics import NormalDist
 from threading import Event
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
