@@ -35,8 +35,10 @@ has the same rules in their plainest form, message by message: `simulate`.)
     trade through it, or the opposite best: pessimistic. Retail (RPI) trades, whose orders
     the book does not show, count as `through` in every model.
   - `queue`: a trade at our price no later than the book's last push is in the size shown
-    already: it neither eats the queue nor fills. Pessimistic.
-  - While the connection is down we hear of no trade, so none fills us then: optimistic.
+    already: it neither eats the queue nor fills, even if it emptied the level. Pessimistic.
+  - Until the loss of a connection is noticed and the cancels arrive, our quotes stand, the market
+    trades through them, and we never hear of it: nothing fills. Optimistic; the summary says
+    for how long in all.
   - We take no volume from others and move no price: optimistic. impact_bps is a rough stand-in:
     each fill's price is that much worse, times the order's share of the depth near the mid.
   - Funding is not modelled.
@@ -359,11 +361,9 @@ class Order:
 
 @dataclass(eq=False)
 class PaperExchange:
-    """Matches the market's messages, on the exchange's clock, against our orders.
-
-    `orders` holds all that a message may still meet, cancelled ones included: a trade can be
-    heard of after its order was replaced. By peer_rules, those of hftbacktest, an order fills
-    whole or not at all, and a level that leaves the window counts as cancelled.
+    """Matches the market's messages, on the exchange's clock, against our orders, cancelled ones
+    included: a trade can be heard of after its order was replaced. By peer_rules, those of
+    hftbacktest, an order fills whole or not at all, and a level out of the window is empty.
     """
 
     parameters: Parameters
@@ -853,18 +853,16 @@ class MarketMaker:
         for side, (level, qty) in wanted.items():
             quote += [NAN if level is None else side * level * tick_size, qty]
         spread = distances and distances.base_spread
-        terms = spread[:3] if spread else (NAN, NAN, NAN)
+        *terms, total = (*spread[:3], spread.total_bps) if spread else [NAN] * 4
         standing = {o.side: o.queue_ahead for o in self.exchange.orders if o.has_arrived}
         queues = [standing.get(side, NAN) for side in SIDES]
         self.decision = Decision(
-            time_ns, account.mid_price if is_sound else NAN, *best, *quote,
-            spread.total_bps if spread else NAN, market.volatility, market.ema_volatility,
-            *market.depths.values(), market.liquidity, account.inventory, account.cash,
-            account.equity, account.fees_paid, *terms, *queues, source, reason, any(sent),
-            distances,
+            time_ns, account.mid_price if is_sound else NAN, *best, *quote, total,
+            market.volatility, market.ema_volatility, *market.depths.values(), market.liquidity,
+            account.inventory, account.cash, account.equity, account.fees_paid, *terms, *queues,
+            source, reason, any(sent), distances,
         )  # fmt: skip
-        interval_s = opt.get_optimization_frequency(p, market.ema_volatility)
-        self.due_ns = time_ns + round(interval_s * NS)
+        self.due_ns = time_ns + round(opt.get_optimization_frequency(p, market.ema_volatility) * NS)
         self.sources[source] += 1
         self.reasons[reason] += 1
         if self.log is not None:
@@ -936,10 +934,10 @@ def price_constraints(solution: opt.Solution, p: Parameters) -> str:
 
 def describe_account(maker: MarketMaker) -> str:
     """Inventory and result."""
-    a, p, coin = maker.account, maker.parameters, maker.instrument.base_coin
-    held = "+" * (a.inventory > 0) + coins(a.inventory)
+    a, coin, limit = maker.account, maker.instrument.base_coin, maker.parameters.max_inventory
     return f"""\
-Inventory      {held} {coin} of at most {coins(p.max_inventory)}   {count(len(a.fills), "fill")}
+Inventory      {"+" * (a.inventory > 0)}{coins(a.inventory)} {coin} of at most {coins(limit)}   \
+{count(len(a.fills), "fill")}
 Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
                gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
 """
@@ -951,8 +949,7 @@ def describe_market(maker: MarketMaker) -> str:
     """
     d, p, market, now_ns = maker.decision, maker.parameters, maker.market, maker.last_ns
     view, n, coin = market.book.view, maker.instrument.digits, maker.instrument.base_coin
-    orders, mid_price = maker.exchange.orders, maker.account.mid_price
-    queues = {order.side: order.queue_ahead for order in orders if order.cancel_ns == NEVER}
+    queues = {o.side: o.queue_ahead for o in maker.exchange.orders if o.cancel_ns == NEVER}
     quotes, fills = [], []
     for side, name, price, qty in ((BID, "bid", *d[4:6]), (ASK, "ask", *d[6:8])):
         text = f"{name} {price:,.{n}f} x {coins(qty)}, {1e4 * abs(price / d.mid_price - 1):.2f}"
@@ -960,9 +957,10 @@ def describe_market(maker: MarketMaker) -> str:
         quotes.append(text if qty else f"no {name}")
     for fill in maker.account.fills[-3:]:
         text = f"{VERBS[fill.side]} {coins(fill.qty)} at {fill.price:,.{n}f}, markout so far "
-        fills.append(text + f"{1e4 * fill.side * (mid_price / fill.price - 1):+.2f} bps")
+        bps = 1e4 * fill.side * (maker.account.mid_price / fill.price - 1)
+        fills.append(f"{text}{bps:+.2f} bps")
     recent = market.recent_trades(maker.instrument.tick_size)[-3:]
-    trades = [f"{VERBS[trade.side]} {coins(trade.size)}, " for trade in recent]
+    trades = "".join(f"{VERBS[trade.side]} {coins(trade.size)}, " for trade in recent)
     heard_ns = recent[-1].time_ns + maker.exchange.offset_ns if recent else NAN
     is_old = view.mark_price > 0 and now_ns - market.ticker_recv_ns > MINUTE_NS
     solution = d.distances and d.distances.solution
@@ -975,7 +973,7 @@ Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   last {view.la
                depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
                volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), \
 liquidity {d.liquidity:.2f} M USDT/bp
-               last trades {"".join(trades)}{(now_ns - heard_ns) / NS:.1f} s ago
+               last trades {trades}{(now_ns - heard_ns) / NS:.1f} s ago
 Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
 liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
                no quote nearer than {p.min_half_spread_bps:g}; \
@@ -1218,10 +1216,6 @@ class Session:
         """Out of the way. What fails is kept by stdout, and told at the end."""
         self.printing = self.printer.submit(print, text, end="", flush=True)
 
-    def notify(self, notice: str) -> None:
-        """It stands on the screen for some seconds."""
-        self.notice, self.notice_end_s = feed.printable(notice), time.monotonic() + NOTICE_S
-
     def read_edits(self) -> None:
         """A sound edit of --params becomes a message of the session; another gives a notice."""
         maker, before = self.maker, self.maker.parameters
@@ -1238,10 +1232,10 @@ class Session:
                 note, view = {"event": "params", **note}, maker.market.book.view
                 maker.take(feed.Message(feed.CONTROL, maker.last_ns, note=note, view=view))
             changed = {n: v for n, v in asdict(p).items() if v != getattr(before, n)}
-            self.given = given
-            self.notify(f"parameters changed: {opt.in_words(changed)}")
-        except (UserError, ValueError, TypeError) as error:
-            self.notify(f"edit of {self.options.params} refused: {error}")
+            self.given, notice = given, f"parameters changed: {opt.in_words(changed)}"
+        except (ValueError, TypeError) as error:
+            notice = f"edit of {self.options.params} refused: {error}"
+        self.notice, self.notice_end_s = feed.printable(notice), time.monotonic() + NOTICE_S
 
     def describe_feed(self) -> str:
         """How the connection is, and what went wrong."""
@@ -1278,12 +1272,13 @@ class Session:
     def draw_line(self) -> str:
         """The same in a line, where there is no terminal to draw on."""
         maker, d, digits = self.maker, self.maker.decision, self.maker.instrument.digits
-        text = f"mid {d.mid_price:,.{digits + 1}f}  "
-        text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
-        text = f"{clock_text(maker.last_ns)}  {text * (d.mid_price > 0)}{d.source} {d.reason} "
-        text += f"{maker.market.lost} net {maker.account.equity:+.2f}  {self.notice}\n"
-        self.notice = ""
-        return re.sub(r"\bnan\b", "-", text) * bool(maker.messages)
+        text = f"{clock_text(maker.last_ns)}  "
+        if d.mid_price > 0:
+            text += f"mid {d.mid_price:,.{digits + 1}f}  "
+            text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
+        text += f"{d.source} {d.reason} {maker.market.lost} net {maker.account.equity:+.2f}  "
+        text, self.notice = re.sub(r"\bnan\b", "-", text) + self.notice, ""
+        return f"{text}\n" * bool(maker.messages)
 
 
 def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
