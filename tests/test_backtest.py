@@ -390,8 +390,8 @@ def test_a_file_of_ones_own_is_a_strategy_and_what_is_no_quote_falls_back():
 FAULTS = """\
 --data absent.gz: absent.gz
 --data text.txt: text.txt, recording
---data empty.gz: empty.gz, no line
---data /dev/null: /dev/null, regular
+--data empty.gz: empty.gz, recording
+--data /dev/null: /dev/null
 --data late.gz a.gz: a.gz, begins before, order
 --data a.gz coin.gz: coin.gz, another market, alone
 --tick-size 0.3: multiple of the tick 0.3, --tick-size

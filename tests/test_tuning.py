@@ -161,7 +161,7 @@ def test_of_equals_the_first_on_the_grid_is_the_best_whichever_came_first(
     make_up(monkeypatch, net_of)
     with ThreadPoolExecutor(2) as threads:
         search(place, tmp_path, "--tune", "--grid", "alpha=1,2,3", executor=threads)
-    assert [changes.get("alpha") for changes, _ in trials_in(tmp_path)][:4] == [None, 2, 3, 1]
+    assert [changes.get("alpha") for changes, _ in trials_in(tmp_path)][3] == 1  # it came last
     assert json.loads((tmp_path / "search.json").read_text())["best"] == {"alpha": 1.0}
 
 
