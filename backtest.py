@@ -197,7 +197,7 @@ class Setting:
     stamps: tuple[Stamp, ...]  # of the data's files
     steps: Steps
     given: dict[str, Any]  # parameters
-    strategy: str
+    strategy: Any  # as mm.load_strategy takes it
     exchange: dict[str, Any]  # frictions of the PaperExchange
     outages: Sequence[tuple[int, int]] = ()  # begin and end, ns of receive time
 
@@ -214,7 +214,7 @@ class Setting:
     def words(self) -> str:
         """The strategy, and whatever differs from the defaults."""
         changed = opt.in_words(opt.differing(self.parameters)) or "parameters at their defaults"
-        words = [f"strategy {Path(self.strategy).stem}", changed]
+        words = [f"strategy {mm.load_strategy(self.strategy)[1]}", changed]
         words += [f"{n} {v:g}" for n, v in self.exchange.items() if v != FRICTIONLESS[n]]
         return ", ".join(words + [mm.count(len(self.outages), "outage")] * bool(self.outages))
 
@@ -222,8 +222,9 @@ class Setting:
     def version(self) -> str:
         """It is another one if anything differs: data, flags, code, a strategy's own file."""
         code = (feed.__file__, opt.__file__, mm.__file__, __file__, self.strategy)
-        texts = [Path(file).read_text("latin-1") for file in code if Path(file).is_file()]
-        return hashlib.sha256(json.dumps([astuple(self), texts]).encode()).hexdigest()[:10]
+        files = [Path(file) for file in code if not callable(file)]
+        parts = [astuple(self), [file.read_text("latin-1") for file in files if file.is_file()]]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:10]
 
     def change(self, changes: Mapping[str, Any]) -> Setting:
         """The same with some parameters changed."""
@@ -1125,7 +1126,7 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     options.data = [file for path in options.data for file in list_recordings(path)]
     if options.each:
         return run_each(options)
-    setting, is_search = make_setting(options, options.data), options.tune or options.walk_forward
+    setting, is_search = make_setting(options), options.tune or options.walk_forward
     # Both parts of a split, and every window, must have ten minutes to say something.
     minutes = len(setting.data.minutes_ns)
     least = 10 * max(3, (options.walk_forward or 0) + LOOK_BACK)
@@ -1143,10 +1144,10 @@ def list_recordings(path: Path) -> list[Path]:
     return sorted(files, key=lambda file: next(feed.read_lines(file), (0, ""))[0]) or [path]
 
 
-def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
-    """What the flags say of parameters and frictions, for some files of data."""
+def make_setting(options: argparse.Namespace, *files: Path) -> Setting:
+    """What the flags say of parameters and frictions; of these files, or all of --data."""
     setting = Setting(
-        stamps=tuple(map(stamp_file, files)),
+        stamps=tuple(map(stamp_file, files or options.data)),
         steps=(options.tick_size, options.lot_size, options.depth, options.symbol,
                options.category),
         given=mm.given_parameters(options),
@@ -1162,7 +1163,7 @@ def run_each(options: argparse.Namespace) -> None:
     """Every file alone, with mean and standard error, by strategy; first minus second."""
     stop, measured = feed.StopSignal(), {name: [] for name in options.strategy}
     for path in options.data:
-        setting = make_setting(options, [path])
+        setting = make_setting(options, path)
         for name in options.strategy:
             metrics = measure(play(replace(setting, strategy=name), stop=stop))
             measured[name].append([metrics[measure] for measure in EACH])
@@ -1222,7 +1223,7 @@ def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
     """Write files, of a text or by a function of the path; then print. What failed is told after
     all the rest (UserError). A stopped run's files have names of their own, and replace no others.
     """
-    failures = [log.failure] if log and log.failure else []
+    failed = [log.failure] if log and log.failure else []
     for path, content in files.items():
         path = path.with_name(f"stopped-{path.name}") if is_stopped else path
         try:
@@ -1232,11 +1233,10 @@ def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
                 content(path)
                 texts.append(f"plot: {path}")
         except (UserError, OSError) as error:
-            is_disk = isinstance(error, OSError)
-            failures.append(f"{path}: {error.strerror}" if is_disk else str(error))
+            failed.append(f"{path}: {error.strerror}" if isinstance(error, OSError) else f"{error}")
     print("\n".join(texts))
-    if failures:
-        raise UserError("; ".join(failures))
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[Path, Any]:

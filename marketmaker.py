@@ -1024,7 +1024,7 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
 
 
 def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: float = 1.0) -> None:
-    """A curve of values that each hold until the next; nan is a gap, nothing else no curve."""
+    """A curve of values that each hold until the next; nan is a gap, and nan alone no curve."""
     if np.isfinite(values).any():
         ax.step(x, values, color, where="post", linewidth=width, label=label)
 
@@ -1093,9 +1093,7 @@ def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float,
 
 def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path, shared: int = 0,
                 shades: Any = ()) -> None:  # fmt: skip
-    """Panels, each with its height in inches, as a PNG; the first `shared` have one x axis, and
-    shades from x to x.
-    """
+    """Panels, with heights in inches, as a PNG; the first `shared` have one x axis and shades."""
     from matplotlib.figure import Figure  # slow to import
 
     heights, panels = zip(*rows)
