@@ -288,14 +288,14 @@ def coins(qty: float) -> str:
 
 def log_row(decision: Decision, digits: int) -> str:
     """A line of the log; empty where nothing is known. digits: decimals of a price."""
-    forms = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), f".{digits}f")
-    forms |= {"mid_price": f".{digits + 1}f", "cash": ".8f", "equity": ".8f"}
+    prices = dict.fromkeys(("best_bid", "best_ask", "bid_price", "ask_price"), digits)
+    decimals = prices | {"mid_price": digits + 1, "cash": 8, "equity": 8}
     cells = [str(decision.time_ns)]
     for name in LOGGED[1:-2]:
         value = getattr(decision, name)
         is_missing = value != value or (name.endswith("_qty") and not value)
         form = coins if name in ("bid_qty", "ask_qty", "inventory") else plain
-        text = format(value, forms[name]) if name in forms else form(value)
+        text = f"{value:.{decimals[name]}f}" if name in decimals else form(value)
         cells.append("" if is_missing else text)
     reason = decision.reason.replace(",", ";").replace("\n", " ")
     return ",".join([*cells, decision.source, reason]) + "\n"
@@ -422,7 +422,7 @@ class PaperExchange:
     def begin(self, tape: Tape) -> None:
         """A tape is to come. reach[side][m]: an order of this side at that level or a better
         one (a higher level) is touched by message m, by its trades or the opposite best.
-        worst[side][m]: the last level that is seen just before message m.
+        worst[side][m]: the last level shown just before message m.
         """
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
@@ -442,12 +442,15 @@ class PaperExchange:
             for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
                 m = first_place(tape.exch_ns[start:m] > arrival_ns, start, m)
             for side in SIDES:
-                levels = [o.level for o in self.orders if o.side == side and o.has_arrived]
-                if levels:
-                    m = first_place(self.reach[side][start:m] <= max(levels), start, m)
-                for level in levels:
-                    is_seen = self.worst[side][start : m + 1] <= level
-                    m = first_place(is_seen[1:] > is_seen[:-1], start, m)
+                ours = [o for o in self.orders if o.side == side and o.has_arrived]
+                if ours:
+                    best = max(order.level for order in ours)
+                    m = first_place(self.reach[side][start:m] <= best, start, m)
+                for level in [order.level for order in ours if order.queue_ahead]:
+                    worst = self.worst[side][start : m + 1]
+                    if np.maximum.reduce(worst) > level:
+                        opens = (worst[:-1] > level) & (worst[1:] <= level)
+                        m = first_place(opens, start, m)
             self._apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
@@ -458,9 +461,10 @@ class PaperExchange:
         self.book.apply(tape, start, stop)
         first, last = tape.first_row.item(start), tape.first_row.item(stop)
         for order in [order for order in self.orders if order.has_arrived]:
-            rows = (tape.level[first:last] == order.level).nonzero()[0] + first
-            told = tape.first_row.searchsorted(rows, "right") - 1
-            for m, row in dict(zip(told.tolist(), rows.tolist())).items():  # of two the later wins
+            rows = (tape.level[first:last] == order.level).nonzero()[0].tolist()
+            places = {int(tape.first_row.searchsorted(first + row, "right")) - 1: first + row
+                      for row in rows}  # by message; of two the later wins
+            for m, row in places.items():
                 shown = tape.size.item(row)
                 is_seen = order.level >= self.worst[order.side].item(m + 1)
                 if not (shown or is_seen or self.peer_rules):
@@ -895,12 +899,9 @@ class MarketMaker:
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
         self._mark()
-        a = self.account
-        last = self.decision._replace(
-            time_ns=self.last_ns, mid_price=a.mid_price, inventory=a.inventory, cash=a.cash,
-            equity=a.equity, fees_paid=a.fees_paid,
-        )  # fmt: skip
-        self.history.add(last)
+        names = "mid_price", "inventory", "cash", "equity", "fees_paid"
+        account = {name: getattr(self.account, name) for name in names}
+        self.history.add(self.decision._replace(time_ns=self.last_ns, **account))
 
 
 # ---- Display -----------------------------------------------------------------------
@@ -973,7 +974,7 @@ Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   last {view.la
                depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
                volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), \
 liquidity {d.liquidity:.2f} M USDT/bp
-               last trades {trades}{(now_ns - heard_ns) / NS:.1f} s ago
+               last trades {trades or "none, "}{(now_ns - heard_ns) / NS:.1f} s ago
 Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
 liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
                no quote nearer than {p.min_half_spread_bps:g}; \
@@ -1164,7 +1165,8 @@ class Session:
         self.next_look_s = self.next_show_s = self.notice_end_s = 0.0
         self.notice = ""  # on the screen for NOTICE_S
         self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
-        self.is_screen = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.is_screen = is_terminal and os.environ.get("TERM") != "dumb"
         self.print("" if self.is_screen else f"{title}\n")
 
     def run(self, bursts: Iterator[list[feed.Message]]) -> None:
@@ -1407,8 +1409,7 @@ def build_arguments() -> argparse.ArgumentParser:
     source.add_argument("--live", action="store_true", help="insist on the live feed")
     source.add_argument("--replay", type=Path, metavar="FILE", help="replay a recording")
     add("--speed", type=feed.positive, metavar="X|max", help="of a replay (default 1)")
-    add("--duration", type=feed.positive, default=INF, metavar="SECONDS",
-        help="end after so many seconds of receive time")  # fmt: skip
+    add("--duration", type=feed.positive, default=INF, metavar="SECONDS", help="of receive time")
     add("--record", type=Path, metavar="FILE", help="record the live session")
     add("--log", type=Path, metavar="FILE", help="every decision as CSV")
     add("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
