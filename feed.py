@@ -1,15 +1,13 @@
 """What the exchange tells us: Bybit's public messages, the order book, recordings.
 
-Three lines of Bybit's public socket (2026-08-09, shortened; from bmoscon/cryptofeed, branch v3):
-
   {"topic":"orderbook.200.BTCUSDT","type":"delta","ts":1786310818170,"cts":1786310818166,
    "data":{"b":[["65114.20","6.054"],["65101.00","0"]],"a":[],"u":15076953}}
   {"topic":"publicTrade.BTCUSDT","data":[{"T":1786310819680,"S":"Sell","v":"0.004","p":"65114.20"}]}
   {"topic":"tickers.BTCUSDT","type":"delta","data":{"markPrice":"65117.43"},"ts":1786310818183}
 
-A book row carries the whole size that now rests at its price; "0" deletes the level. `S` is the
-taker's side: a "Sell" can fill a bid. `u` counts the book's messages: a missing number is a lost
-message, and a book that lost one is worth nothing.
+A book row carries the whole size that now rests at its price; "0" deletes the level. A "Sell" takes
+from the bids. `u` counts the book's messages, and a book that lost one is worth nothing.
+(bybit-exchange.github.io/docs/v5, read 2026-07; recordings have the lines of hftbacktest's.)
 
 Two clocks: recv_ns is when we received a message (ns since the epoch, never decreasing); exch_ns
 is when the matching engine acted (`cts` of the book, `T` of a trade). Prices are integer ticks,
@@ -18,7 +16,6 @@ sizes are base coin (BTC). A level is side x price tick, with the side +1 for bi
 
 A line, stamped when received -> Parser -> Message -> Tape (messages as columns) -> Book. What comes
 after the stamp depends on the lines alone, so the replay of a recorded session is that session.
-Sources: bybit-exchange.github.io/docs/v5, read 2026-07; hftbacktest for a recording's lines.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ import argparse
 import contextlib
 import gzip
 import json
-import logging
 import math
 import queue
 import signal
@@ -42,7 +38,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from decimal import Decimal
 from functools import cached_property, lru_cache, partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,15 +50,13 @@ BID, ASK = SIDES = 1, -1  # side: +1 buys, -1 sells
 USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
 DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
 CONNECT_S, RECV_S, STOP_S = 10.0, 1.0, 2.0  # patience: connecting, receiving, ending the thread
-PING_S = 5.0  # an idle socket may be cut after 10 s (sources differ, so be early)
+PING_S, FLUSH_S = 5.0, 0.5  # an idle socket may be cut after 10 s; lines are on disk after so long
 WATCHDOG_S, BOOK_WATCHDOG_S = 10.0, 60.0  # without any frame, without a book: reconnect
 BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min allowed
 MAX_QUEUED = 50_000  # messages waiting for the main thread; more = book lost
 MAX_HANDSHAKE, MAX_MESSAGE = 1 << 16, 4 << 20  # bytes; a snapshot of 1000 levels has 60 kB
-MAX_ROWS = 5_000  # of a side, or trades, in a message; a snapshot has 1000 levels a side
-MAX_TICK = 8_000_000  # the highest price: 800,000 USDT at a tick of 0.1
+MAX_ROWS, MAX_TICK = 5_000, 8_000_000  # of a side, or trades, in a message; 800,000 USDT at 0.1
 LEAST, MOST = 1e-12, 1e15  # of steps, sizes (base coin) and prices (USDT)
-FLUSH_S = 0.5  # a recording is on disk after so long
 
 
 class UserError(ValueError):
@@ -121,7 +114,7 @@ def find_instrument(symbol: str | None, category: str | None, tick_text: str | N
         try:
             base = fetch_instrument(*market)
         except OSError as error:
-            why = f", and Bybit does not tell ({printable(str(error))})"
+            why = f", and Bybit does not tell ({printable(error)})"
     if base is None:
         raise UserError(f"{' '.join(market)} is not known{why}: give --tick-size and --lot-size")
     return replace(base, tick_text=tick_text or base.tick_text, lot_text=lot_text or base.lot_text)
@@ -148,16 +141,14 @@ def fetch_instrument(symbol: str, category: str) -> Instrument:
 
 # ---- Messages and tapes ------------------------------------------------------------
 
-# Messages of the first three kinds can be taken together in slices. One of a kind above
-# TICKER is handled alone: it replaces the book, takes it away, or changes how we act.
+# The first three kinds can be taken together in slices. One above TICKER is handled alone.
 DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = range(7)
 NO_LEVEL = -(2**62)  # the best level of an empty side; its worst is -NO_LEVEL
 Ints = Floats = Flags = np.ndarray  # int64, float64, int8
-CODES = {"Ints": "q", "Floats": "d", "Flags": "b"}  # of the arrays that grow into them
 
 
 class View(NamedTuple):
-    """What is known of the market after a message. nan = not known yet."""
+    """What is known of the market after a message. nan = not known yet, or a book with a fault."""
 
     best_bid: int = NO_LEVEL  # levels: side x price tick
     best_ask: int = NO_LEVEL
@@ -179,8 +170,7 @@ class View(NamedTuple):
             return "book one-sided"
         return "book crossed" if self.best_bid >= -self.best_ask else ""
 
-    mid_ticks = property(  # (best bid + best ask) / 2; nan while the book has a fault
-        lambda self: math.nan if self.fault else (self.best_bid - self.best_ask) / 2)  # fmt: skip
+    mid_ticks = property(lambda v: math.nan if v.fault else (v.best_bid - v.best_ask) / 2)
 
 
 class Message(NamedTuple):
@@ -221,21 +211,15 @@ class Tape:
     is_book = cached_property(lambda self: (self.kind == DELTA) | (self.kind == SNAPSHOT))
     last_book = cached_property(lambda self: np.maximum.accumulate(  # up to each message; -1: none
         np.where(self.is_book, np.arange(len(self)), -1)))  # fmt: skip
+    mid_ticks = cached_property(lambda self: np.where(  # after each message; nan: a fault, as above
+        (np.minimum(self.best_bid, self.best_ask) > NO_LEVEL) & (self.best_bid < -self.best_ask),
+        (self.best_bid - self.best_ask) / 2, math.nan))  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.kind)
 
-    def view(self, m: int) -> View:
-        return View(*(getattr(self, name).item(m) for name in View._fields))
 
-    @cached_property
-    def mid_ticks(self) -> np.ndarray:
-        """The mid after each message, in ticks; nan while the book has a fault."""
-        bid, ask = self.best_bid, self.best_ask
-        has_mid = (bid > NO_LEVEL) & (ask > NO_LEVEL) & (bid < -ask)
-        return np.where(has_mid, (bid - ask) / 2, math.nan)
-
-
+CODES = {"Ints": "q", "Floats": "d", "Flags": "b"}  # of the arrays that grow into columns
 COLUMNS = {f.name: CODES[f.type] for f in fields(Tape) if f.type in CODES}
 
 
@@ -263,13 +247,13 @@ def build_tape(messages: Iterable[Message]) -> Tape:
 class Book:
     """Sizes by level, as in a dict, but in one array: numpy counts negative levels from its end."""
 
-    def __init__(self) -> None:
-        self.view, self.exch_ns = View(), 0  # after the last message applied; its cts
-        self.clear()
+    view, exch_ns = View(), 0  # after the last message applied; its cts
 
-    def clear(self) -> None:
+    def __init__(self) -> None:
         self.sizes = np.zeros(1 << 24)  # above 2 x MAX_TICK; memory is taken where it is touched
         self.view = View(last_price=self.view.last_price, mark_price=self.view.mark_price)
+
+    clear = __init__
 
     def show(self, levels: array, sizes: array, n_bids: int) -> None:
         """Set the rows of a message, bids first; of two for one level the later wins."""
@@ -290,7 +274,7 @@ class Book:
             return
         first, last = tape.first_row.item(start), tape.first_row.item(stop)
         self.sizes[tape.level[first:last]] = tape.size[first:last]
-        self.view = tape.view(stop - 1)
+        self.view = View(*(getattr(tape, name).item(stop - 1) for name in View._fields))
         book = tape.last_book.item(stop - 1)
         if book >= start:
             self.exch_ns = tape.exch_ns.item(book)
@@ -341,18 +325,16 @@ def exchange_time(ms: int, recv_ns: int) -> int:
 
 
 class Parser:
-    """It turns lines into messages, and keeps a book, so that each can say what is known after it.
-    UserError where it is off the price grid, at first or again: --tick-size is to be mended.
-    """
+    """Lines become messages; it keeps a book, so that each can say what is known after it. A book
+    off the price grid, at first or again, is a UserError: --tick-size is to be mended."""
 
     def __init__(self, instrument: Instrument, depth: int = 200) -> None:
-        self.instrument, self.book = instrument, Book()
-        symbol, tick, remember = instrument.symbol, instrument.tick, lru_cache(maxsize=50_000)
+        self.instrument, self.book, symbol = instrument, Book(), instrument.symbol
         self.topics = {f"orderbook.{depth}.{symbol}": ("book", self._parse_book),
                        f"publicTrade.{symbol}": ("trades", self._parse_trades),
                        f"tickers.{symbol}": ("tickers", self._parse_ticker)}  # fmt: skip
-        # The same few thousand texts come again and again: each is judged and converted once.
-        self.levels = {s: remember(partial(level_of, tick=tick, side=s)) for s in SIDES}
+        remember = lru_cache(maxsize=50_000)  # the same few thousand texts come again and again
+        self.levels = {s: remember(partial(level_of, tick=instrument.tick, side=s)) for s in SIDES}
         self.sizes = remember(size_of)
         self.counts: Counter[str] = Counter()
         self.problem = ""  # the newest malformed message or gap, in words
@@ -369,13 +351,11 @@ class Parser:
             if line.get("op") == "local":
                 if line["event"] == "lost":  # the connection's: the next may tell its loss
                     self.last_u, self.is_loss_told = None, False
-                    note = {"reason": printable(str(line["reason"]))}
-                    return Message(LOST, recv_ns, note=note, view=self.book.view)
+                    return self._tell(LOST, recv_ns, line["reason"])
                 if line["event"] in ("start", "params", "end"):
                     return Message(CONTROL, recv_ns, note=line, view=self.book.view)
                 line = DECODER.decode(line["text"])  # raw; no other event has a text
-            # The market's messages have topics; of the answers to us only a refusal matters.
-            topic = line.get("topic")
+            topic = line.get("topic")  # the market's; of the answers to us only a refusal matters
             if topic in self.topics:
                 name, parse = self.topics[topic]
                 self.counts[name] += 1
@@ -384,10 +364,8 @@ class Parser:
             if topic is None and "pong" not in (line.get("ret_msg"), line.get("op")):
                 answer = "acks" if must_be(bool, line["success"]) else "refusals"
             self.counts[answer] += 1
-            if answer != "refusals":
-                return None
-            note = {"reason": printable(str(line.get("ret_msg")))}
-            return Message(REFUSED, recv_ns, note=note, view=self.book.view)
+            is_no = answer == "refusals"
+            return self._tell(REFUSED, recv_ns, line.get("ret_msg")) if is_no else None
         except MALFORMED as error:
             reason = f"malformed message: {type(error).__name__}: {error}"
             if not str(topic).startswith("orderbook."):
@@ -404,18 +382,19 @@ class Parser:
         """From here to the next snapshot the book is worth nothing."""
         self.counts[why] += 1
         self.last_u, self.problem = None, printable(reason)
-        if self.is_loss_told:
-            return None
-        self.is_loss_told = True
-        self.counts["losses"] += 1
-        return Message(LOST, recv_ns, note={"reason": self.problem}, view=self.book.view)
+        is_news, self.is_loss_told = not self.is_loss_told, True
+        self.counts["losses"] += is_news
+        return self._tell(LOST, recv_ns, reason) if is_news else None
+
+    def _tell(self, kind: int, recv_ns: int, reason: Any) -> Message:
+        return Message(kind, recv_ns, note={"reason": printable(reason)}, view=self.book.view)
 
     def _parse_book(self, recv_ns: int, line: dict) -> Message | None:
         data, u = line["data"], must_be(int, line["data"]["u"], 0, NEVER)
         exch_ns = exchange_time(line["cts"] if "cts" in line else line["ts"], recv_ns)
-        # It begins a book anew, or must carry the u after our last.
-        is_new = {"snapshot": True, "delta": False}[line["type"]] or u == 1  # 1: they restarted
-        if not is_new:
+        # It begins a book anew (with u = 1 they restarted), or must carry the u after our last.
+        kind = {"snapshot": SNAPSHOT, "delta": SNAPSHOT if u == 1 else DELTA}[line["type"]]
+        if kind == DELTA:
             if self.last_u is None:
                 return self._lose(recv_ns, "before snapshot", "delta before a snapshot")
             if u <= self.last_u:
@@ -426,17 +405,15 @@ class Parser:
         # Every row is judged before the first one changes our book.
         levels, sizes = array("q"), array("d")
         for side, rows in ((BID, data["b"]), (ASK, data["a"])):
-            must_be(int, len(rows), 0, MAX_ROWS)
-            if set(map(list.__len__, rows)) - {2}:  # list.__len__ raises for what is no list
-                raise ValueError("a book row is not a pair")
+            if len(rows) > MAX_ROWS or set(map(list.__len__, rows)) - {2}:  # raises for no list
+                raise ValueError("too many rows, or one that is not a pair")
             prices, texts = zip(*rows) if rows else ((), ())
             levels.extend(map(self.levels[side], prices))
             sizes.extend(map(self.sizes, texts))
         self.last_u, self.is_loss_told, self.had_book = u, False, True
-        if is_new:
+        if kind == SNAPSHOT:
             self.book.clear()
         self.book.show(levels, sizes, len(data["b"]))
-        kind = SNAPSHOT if is_new else DELTA
         return Message(kind, recv_ns, exch_ns, (levels, sizes), view=self.book.view)
 
     def _parse_trades(self, recv_ns: int, line: dict) -> Message | None:
@@ -467,9 +444,9 @@ class Parser:
 # ---- Recordings --------------------------------------------------------------------
 
 
-def printable(text: str, most: int = 200) -> str:
+def printable(words: Any, most: int = 200) -> str:
     """The words of others, cut, without what could break a line or steer a terminal."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text[:most])
+    return "".join(sign if sign.isprintable() else "?" for sign in str(words)[:most])
 
 
 def control_line(event: str, **fields: Any) -> str:
@@ -487,19 +464,19 @@ def sound_line(payload: bytes) -> str:
 
 
 class GrowingFile:
-    """A new file that grows by whole lines. A failing disk stops it and nothing else."""
+    """A new file of lines: of a log by write(), of a recording, `<recv_ns> <text>`, by record().
+    It ends with a whole one. A failing disk stops it and nothing else."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.failure, self.size = path, "", 0  # bytes
+        self.lines: list[tuple[float, str]] = []  # not yet on disk, with the time of coming, s
         try:
             self.file = open(path, "xb", buffering=0)  # x: it is never overwritten
-        except FileExistsError:
-            raise UserError(f"{path} exists and is not overwritten: choose another name") from None
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+            raise UserError(f"{path} cannot be written: {error.strerror}: choose another") from None
 
     def write(self, text: str | bytes) -> None:
-        """Add lines, all of them or none."""
+        """Put lines on disk now, all of them or none."""
         data = text.encode() if isinstance(text, str) else text
         try:
             while data and not self.failure:  # a disk may take a part
@@ -510,24 +487,13 @@ class GrowingFile:
             with contextlib.suppress(OSError):
                 self.file.truncate(self.size)
 
-    def close(self) -> None:
-        self.file.close()
-
-
-class Recorder(GrowingFile):
-    """A gzip file of lines `<recv_ns> <text>`. Each flush adds a complete gzip member."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.lines: list[tuple[float, str]] = []  # not yet on disk, with the time of coming, s
-
     def record(self, recv_ns: int, text: str) -> None:
         """Take one line; it is on disk after FLUSH_S if flush is called now and then."""
         self.lines.append((time.monotonic(), f"{recv_ns} {text}\n"))
         self.flush(FLUSH_S)
 
     def flush(self, min_age_s: float = 0.0) -> None:
-        """Put the lines on disk if the oldest has waited for min_age_s."""
+        """Add what waits as a complete gzip member, if the oldest has waited for min_age_s."""
         if self.lines and time.monotonic() - self.lines[0][0] >= min_age_s:
             text = "".join(line for _, line in self.lines).encode()
             self.write(gzip.compress(text, compresslevel=1))
@@ -535,7 +501,10 @@ class Recorder(GrowingFile):
 
     def close(self) -> None:
         self.flush()
-        super().close()
+        self.file.close()
+
+
+Recorder = GrowingFile  # of a recording
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -553,16 +522,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 def check_file(path: Path, most_bytes: float = math.inf) -> None:
     """UserError unless this is a regular file, which has an end, of a sane size."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'No regular' if path.exists() else 'No such'} file")
-    if path.stat().st_size > most_bytes:
-        raise UserError(f"{path} has more than {most_bytes:,} bytes: choose another file")
+    if not path.is_file() or path.stat().st_size > most_bytes:
+        raise UserError(f"{path}: {'huge or no regular file' if path.exists() else 'No such file'}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning."""
     check_file(path)
-    number = first_ns = 0
+    number = first_ns = last_ns = 0
     try:
         with open(path, "rb") as raw:
             file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
@@ -572,23 +539,22 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 stamp, _, text = line[:-1].decode("utf-8-sig", "replace").partition(" ")
                 recv_ns = int(stamp) if stamp.isdecimal() and len(stamp) < 20 else -1
-                first_ns = first_ns or recv_ns
+                first_ns, last_ns = first_ns or recv_ns, max(last_ns, recv_ns)  # it never goes back
                 if not 0 <= recv_ns <= NEVER or abs(recv_ns - first_ns) > 366 * DAY_NS:
                     raise UserError(f"{path}, line {number}: no receive time near the first one's")
-                yield recv_ns, text
+                yield last_ns, text
     except (EOFError, zlib.error, gzip.BadGzipFile):
         if number:
-            logging.warning("%s is cut off after line %d: read up to there", path, number)
+            print(f"{path} is cut off after line {number}: read up to there", file=sys.stderr)
     if not number:
-        raise UserError(f"{path} holds no line: make a recording with feed.py record")
+        raise UserError(f"{path} holds no message: make a recording with feed.py record")
 
 
 class Recording:
     """A recording and the parser that fits it: by the flags, its start line, its early topics."""
 
-    def __init__(self, path: Path, tick_text: str | None = None, lot_text: str | None = None,
-                 depth: int | None = None, symbol: str | None = None,
-                 category: str | None = None) -> None:  # fmt: skip
+    def __init__(self, path: Path, tick_text=None, lot_text=None, depth=None, symbol=None,
+                 category=None) -> None:  # fmt: skip
         self.path, self.start = path, {}  # start: the start line's fields; empty without one
         depths = {}  # by symbol
         for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?
@@ -601,26 +567,20 @@ class Recording:
                     depths.setdefault(name, set()).add(int(levels))
         here = symbol if symbol in depths else next(iter(depths), symbol)
         told = self.start.get("symbol", here), self.start.get("category", category)
-        for flag, given, its in zip(("--symbol", "--category"), (symbol, category), told):
-            if given and given != its:
-                raise UserError(f"{path} is of {printable(str(its))}: leave out {flag} {given}")
-        if depth and depth not in depths.get(here, ()):
-            raise UserError(f"{path} has no depth {depth}: it has {sorted(depths.get(here, ()))}")
+        has = {"--symbol": told[:1], "--category": told[1:], "--depth": depths.get(here, ())}
+        for given, (flag, held) in zip((symbol, category, depth), has.items()):
+            if given and given not in held:
+                raise UserError(f"{path} has {printable([*held])}, not {given}: leave out {flag}")
         steps = tick_text or self.start.get("tick_size"), lot_text or self.start.get("lot_size")
         depth = depth or self.start.get("depth") or max(depths.get(here, DEPTHS[:1]))  # the deepest
-        instrument = find_instrument(*(its and printable(str(its)) for its in told), *steps)
-        usual = {"min_qty": instrument.min_qty, "min_notional": 0.0}
-        least = {name: self.start.get(name, value) for name, value in usual.items()}
-        self.parser = Parser(replace(instrument, **least), depth)
+        instrument = find_instrument(*(its and printable(its) for its in told), *steps)
+        least = self.start.get("min_qty", instrument.min_qty), self.start.get("min_notional", 0.0)
+        self.parser = Parser(replace(instrument, min_qty=least[0], min_notional=least[1]), depth)
         self.is_synthetic = bool(self.start.get("synthetic"))
 
     def messages(self) -> Iterator[Message]:
         """The messages of the file, as the live feed gave them."""
-        last_ns = 0
-        for recv_ns, text in read_lines(self.path):
-            last_ns = max(recv_ns, last_ns)  # a stamp never goes back
-            if message := self.parser.parse(last_ns, text):
-                yield message
+        return filter(None, (self.parser.parse(*line) for line in read_lines(self.path)))
 
 
 # ---- Live feed ---------------------------------------------------------------------
@@ -655,16 +615,14 @@ class BoundedSocket(websocket.WebSocket):
 class LiveFeed:
     """A thread that receives, stamps, records, parses and enqueues. Call tend() now and then."""
 
-    def __init__(self, url: str, parser: Parser, recorder: Recorder | None = None,
-                 clock_ns: Callable[[], int] | None = None) -> None:  # fmt: skip
+    def __init__(self, url: str, parser: Parser, recorder=None, clock_ns=None) -> None:
         self.clock_ns, self.offset_ns = clock_ns or self.read_clock, 0  # wall - monotonic time
         self.url, self.parser, self.recorder = url, parser, recorder
         self.queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.lock, self.stopping = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._run, name="feed", daemon=True)
-        self.ws: websocket.WebSocket | None = None  # while connected
+        self.ws, self.reconnects = None, -1  # while connected; the first connection is none
         self.cut_reason = self.fatal = ""  # why another thread cut it, why the thread has ended
-        self.reconnects = -1  # the first connection is no reconnect; see connect() for the times
 
     def read_clock(self) -> int:
         """ns since the epoch, by the clock that never decreases. A sleep is a loss."""
@@ -708,21 +666,22 @@ class LiveFeed:
         with self.lock:
             if self.recorder:
                 self.recorder.flush(FLUSH_S)
-        now_ns = self.clock_ns()
+        now_ns, parser = self.clock_ns(), self.parser
         if now_ns - self.last_frame_ns > WATCHDOG_S * NS:
             self.cut(f"nothing received for {WATCHDOG_S:g} s")
         elif now_ns - self.last_book_ns > BOOK_WATCHDOG_S * NS:
             self.cut(f"no book message for {BOOK_WATCHDOG_S:g} s")
+        elif parser.counts["book"] > 600:  # messages, of a minute or two: who has not spoken?
+            silent = [name for name, _ in parser.topics.values() if not parser.counts[name]]
+            parser.problem = f"no {' and no '.join(silent)} yet" if silent else parser.problem
 
     def connect(self) -> websocket.WebSocket:
         """Connect and subscribe. OSError, whatever is there in place of the exchange."""
         options = dict(skip_utf8_validation=True, header=USER_AGENT, class_=BoundedSocket)
-        topics = list(self.parser.topics)
         try:
             ws = websocket.create_connection(self.url, CONNECT_S, redirect_limit=0, **options)
             ws.sock.end_s, ws.sock.left = 0.0, MAX_MESSAGE
-            for first in range(0, len(topics), 10):  # spot takes no more in one request
-                ws.send(json.dumps({"op": "subscribe", "args": topics[first : first + 10]}))
+            ws.send(json.dumps({"op": "subscribe", "args": [*self.parser.topics]}))
         except Exception as error:
             raise ConnectionError(printable(f"no exchange at {self.url}: {error}")) from None
         ws.settimeout(RECV_S)
@@ -773,8 +732,7 @@ class LiveFeed:
                     pass
                 wait_s = min(2 * wait_s, BACKOFF_S[1])
             except Exception as error:  # a mistake of the user's, or of ours
-                ours = f"the feed failed: {error!r}: please report it"
-                self.fatal = str(error) if isinstance(error, UserError) else ours
+                self.fatal = str(error) if isinstance(error, UserError) else f"our fault: {error!r}"
                 return
 
 
@@ -787,8 +745,8 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
     ws = source.connect()
     source.recorder = Recorder(record) if record else None
     names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
-    told = dict(zip(names, astuple(instrument))) | dict(depth=depth) | start
-    source.emit(control_line("start", **told))
+    steps = dict(zip(names, astuple(instrument)))
+    source.emit(control_line("start", **steps, depth=depth, **start))
     source.start(ws)
     return source
 
@@ -818,14 +776,13 @@ def run_info(options: argparse.Namespace) -> None:
     """Print what one wants to know of a recording."""
     steps = options.tick_size, options.lot_size, options.depth
     recording = Recording(options.file, *steps, options.symbol, options.category)
-    parser, book, seconds = recording.parser, recording.parser.book, []
+    parser, book, depths = recording.parser, recording.parser.book, []
 
-    def messages() -> Iterator[Message]:
-        for _, second in groupby(recording.messages(), lambda message: message.recv_ns // NS):
-            yield from second
-            seconds.append((book.view.mid_ticks, book.depth(BID, 1.0) + book.depth(ASK, 1.0)))
+    def watch(message: Message) -> Message:
+        depths.append(book.depth(BID, 1.0) + book.depth(ASK, 1.0))
+        return message
 
-    tape = build_tape(messages())
+    tape = build_tape(map(watch, recording.messages()))
     if not len(tape):
         raise UserError(f"{options.file} has no message of this market: check --symbol, --depth")
     kind = "SYNTHETIC, made by a simulator" if recording.is_synthetic else "recorded"
@@ -835,27 +792,23 @@ def run_info(options: argparse.Namespace) -> None:
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
     facts = [*parser.counts.items(), ("messages", len(tape)),
              ("snapshots", int((tape.kind == SNAPSHOT).sum())),
-             ("first message, UTC", clock_text(first_ns)),
-             ("span, s", f"{(last_ns - first_ns) / NS:.1f}"),
+             ("first message, UTC", clock_text(first_ns)), ("span, s", (last_ns - first_ns) / NS),
              *((f"book lost {times} times", reason) for reason, times in losses.items()),
              ("crossed or one-sided books", int((is_book & ~has_mid).sum()))]  # fmt: skip
-    lag_ms, spread = (tape.recv_ns - tape.exch_ns) / MS, -(tape.best_bid + tape.best_ask)
-    for label, values in (("receive - exchange time, ms", lag_ms[is_book]),
-                          ("spread, ticks", spread[is_book & has_mid]),
-                          (f"{len(tape.trade_size)} trades, base coin each", tape.trade_size)):
-        if len(values):
-            low, middle, high = np.percentile(values, [1, 50, 99])
-            facts.append((label, f"median {middle:g}, 1 % {low:g}, 99 % {high:g}"))
-    # What is usual here: the way of the mid from second to second, what was traded for it.
-    mids, depths = np.array(seconds).T
-    returns_bps = 1e4 * np.diff(np.log(mids))
+    columns = {"receive - exchange time, ms": ((tape.recv_ns - tape.exch_ns) / MS)[is_book],
+               "spread, ticks": -(tape.best_bid + tape.best_ask)[is_book & has_mid],
+               f"{len(tape.trade_size)} trades, base coin each": tape.trade_size}  # fmt: skip
+    form = "median {1:g}, 1 % {0:g}, 99 % {2:g}".format
+    facts += [(label, form(*np.percentile(values, [1, 50, 99])))
+              for label, values in columns.items() if len(values)]  # fmt: skip
+    mids = tape.mid_ticks[np.searchsorted(tape.recv_ns, np.arange(first_ns, last_ns, NS))]
+    returns_bps = 1e4 * np.diff(np.log(mids))  # from second to second
     if np.isfinite(returns_bps).any():
         way_bps = max(np.nansum(np.abs(returns_bps)), 1e4 / np.nanmedian(mids))  # a tick or more
         musd = 1e-6 * parser.instrument.tick_size
         liquidity = musd * np.sum(np.abs(tape.trade_level) * tape.trade_size) / way_bps
-        depth = musd * np.nanmedian(mids * depths) / 2
-        facts += [("volatility, bps/sqrt(s)", f"{np.sqrt(np.nanmean(returns_bps**2)):.3f}"),
-                  ("liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
+        depth = musd * np.nanmedian(tape.mid_ticks * depths) / 2
+        facts += [("liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
                   ("median depth within 1 bp, M USDT", f"--depth-scale-musd {depth:.3g}")]
     print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
 
@@ -889,10 +842,9 @@ class Arguments(argparse.ArgumentParser):
 class StopSignal:
     """Whether Ctrl-C came (or SIGTERM: exit_cleanly). Another one ends the program where it is."""
 
-    came = False  # to any of them: exit_cleanly tells it by the status
+    came = is_set = False  # to any of them, for exit_cleanly; to this one
 
     def __init__(self) -> None:
-        self.is_set = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._note)
 
@@ -903,7 +855,7 @@ class StopSignal:
 
 def exit_cleanly(run: Callable[[], None]) -> int:
     """Run a command: 0, 130 after Ctrl-C, 2 and one line on stderr for what the user can mend."""
-    StopSignal.came, status = False, 0
+    StopSignal.came = False
     if threading.current_thread() is threading.main_thread():  # SIGTERM as Ctrl-C
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     for stream in (sys.stdout, sys.stderr):
@@ -913,20 +865,19 @@ def exit_cleanly(run: Callable[[], None]) -> int:
         with contextlib.ExitStack() as end:
             end.callback(print, end="", flush=True)  # what stdout does not take is an error now
             run()
-    except SystemExit as end:  # by the flags
-        status = end.code
     except KeyboardInterrupt:
         StopSignal.came = True
         print("stopped", file=sys.stderr)
+    except BrokenPipeError:  # | head
+        sys.stdout = None
     except (UserError, OSError) as error:
-        file = getattr(error, "filename", None)
-        if isinstance(error, OSError) and not file:  # of stdout: Python would try it again
+        if file := getattr(error, "filename", None):
+            error = f"{file}: {error.strerror}: check the path"
+        elif isinstance(error, OSError):  # of stdout: Python would try it again
             sys.stdout = None
-        if not isinstance(error, BrokenPipeError):  # | head
-            what = f"{file}: {error.strerror}: check the path" if file else str(error)
-            print(f"error: {printable(what, 2000)}", file=sys.stderr)
-            status = 2
-    return status or (130 if StopSignal.came else 0)
+        print(f"error: {printable(error, 2000)}", file=sys.stderr)
+        return 2
+    return 130 if StopSignal.came else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -937,9 +888,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=positive, default=math.inf, help="to record (no end)")
     add_market_flags(parser)
     parser.add_argument("--url", help="another WebSocket address than Bybit's")
-    options = parser.parse_args(arguments)
-    run = run_record if options.command == "record" else run_info
-    return exit_cleanly(lambda: run(options))
+
+    def run() -> None:
+        options = parser.parse_args(arguments)
+        (run_record if options.command == "record" else run_info)(options)
+
+    return exit_cleanly(run)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import math
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import zlib
 from decimal import Decimal
 from pathlib import Path
+from unittest.mock import Mock
 
 import market
 import numpy as np
@@ -165,19 +167,19 @@ def test_messages_one_by_one_or_in_slices_leave_the_book_that_plain_dicts_leave(
             sliced.apply(tape, start, len(tape))
             start = len(tape)
             assert_same(sliced, plain)
-            np.testing.assert_equal([sliced.view, tape.view(start - 1)], [parser.book.view] * 2)
+            np.testing.assert_equal(sliced.view, parser.book.view)
             assert sliced.exch_ns == tape.exch_ns[tape.last_book[-1]]
 
 
 def test_a_tape_keeps_rows_trades_and_notes_apart_and_a_trade_hits_the_level_of_its_maker(parser):
     buy = {"S": "Buy", "v": "2", "p": "65114.3", "T": NOW_MS, "RPI": True}
     block = {"BT": True, "v": "9"}  # left out: it was negotiated outside the book
-    control, delta = feed.control_line("params"), book_text(8, [["99.8", "7"]])
+    control, delta = feed.control_line("params"), book_text(8, [["99.8", "7"]]).replace("cts", "x")
     tape = feed.build_tape(parse(parser, FIRST, trade_text({"L": "x"}, block, buy), control, delta))
     book_ns, sell_ns, buy_ns = ((NOW_MS - ms) * MS for ms in (2, 3, 0))
     expected = dict(
         kind=[feed.SNAPSHOT, feed.TRADES, feed.CONTROL, feed.DELTA], last_book=[0, 0, 0, 3],
-        recv_ns=[NOW_NS] * 4, exch_ns=[book_ns, buy_ns, 0, book_ns],
+        recv_ns=[NOW_NS] * 4, exch_ns=[book_ns, buy_ns, 0, NOW_NS],
         best_bid=[1000] * 4, best_ask=[-1001] * 4, worst_bid=[999] * 3 + [998],
         first_row=[0, 4, 4, 4, 5], level=[1000, 999, -1001, -1002, 998], size=[1, 2, 3, 4, 7],
         first_trade=[0, 0, 2, 2, 2], trade_ns=[sell_ns, buy_ns], trade_size=[0.004, 2],
@@ -251,13 +253,15 @@ UNSOUND_ROWS = [
     ["99.8"], ["99.8", "1", "1"], ["99.8", 1], [99.8, "1"], "ab", {"99.8": "1"}, None, 5,
     ["99.8", "-1"], ["99.8", "nan"], ["99.8", "inf"], ["99.8", "1e16"], ["99.8", ""], ["0", "1"],
     ["-5", "1"], ["NaN", "1"], ["1e999999999", "1"], ["x", "1"], [["99.8"], "1"], [True, "1"],
-    ["99.85", "1"], ["800000.1", "1"],
+    ["99.85", "1"], ["800000.1", "1"], ["99.8", "1." + 40 * "0"], [40 * "0" + "99.8", "1"],
 ]  # fmt: skip
+TOO_HIGH, TOO_MANY = {"b": [["800000.1", "1"]], "a": []}, {"b": 5_001 * [["99.7", "1"]], "a": []}
 
 
 @pytest.mark.parametrize(
     "change",
     [{"data": {"u": 8, "b": [["99.7", "1"]], "a": [["101", "1"], row]}} for row in UNSOUND_ROWS]
+    + [{"type": "snapshot", "data": {"u": 8} | rows} for rows in (TOO_HIGH, TOO_MANY)]
     + [{"data": {"u": u, "b": [], "a": []}} for u in (True, -1, 2**63, "8", "\ud800", None)]
     + [{"data": {}}, {"data": None}, {"cts": None}, {"cts": float(NOW_MS)}, {"cts": "\n\x1b[2J"},
        {"cts": NOW_MS + 90_000_000}, {"cts": NOW_MS - 90_000_000}],
@@ -313,20 +317,14 @@ def test_every_form_of_a_price_becomes_exact_ticks():
         assert [feed.level_of(text, Decimal(tick), side) for side in SIDES] == [ticks, -ticks], text
 
 
-def test_a_price_off_the_grid_is_the_users_to_mend_at_first_and_malformed_later(parser):
+def test_a_price_off_the_grid_is_the_users_to_mend_at_first_or_again_else_malformed(parser):
     with pytest.raises(UserError, match="0.05.*--tick-size"):
         parse(parser, book_text(7, [["0.05", "1"]], kind="snapshot"))
     wrong = book_text(8, [["100.05", "1"]])
-    messages = parse(parser, trade_text({"p": "65114.25"}), FIRST, wrong, wrong, FIRST)
-    assert letters(messages) == "-SL-S" and "--tick-size" in messages[2].note["reason"]
-
-
-def test_the_order_of_keys_does_not_matter_and_without_cts_the_book_shows_ts(parser):
-    line = json.loads(FIRST)
-    turned = dict(reversed(line.items())) | {"data": dict(reversed(line["data"].items()))}
-    del line["cts"]
-    first, second, third = parse(parser, FIRST, json.dumps(turned), json.dumps(line))
-    assert first == second == third._replace(exch_ns=first.exch_ns) and third.exch_ns == NOW_NS
+    messages = parse(parser, trade_text({"p": "65114.25"}), FIRST, wrong, wrong, FIRST, wrong)
+    assert letters(messages) == "-SL-SL" and "--tick-size" in messages[2].note["reason"]
+    with pytest.raises(UserError, match="100.05.*--tick-size"):  # no sound book came between
+        parse(parser, book_text(1, [["100.05", "1"]]))
 
 
 def test_a_ticker_changes_only_what_it_names_and_a_new_book_does_not_touch_it(parser):
@@ -446,52 +444,68 @@ def test_lines_are_on_disk_for_any_gzip_once_the_oldest_has_waited(tmp_path, mon
     recorder.close()
 
 
-def test_a_file_cut_at_any_byte_of_its_last_member_is_read_up_to_the_cut(tmp_path, caplog):
+def test_a_file_cut_at_any_byte_of_its_last_member_is_read_up_to_the_cut(tmp_path, capsys):
     texts = [f'{{"n":{i},"text":"{i * 7919 % 1000:x}"}}' for i in range(12)]
     first = record(tmp_path / "first.gz", *texts[:8]).read_bytes()
     second = record(tmp_path / "second.gz", *texts[8:]).read_bytes()
     ends = [second[:length] for length in range(len(second) + 1)] + [gzip.compress(b"9 {")]
     for end in ends:
         (tmp_path / "cut.gz").write_bytes(first + end)
-        caplog.clear()
         read_texts = [text for _, text in feed.read_lines(tmp_path / "cut.gz")]
         left = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(end)
         assert read_texts == texts[: 8 + left.count(b"\n")], f"cut after byte {len(end)}"
-        assert ("cut off after line" in caplog.text) == (end not in (b"", second))
+        assert ("cut off after line" in capsys.readouterr().err) == (end not in (b"", second))
 
 
-@pytest.mark.parametrize("bad", ["soon {}", "{}", "", " 7", "1.5 {}", "-1 {}", f"{2**63} {{}}"])
-def test_a_line_without_a_stamp_is_named_by_its_number(tmp_path, bad):
-    (tmp_path / "r.gz").write_bytes(gzip.compress(f"5 {{}}\n6 {{}}\n{bad}\n7 {{}}\n".encode()))
-    with pytest.raises(UserError, match="line 3"):
-        list(feed.read_lines(tmp_path / "r.gz"))
+BAD_STAMPS = "soon", "", " 7", "1.5", "-1", str(2**63), 5000 * "9", str(400 * 86_400 * feed.NS)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    feed.write_whole(tmp_path / "best", lambda draft: draft.write_text("old"))
-    with pytest.raises(ZeroDivisionError):
-        feed.write_whole(tmp_path / "best", lambda draft: draft.write_text("ne") / 0)
-    assert (tmp_path / "best").read_text() == "old"
+@pytest.mark.parametrize("bad", [*(f"{stamp} {{}}" for stamp in BAD_STAMPS), "{}", ""])
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_no_stamp_goes_back_and_a_line_without_one_is_named_by_its_number(tmp_path, pack, bad):
+    path, good = tmp_path / "r.jsonl", "\ufeff5 {}\n7 x\n6 {}\n"  # the mark of an editor
+    path.write_bytes(pack(good.encode()))
+    assert [*feed.read_lines(path)] == [(5, "{}"), (7, "x"), (7, "{}")]
+    path.write_bytes(pack(f"{good}{bad}\n7 {{}}\n".encode()))
+    with pytest.raises(UserError, match="line 4"):
+        list(feed.read_lines(path))
 
 
-def test_a_recording_gives_the_messages_of_its_lines_and_no_stamp_goes_back(tmp_path):
-    path = record(tmp_path / "r.gz", FIRST, "x", book_text(8), book_text(9), seconds=[5, 9, 7, 12])
-    messages = [*feed.Recording(path).messages()]
-    assert letters(messages) == "SDD"
-    assert [message.recv_ns - NOW_NS for message in messages] == [t * feed.NS for t in (5, 9, 12)]
+def test_a_file_is_written_whole_or_not_at_all_and_in_place_of_no_device(tmp_path):
+    best, link, pipe = (tmp_path / name for name in ("best", "link", "pipe"))
+    link.symlink_to(best)
+    os.mkfifo(pipe)
+    for path in (best, link):
+        feed.write_whole(path, lambda draft: draft.write_text("old"))
+    for path, write, error in ((link, lambda draft: draft.write_text("ne") / 0, ZeroDivisionError),
+                               *((path, Path.touch, UserError) for path in (pipe, tmp_path))):
+        with pytest.raises(error):
+            feed.write_whole(path, write)
+    assert best.read_text() == "old" and link.is_symlink() and pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["best", "link", "pipe"]
+
+
+def test_a_full_disk_leaves_whole_lines_and_is_told(tmp_path):
+    log, (_, most) = feed.GrowingFile(tmp_path / "log"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size, text in ((most, "whole\n"), (9, "cut here\n"), (most, "nor this\n")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))  # bytes
+        log.write(text)
+    log.close()
+    assert log.path.read_text() == "whole\n" and log.failure.endswith("log stopped: File too large")
 
 
 def test_a_recordings_first_lines_say_what_it_holds_unless_a_flag_does(tmp_path):
-    steps = dict(tick_size="0.25", lot_size="0.5", min_qty=0.75)
+    steps = dict(tick_size="0.25", lot_size="0.5", min_qty=0.75, min_notional=6.0)
     start = feed.control_line("start", symbol="ABCUSDT", category="spot", depth=200, **steps)
     path = record(tmp_path / "told.gz", start, book_text(1, topic="orderbook.200.ABCUSDT"))
     for flags, expected in ((), ("0.25", "0.5")), (("0.5", "1"), ("0.5", "1")):
         instrument = feed.Recording(path, *flags).parser.instrument
-        assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.75)
+        assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.75, 6.0)
     deep = book_text(50, *GOOD, kind="snapshot", topic="orderbook.1000.BTCUSDT")
     path = record(tmp_path / "two depths.gz", FIRST, deep, book_text(8))
     assert letters(feed.Recording(path).messages()) == "S"  # the deepest
     assert letters(feed.Recording(path, depth=200).messages()) == "SD"
+    assert feed.Recording(path, category="spot").parser.instrument.category == "spot"
 
 
 # ---- Instruments and the command line ----------------------------------------------
@@ -568,7 +582,9 @@ def test_info_tells_the_usual_liquidity_and_depth_as_flags(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments",
     ["", "dance", "info", "info missing.gz", "info text.gz", "info .", "record",
-     "info good.gz --depth 50", "info good.gz --tick-size 0.3", "info good.gz --lot-size 1e-999",
+     "info good.gz --depth 50", "info good.gz --symbol ethusdt", "info told.gz --symbol X",
+     "info told.gz --category spot", "info empty.gz", "info /dev/null",
+     "info good.gz --tick-size 0.3", "info good.gz --lot-size 1e-999",
      *(f"info good.gz {flag}={step}" for flag in ("--tick-size", "--lot-size")
        for step in ("x", "0", "-1", "nan", "inf")),
      "record new.gz --category options", "record new.gz --depth 7", "record new.gz --minutes soon",
@@ -581,8 +597,30 @@ def test_a_mistake_of_the_user_is_one_line_and_status_2(arguments, tmp_path, mon
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Path("text.gz").write_text("no gzip")
     record(Path("good.gz"), FIRST)
+    record(Path("told.gz"), feed.control_line("start", symbol="BTCUSDT", category="linear"), FIRST)
+    Path("empty.gz").touch()
     with pytest.raises(SystemExit) as end:
         sys.exit(feed.main(arguments.split()))
     assert end.value.code == 2 and not Path("new.gz").exists()
     told = capsys.readouterr()
     assert told.out == "" and re.fullmatch("error: .*\n", told.err)
+
+
+def test_ctrl_c_without_a_summary_is_one_line_and_status_130(capsys):
+    assert feed.exit_cleanly(Mock(side_effect=KeyboardInterrupt)) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+FULL = "error: .*No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("info √ > /dev/full", FULL), ("--help > /dev/full", FULL), ("info √ >&-", ""),
+     ("info √ | true", ""), ("info √ --symbol btcusdt", ""), ("info √√", ".*No such file\n")],
+)  # fmt: skip
+def test_output_that_nobody_takes_is_one_line_and_never_a_traceback(tmp_path, words, told):
+    record(tmp_path / "√", FIRST)
+    command, env = f"{sys.executable} {feed.__file__} {words}", {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True)
+    assert re.fullmatch(told, done.stderr.decode()) and done.returncode == (2 if told else 0)
