@@ -382,8 +382,6 @@ FAULTS = """\
 --data late.gz a.gz: a.gz, begins before, order
 --data a.gz coin.gz: coin.gz, another market, alone
 --tick-size 0.3: multiple of the tick 0.3, --tick-size
---participation 0: --participation, '0', 0.01 to 1
---bootstrap 5: --bootstrap, '5', 100 to
 --bootstrap 100 --data late.gz: minutes, fewer, more --data
 --walk-forward: 30 minutes, fewer than the 60, --data
 --grid alpha=1,2: --grid needs --tune or --walk-forward
@@ -393,13 +391,12 @@ FAULTS = """\
 --symbol KOINUSDT: KOINUSDT
 --tune --strategy lp fixed: --strategy
 --tune --grid alpah=1,2: alpah is not a parameter, did you mean alpha
---tune --grid alpha=1,x: --grid alpha=1,x, numbers, alpha=0.5,1,2
 --tune --grid maker-fee-bps=-1,2: --grid maker_fee_bps
 --tune --strategy as: --strategy as, alpha, default_spread_bps=3,6,12
 --tune --grid order_qty=0.5,20: max_inventory = 10, order_qty = 20, raise --max-inventory
 --out text.txt: text.txt
 --log text.txt: text.txt
---log none/x.csv: none/x.csv"""
+--plot none/x.png: none/x.png"""
 
 
 @pytest.mark.parametrize("fault", FAULTS.splitlines())

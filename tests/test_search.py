@@ -45,8 +45,6 @@ def test_grid_is_every_combination_the_last_name_changing_fastest():
         ([1, 2, 4], 1, (0, 9), [0.5, 1, 1.5]),  # from an edge as far outward
         ([1, 2, 4], 4, (0, 4.5), [3, 4, 4.5]),  # but not beyond the limit
         ([0, 1], 0, (0, 9), [0, 0.5]),  # of which there is only one
-        ([1, 2.00036], 1, (0, 9), [0.4998, 1, 1.5]),  # 0.49982, 1.50018: four digits
-        ([3, 3], 3, (0, 9), [3]),  # no choice
     ],
 )
 def test_finer_grid_goes_half_the_way_to_the_neighbours(values, best, limits, finer):
