@@ -21,9 +21,8 @@ Assumptions, with the direction of their bias:
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. The result is net =
 gross - fees, in USDT, of an account that starts empty.
 
-How sure is it? One path is no proof, and what a search finds looks better than it is: so
-`--bootstrap` resamples the minutes, `--tune` judges its choice on others than it looked at, and
-`--walk-forward` tunes and trades in turn. Their mathematics, with sources, is in optimize.py.
+One path is no proof, and what a search finds looks better than it is: so `--bootstrap` resamples
+the minutes, and `--tune` judges its choice on others. The mathematics is in optimize.py.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ import shutil
 import signal
 import sys
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
@@ -61,9 +61,8 @@ from optimize import FIELDS, Parameters
 MINUTE_NS = 60 * NS
 CACHE = Path(__file__).parent / "data" / "cache"  # of tapes; may be deleted at any time
 CACHE_VERSION = 3  # of a tape's columns; what another version wrote is not read
-Stamp = tuple[str, int, int]  # of a file: path, size, time of modification in ns
-Steps = tuple[str | None, str | None, int | None]  # tick, lot, depth, if data do not tell
-Note = tuple[int, dict[str, Any]]  # a control message: receive time in ns, and its fields
+Stamp = tuple[str, int, int, int]  # of a file: path, size, times of its last changes in ns
+Steps = tuple[Any, ...]  # tick, lot, depth, symbol, category; None: as the data tell
 
 
 # ---- History: recordings as tapes, kept in a cache ---------------------------------
@@ -104,7 +103,7 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
     recordings = [feed.Recording(Path(path), *steps) for path, *_ in stamps]
     first, tapes, counts = recordings[0], [], Counter[str]()
     instrument = first.parser.instrument
-    for recording in recordings:
+    for recording, stamp in zip(recordings, stamps):
         path = recording.path
         if recording.parser.instrument != instrument:
             raise UserError(f"{path} is of another market, or on another grid of prices, than "
@@ -114,12 +113,14 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
             raise UserError(f"{path} holds no message: choose another file")
         if tapes and tape.recv_ns[0] < tapes[-1].recv_ns[-1]:
             raise UserError(f"{path} begins before the file before it ends: order by time")
+        if stamp_file(path) != stamp:
+            raise UserError(f"{path} was changed since the start: run the same command again")
         tapes.append(tape)
         counts.update(its_counts)
 
     is_synthetic = any(recording.is_synthetic for recording in recordings)
-    title = f"{instrument.symbol} {instrument.category}   backtest of {first.path.name}"
-    title += f" and {len(tapes) - 1} more" if len(tapes) > 1 else ""
+    names = ", ".join(recording.path.name for recording in recordings)
+    title = f"{instrument.symbol} {instrument.category}   backtest of {names}"
     title += "   SYNTHETIC DATA, no market" if is_synthetic else ""
     return Data(title, is_synthetic, instrument, first.start, tapes, counts)
 
@@ -127,57 +128,57 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
 def stamp_file(path: Path) -> Stamp:
     """The state of a file: what is made of it is valid for no other. OSError if it is missing."""
     stat = path.stat()
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     """The tape of a recording, and what its parser counted: parsed once, then from the cache."""
-    # The folder's name says of which file, and how, the columns were made.
     parser, path = recording.parser, recording.path
-    made_of = [CACHE_VERSION, stamp_file(path), parser.instrument.tick_text, [*parser.topics]]
+    made_of = CACHE_VERSION, stamp_file(path), parser.instrument.tick_text, [*parser.topics]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     folder = CACHE / f"{path.name.split('.')[0]}-{key}"
-
-    if not folder.exists():
-        print(f"reading {path.name}, once; then from {CACHE}", file=sys.stderr)
-        tape = feed.build_tape(recording.messages())
-        draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        try:
-            draft.mkdir(parents=True)
-            for name in feed.COLUMNS:
-                np.save(draft / f"{name}.npy", getattr(tape, name))
-            (draft / "notes.json").write_text(json.dumps([tape.notes, parser.counts]))
-            draft.rename(folder)
-        except OSError:  # another process was faster, or nothing can be written there
-            shutil.rmtree(draft, ignore_errors=True)
-            return tape, parser.counts
-
     files = {name: folder / f"{name}.npy" for name in feed.COLUMNS}
-    columns = {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items()}
-    notes, counts = json.loads((folder / "notes.json").read_text())
-    return Tape(**columns, notes={int(m): note for m, note in notes.items()}), counts
+
+    def sum_files(folder: Path) -> dict[str, int]:
+        return {file.name: zlib.crc32(np.memmap(file, mode="r")) for file in folder.glob("*.*")}
+
+    with contextlib.suppress(OSError, ValueError):  # it is not there, or not as it was written
+        if json.loads((folder / "sums").read_text()) == sum_files(folder):
+            notes, counts = json.loads((folder / "notes.json").read_text())
+            columns = {name: np.asarray(np.load(files[name], mmap_mode="r")) for name in files}
+            return Tape(**columns, notes={int(m): note for m, note in notes.items()}), counts
+
+    draft = folder.with_name(folder.name + ".part")
+    for remains in (folder, draft):  # of a process that was killed, too
+        shutil.rmtree(remains, ignore_errors=True)
+    print(f"reading {path.name}, once; then from {CACHE}", file=sys.stderr)
+    tape = feed.build_tape(recording.messages())
+    try:
+        draft.mkdir(parents=True)
+        for name, file in files.items():
+            np.save(draft / file.name, getattr(tape, name))
+        (draft / "notes.json").write_text(json.dumps([tape.notes, parser.counts]))
+        (draft / "sums").write_text(json.dumps(sum_files(draft)))
+        draft.rename(folder)
+    except OSError:  # another process was faster, or nothing can be written there
+        shutil.rmtree(draft, ignore_errors=True)
+    return tape, parser.counts
 
 
-def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
-    """The tape with control messages, each before what comes at or after its time."""
+def insert_notes(tape: Tape, notes: Sequence[tuple[int, dict]]) -> Tape:
+    """The tape with control messages (receive time in ns, fields), each before what comes then."""
     if not notes:
         return tape
-    # None comes before the tape's first message.
     times = np.array([time_ns for time_ns, _ in notes]).clip(min=tape.recv_ns[0])
-    at = tape.recv_ns.searchsorted(times).clip(min=1)
-
+    at = tape.recv_ns.searchsorted(times).clip(min=1)  # none comes before the first message
     # What is known after a control message is what was known before it; it has no rows.
+    before = dict.fromkeys(("kind", "recv_ns", "exch_ns", *feed.View._fields), at - 1)
     columns = {}
-    for name in ("kind", "recv_ns", "exch_ns", *feed.View._fields):
-        column = getattr(tape, name)
-        columns[name] = np.insert(column, at, column[at - 1])
-    for name in ("first_row", "first_trade"):
-        column = getattr(tape, name)
-        columns[name] = np.insert(column, at, column[at])
+    for name, of in (before | dict.fromkeys(("first_row", "first_trade"), at)).items():
+        columns[name] = np.insert(getattr(tape, name), at, getattr(tape, name)[of])
     places = at + np.arange(len(at))
     columns["kind"][places] = feed.CONTROL
     columns["recv_ns"][places], columns["exch_ns"][places] = times, 0
-
     moved = {m + int((at <= m).sum()): note for m, note in tape.notes.items()}
     moved |= {int(m): note for m, (_, note) in zip(places, notes)}
     return replace(tape, **columns, notes=moved)
@@ -186,7 +187,6 @@ def insert_notes(tape: Tape, notes: Sequence[Note]) -> Tape:
 # ---- A run -------------------------------------------------------------------------
 
 HORIZONS_S = np.array([0.1, 1, 10, 60])  # of markouts
-OUTAGE_S = (5.0, 60.0)  # shortest and longest
 FRICTIONLESS = {"participation": 1.0, "impact_bps": 0.0, "peer_rules": False}
 
 
@@ -197,7 +197,7 @@ class Setting:
     stamps: tuple[Stamp, ...]  # of the data's files
     steps: Steps
     given: dict[str, Any]  # parameters
-    strategy: str
+    strategy: Any  # as mm.load_strategy takes it
     exchange: dict[str, Any]  # frictions of the PaperExchange
     outages: Sequence[tuple[int, int]] = ()  # begin and end, ns of receive time
 
@@ -210,6 +210,22 @@ class Setting:
         """UserError for what is out of range."""
         return mm.choose_parameters(self.given, self.data.start, self.data.instrument)
 
+    @property
+    def words(self) -> str:
+        """The strategy, and whatever differs from the defaults."""
+        changed = opt.in_words(opt.differing(self.parameters)) or "parameters at their defaults"
+        words = [f"strategy {mm.load_strategy(self.strategy)[1]}", changed]
+        words += [f"{n} {v:g}" for n, v in self.exchange.items() if v != FRICTIONLESS[n]]
+        return ", ".join(words + [mm.count(len(self.outages), "outage")] * bool(self.outages))
+
+    @property
+    def version(self) -> str:
+        """It is another one if anything differs: data, flags, code, a strategy's own file."""
+        code = (feed.__file__, opt.__file__, mm.__file__, __file__, self.strategy)
+        files = [Path(file) for file in code if not callable(file)]
+        parts = [astuple(self), [file.read_text("latin-1") for file in files if file.is_file()]]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:10]
+
     def change(self, changes: Mapping[str, Any]) -> Setting:
         """The same with some parameters changed."""
         return replace(self, given={**self.given, **changes})
@@ -220,6 +236,7 @@ class Result:
     """What a run leaves behind."""
 
     setting: Setting
+    is_stopped: bool  # before the end of the data
     title: str
     maker: mm.MarketMaker
     fills: list[mm.Fill]
@@ -229,7 +246,7 @@ class Result:
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
 
 
-def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
+def play(setting: Setting, notes: Sequence[tuple[int, dict]] = (), log: Any = None,
          stop: feed.StopSignal | None = None) -> Result:  # fmt: skip
     """Play the data, with notes put in. The log takes lines; a stop ends at the next decision."""
     data = setting.data
@@ -244,14 +261,10 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
             raise StopIteration
 
     maker.on_decision = note_decision
-
     # Outages are messages in the stream.
-    notes = list(notes)
-    for begin_ns, end_ns in setting.outages:
-        notes.append((begin_ns, {"event": "outage", "back_ns": end_ns}))
-        notes.append((end_ns, {"event": "back"}))
-    notes.sort(key=lambda note: note[0])
-
+    begins = [(begin, {"event": "outage", "back_ns": end}) for begin, end in setting.outages]
+    ends = [(end, {"event": "back"}) for _, end in setting.outages]
+    notes = sorted([*notes, *begins, *ends], key=lambda note: note[0])
     # Follow tape by tape, and look up where the mid went after the fills of each.
     fills, markouts = maker.account.fills, []
     for tape in data.tapes:
@@ -262,36 +275,32 @@ def play(setting: Setting, notes: Sequence[Note] = (), log: Any = None,
         markouts.append(measure_markouts(fills[before:], tape, data.instrument.tick_size))
         if stop and stop.is_set:
             break
-
     # The end: one row more, with the account as the last message leaves it.
     maker.finish()
     columns = maker.history.columns()
     minutes_ns = data.minutes_ns[data.minutes_ns + MINUTE_NS <= columns["time_ns"][-1]]
-    differing = opt.in_words(opt.differing(setting.parameters)) or "parameters at their defaults"
-    words = [f"strategy {maker.strategy_name}", differing]
-    words += [f"{n} {v:g}" for n, v in setting.exchange.items() if v != FRICTIONLESS[n]]
-    words += [f"{len(setting.outages)} outages"] if setting.outages else []
-    title = f"{data.title}{'   STOPPED EARLY' if stop and stop.is_set else ''}\n{', '.join(words)}"
-    return Result(setting, title, maker, fills, columns, sent, minutes_ns, np.concatenate(markouts))
+    is_stopped = bool(stop and stop.is_set)
+    title = f"{data.title}{'   STOPPED EARLY' * is_stopped}\n{setting.words}"
+    return Result(setting, is_stopped, title, maker, fills, columns, sent, minutes_ns,
+                  np.concatenate(markouts))  # fmt: skip
 
 
 def draw_outages(count: int, tapes: list[Tape], rng: Generator) -> list[tuple[int, int]]:
-    """Windows of receive time, (begin, end), in order; none overlap."""
+    """Windows of 5 to 60 s of receive time, (begin, end), in order; none overlap."""
     first_ns, last_ns = tapes[0].recv_ns.item(0), tapes[-1].recv_ns.item(-1)
     windows: list[tuple[int, int]] = []
     for start in sorted(rng.uniform(first_ns, last_ns, count).tolist()):
         begin = max(int(start), windows[-1][1] + NS if windows else first_ns)
-        end = begin + int(rng.uniform(*OUTAGE_S) * NS)
+        end = begin + int(rng.uniform(5.0, 60.0) * NS)
         if end < last_ns:
             windows.append((begin, end))
     return windows
 
 
 def measure_markouts(fills: list[mm.Fill], tape: Tape, tick_size: float) -> np.ndarray:
-    """side (mid at fill time + h - price) / price x 1e4, bps: (fills, HORIZONS_S).
-
-    That mid is the one after the last book message up to then, exchange time; nan before the
-    first, in a hole and beyond the last. Bought at 100, mid 99.9 after 1 s: -10, run over.
+    """side (mid at fill time + h - price) / price x 1e4, bps: (fills, HORIZONS_S). Of the mid after
+    the last book message up to then, exchange time; nan before the first, in a hole, and beyond
+    the last. Bought at 100, mid 99.9 after 1 s: -10, run over.
     """
     book_ns, mids = tape.exch_ns[tape.is_book], tape.mid_ticks[tape.is_book] * tick_size
     side = np.array([fill.side for fill in fills])[:, None]
@@ -307,11 +316,11 @@ def measure_markouts(fills: list[mm.Fill], tape: Tape, tick_size: float) -> np.n
 
 # ---- Metrics -----------------------------------------------------------------------
 
-YEAR_MINUTES = 365 * 1440  # the market never closes
 ANNUAL_FROM_S = 3 * 86_400  # a shorter span says nothing of a year
 NET, FILLS = 0, 1  # rows of a run by the minute
 TINY = 1e-9  # USDT or base coin: less is rounding
 SIDES_OF = {"both": (1, -1), "bought": (1,), "sold": (-1,)}
+TERMS = ("volatility", "liquidity", "depth")  # of the base spread
 HORIZONS = ["0 s", *(f"{h:g} s" for h in HORIZONS_S)]  # at 0 s the effective half spread
 FEW_FILLS = 30  # below, nothing can be said of them
 FRICTIONS = ["fill_model", "maker_fee_bps", "taker_fee_bps", "order_latency_ms", "clock_offset_ms"]
@@ -350,11 +359,10 @@ class Estimate:
 
 
 def estimate_mean(values: np.ndarray, clusters: np.ndarray) -> Estimate:
-    """The mean of values, where those of one cluster may go together.
+    """The mean of values, where those of one cluster may go together; nan is excluded.
 
-    SE^2 = G/(G-1) sum_clusters (sum of the deviations from the mean)^2 / n^2, G clusters;
-    the interval is t SE wide to either side, Student's t with G - 1 degrees of freedom.
-    One cluster alone gives none. nan is excluded and counted.
+    SE^2 = G/(G-1) sum_clusters (sum of the deviations from the mean)^2 / n^2, G clusters; the
+    interval is t SE wide to either side, Student's t with G - 1 > 0 degrees of freedom.
     """
     is_known = np.isfinite(values)
     finite, n = values[is_known], int(is_known.sum())
@@ -382,7 +390,7 @@ def measure_sharpe(net: np.ndarray, span_s: float) -> dict[str, Any]:
     """
     n, error = len(net), opt.sharpe_error(net)
     sharpe = net.mean() / net.std(ddof=1) if n > 2 and net.std() > TINY else math.nan
-    year = math.sqrt(YEAR_MINUTES) if span_s >= ANNUAL_FROM_S else math.nan
+    year = math.sqrt(365 * 1440) if span_s >= ANNUAL_FROM_S else math.nan
     measures: dict[str, Any] = {"sharpe_minutes": n}
     for name, periods in (("minute", 1.0), ("year", year)):
         measures[f"sharpe_per_{name}"] = periods * sharpe
@@ -392,22 +400,19 @@ def measure_sharpe(net: np.ndarray, span_s: float) -> dict[str, Any]:
 
 
 def measure_drawdown(t_s: np.ndarray, net: np.ndarray) -> dict[str, Any]:
-    """The deepest fall of net below its peak so far, USDT, as seen at the decisions.
-
-    Its duration, s, runs from the last moment at that peak to the first one back at it,
-    or to the end of the data. We start with 0.
+    """The deepest fall of net, which starts with 0, below its peak so far, USDT, at the decisions.
+    It lasts, s, from the last moment at that peak to the first one back at it, or to the end.
     """
     peak = np.maximum.accumulate(np.append(0.0, net))[1:]
     worst = int((peak - net).argmax())
     depth = peak[worst] - net[worst]
-    if depth <= TINY:
-        return {"max_drawdown_usdt": 0.0, "max_drawdown_s": 0.0, "max_drawdown_recovered": True}
     # From the peak before the worst moment to the first moment back at it.
     is_at_peak = net >= peak[worst] - TINY
     before, after = np.flatnonzero(is_at_peak[:worst]), np.flatnonzero(is_at_peak[worst:])
     begin_s = t_s[before[-1]] if len(before) else t_s[0]
     end_s = t_s[worst + after[0]] if len(after) else t_s[-1]
-    return {"max_drawdown_usdt": depth, "max_drawdown_s": end_s - begin_s,
+    is_any = depth > TINY
+    return {"max_drawdown_usdt": is_any * depth, "max_drawdown_s": is_any * (end_s - begin_s),
             "max_drawdown_recovered": len(after) > 0}  # fmt: skip
 
 
@@ -422,19 +427,14 @@ def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) 
 
     inventory, mean = c["inventory"], mean_of(c["inventory"])
     is_at_limit = np.abs(inventory) > p.max_inventory - p.order_qty + TINY  # for one order more
-    terms = ("volatility", "liquidity", "depth")
     return {
-        "bid_uptime": mean_of(np.isfinite(c["bid_price"])),
-        "ask_uptime": mean_of(np.isfinite(c["ask_price"])),
+        **{f"{side}_uptime": mean_of(np.isfinite(c[f"{side}_price"])) for side in ("bid", "ask")},
         "quoted_spread_bps": mean_of((c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4),
-        "inventory_mean": mean,
-        "inventory_std": math.sqrt(mean_of((inventory - mean) ** 2)),
-        "inventory_min": inventory.min(),
-        "inventory_max": inventory.max(),
-        "at_limit": mean_of(is_at_limit),
-        "base_spread_bps": mean_of(c["base_spread_bps"]),
-        **{f"{name}_spread_bps": mean_of(c[f"{name}_bps"]) for name in terms},
-    }
+        "inventory_mean": mean, "inventory_std": math.sqrt(mean_of((inventory - mean) ** 2)),
+        "inventory_min": inventory.min(), "inventory_max": inventory.max(),
+        "at_limit": mean_of(is_at_limit), "base_spread_bps": mean_of(c["base_spread_bps"]),
+        **{f"{name}_spread_bps": mean_of(c[f"{name}_bps"]) for name in TERMS},
+    }  # fmt: skip
 
 
 def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -446,14 +446,11 @@ def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str,
     refused = {name.removeprefix(why): n for name, n in counts.items() if name.startswith(why)}
     filled = len(set(zip(fills["side"], fills["arrival_ns"], fills["price"])))
     measures = {
-        "fills": len(result.fills),
-        "taker_fills": len(result.fills) - len(fills["side"]),
-        "orders_sent": counts["sent"],
-        "orders_filled": filled,
-        "orders_refused": sum(refused.values()),
+        "fills": len(result.fills), "taker_fills": len(result.fills) - len(fills["side"]),
+        "orders_sent": counts["sent"], "orders_filled": filled,
         "fill_ratio": filled / counts["sent"] if counts["sent"] else math.nan,
-        "refused": refused,
-    }
+        "orders_refused": sum(refused.values()), "refused": refused,
+    }  # fmt: skip
     # Medians of what is known.
     for name, values in (
         ("time_to_fill_s", (fills["time_ns"] - fills["arrival_ns"]) / NS),
@@ -472,10 +469,8 @@ def estimate_markouts(markouts: np.ndarray, clusters: np.ndarray) -> dict[str, E
 
 
 def measure_adverse_selection(fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Who hit us: markouts by side and horizon, and after 1 s by the rule that made the fill.
-
-    The fills of one minute are one cluster: a move that runs over one quote runs over the
-    next. At 60 s neighbouring minutes overlap, and the interval is somewhat too narrow.
+    """Who hit us: markouts by side and horizon, and after 1 s by rule. The fills of one minute are
+    one cluster: a move runs over quote after quote. At 60 s the interval is somewhat too narrow.
     """
     minute, markouts, rules = fills["time_ns"] // MINUTE_NS, {}, {}
     for name, sides in SIDES_OF.items():
@@ -494,22 +489,20 @@ def measure_outages(result: Result) -> list[dict[str, Any]]:
     for begin_ns, end_ns in result.setting.outages:
         begin, end = np.searchsorted(time_ns, [begin_ns, end_ns], "right") - 1
         if begin >= 0 and time_ns[end] >= end_ns:  # else the run was stopped before
-            inside = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
-            outages.append({"start_ns": begin_ns, "end_ns": end_ns,
-                            "net_usdt": net[end] - net[begin], "fills": inside})  # fmt: skip
+            fills = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
+            cost = {"net_usdt": net[end] - net[begin], "fills": fills}
+            outages.append({"start_ns": begin_ns, "end_ns": end_ns, **cost})
     return outages
 
 
 def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix."""
-    maker, account, c = result.maker, result.maker.account, result.columns
-    fills, net = resting_fills(result), cut_into_minutes(result)[NET]
+    setting, maker, account, c = result.setting, result.maker, result.maker.account, result.columns
+    fills, net, holes = resting_fills(result), cut_into_minutes(result)[NET], setting.data.holes
     # Time stands still in a hole.
-    holes = result.setting.data.holes
     in_holes = [np.clip(c["time_ns"] - begin, 0, end - begin) for begin, end in holes]
     t_s = (c["time_ns"] - maker.first_ns - sum(in_holes)) / NS
     span_s, hours = t_s[-1], t_s[-1] / 3600
-
     # net = gross - fees = spread captured + revaluation - fees + residual, each in USDT, and
     # in bps of the turnover, beside which a fee in bps can be read. Fees below 0: a rebate.
     money = {
@@ -521,21 +514,15 @@ def measure(result: Result) -> dict[str, Any]:
     sources = (maker.strategy_name, "last_good", "default", "none")
 
     return {
-        "title": result.title,
-        "data": [path for path, *_ in result.setting.stamps],
-        "strategy": result.setting.strategy,
-        "parameters": opt.differing(maker.parameters),
-        "is_synthetic": result.setting.data.is_synthetic,
-        "first_event_utc": clock_text(maker.first_ns),
-        "last_event_utc": clock_text(maker.last_ns),
-        "span_s": span_s,
-        "holes": len(holes),
-        "holes_s": sum(end_ns - begin_ns for begin_ns, end_ns in holes) / NS,
-        "events": maker.messages,
+        "title": result.title, "is_stopped": result.is_stopped, "version": setting.version,
+        "data": [path for path, *_ in setting.stamps], "is_synthetic": setting.data.is_synthetic,
+        "strategy": setting.strategy, "parameters": opt.differing(maker.parameters),
+        "first_event_utc": clock_text(maker.first_ns), "last_event_utc": clock_text(maker.last_ns),
+        "span_s": span_s, "events": maker.messages,
+        "holes": len(holes), "holes_s": sum(end_ns - begin_ns for begin_ns, end_ns in holes) / NS,
         **{f"{name}_usdt": usdt for name, usdt in money.items()},
         **{f"{name}_bps": usdt * scale for name, usdt in money.items()},
-        "residual_usdt": account.residual,
-        "turnover_usdt": account.turnover,
+        "residual_usdt": account.residual, "turnover_usdt": account.turnover,
         "turnover_rate": account.turnover / hours / limit_usdt if hours else math.nan,
         **measure_sharpe(net, span_s),
         **measure_drawdown(t_s, c["equity"]),
@@ -544,15 +531,14 @@ def measure(result: Result) -> dict[str, Any]:
         **measure_quotes(c, t_s, maker.parameters),
         "decisions": {name: maker.sources[name] for name in sources},
         "reasons": {name: n for name, n in maker.reasons.items() if name},
-        "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | result.setting.exchange,
+        "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | setting.exchange,
         "outages": measure_outages(result),
-    }
+    }  # fmt: skip
 
 
 # ---- Tables ------------------------------------------------------------------------
 #
-# The table of a run is data: a title of a section, then label | value | note, whose braces
-# name metrics and their formats. {coin} is the base coin.
+# The table of a run is data: titles, and label | value | note with metrics and their formats.
 
 TABLE = """{title}
 {first_event_utc} to {last_event_utc} UTC, {events:,} events, \
@@ -642,7 +628,6 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
         add(rule, f"{r['fills']:,}", f"{share:.0%}   {r['markout']} bps ({r['markout'].n})")
     if metrics["fills"] < FEW_FILLS:
         add(f"WARNING: from fewer than {FEW_FILLS} fills nothing can be said of such figures")
-
     # Sections whose rows are not always the same.
     for section in ("decisions", "reasons", "frictions"):
         add(f"\n{section.capitalize()}")
@@ -650,7 +635,7 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
             add(name, str(value), FIELDS[name].metadata["help"] if name in FIELDS else "")
     for outage in metrics["outages"]:
         length_s = (outage["end_ns"] - outage["start_ns"]) / NS
-        cost = f"{outage['fills']} fills in it, net {outage['net_usdt']:+.2f} USDT"
+        cost = f"{mm.count(outage['fills'], 'fill')} in it, net {outage['net_usdt']:+.2f} USDT"
         add(f"outage {clock_text(outage['start_ns'])}", f"{length_s:.1f} s", cost)
     counts = result.setting.data.counts.items()
     defects = [f"{n:,} {what}" for what, n in counts if n and what not in SOUND]
@@ -684,8 +669,8 @@ def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict
         for name, value, middle in zip([*runs, "difference"], values, bounds):
             measures.setdefault(name, {})[measure] = (float(value), *middle.tolist())
     for name, run in runs.items():  # of one ratio there is one interval, here and in the table
-        r = measure_sharpe(run[NET], 0)
-        measures[name]["sharpe"] = tuple(r[f"sharpe_per_minute{x}"] for x in ("", "_low", "_high"))
+        _, *ratio_and_bounds = measure_sharpe(run[NET], 0).values()
+        measures[name]["sharpe"] = tuple(ratio_and_bounds[:3])
     fills = {name: int(run[FILLS].sum()) for name, run in runs.items()}
     return {
         "periods": len(x), "resamples": count, "block": opt.block_length(x), "fills": fills,
@@ -714,14 +699,11 @@ def format_bootstrap(b: Mapping[str, Any], title: str) -> str:
 GRID_S = 5  # mids this far apart measure a minute; a decision is never older
 REGIME_WARMUP = 30  # minutes before the first that is classed
 VOLATILITIES, DIRECTIONS = ("calm", "usual", "wild"), ("range", "trend")
-Regimes = dict[str, dict[str, Any]]  # by name: what its minutes brought
 
 
 def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
-    """Which part of the earlier values each one falls into, 0 the lowest; -1 = too early.
-
-    Thresholds are quantiles of what came before, so that no class knows the future. A
-    value equal to earlier ones counts as the lowest of them; nan is in no class.
+    """Which part of the earlier values each one falls into, 0 the lowest; -1: too early, or nan.
+    No class knows the future. A value equal to earlier ones counts as the lowest of them.
     """
     classed, is_known = np.full(len(values), -1), np.isfinite(values)
     for k in np.flatnonzero(is_known):
@@ -733,17 +715,14 @@ def class_by_past(values: np.ndarray, classes: int) -> np.ndarray:
 
 
 def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Volatility, bps/sqrt(s), and directness of each whole minute: (n,) each.
-
-    Of the mid every 5 s: root mean square of the log returns over sqrt(5 s); and
-    |sum of returns| / sum of |returns|, 1 for a straight move, near 0 for there and back.
+    """Volatility, bps/sqrt(s), and directness of each whole minute: (n,) each. Of the mid every
+    5 s: root mean square of the log returns over sqrt(5 s); |sum of returns| / sum of |returns|.
     """
     begins, parts = result.minutes_ns, MINUTE_NS // (GRID_S * NS)
     time_ns, mid = result.columns["time_ns"], result.columns["mid_price"]
     is_known = np.isfinite(mid)
     grid_ns = begins[:, None] + np.arange(parts + 1) * (GRID_S * NS)
     mids = values_at(grid_ns, time_ns[is_known], mid[is_known])
-
     # A row of returns for each minute; there are none before the first mid.
     mids[mids == 0] = np.nan
     returns = np.diff(np.log(mids)) * 1e4
@@ -752,7 +731,7 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt((returns**2).mean(axis=1) / GRID_S), direct
 
 
-def summarize_regimes(result: Result) -> Regimes:
+def summarize_regimes(result: Result) -> dict[str, dict[str, Any]]:
     """Result, fills and markouts of the minutes of each regime."""
     # What each minute brought, and into which minute each fill falls.
     begins, c, fills = result.minutes_ns, result.columns, resting_fills(result)
@@ -760,7 +739,6 @@ def summarize_regimes(result: Result) -> Regimes:
     minute_of = np.searchsorted(begins, fills["recv_ns"], "right") - 1
     is_in = fills["recv_ns"] < np.append(0, begins + MINUTE_NS)[minute_of + 1]
     minute_of = np.where(is_in, minute_of, -1)  # in none, or in a hole
-
     # Which minutes are in a regime: told at their end, by their rank among those before them.
     volatility, direct = describe_minutes(result)
     members = {"all": np.full(len(net), True)}
@@ -776,17 +754,15 @@ def summarize_regimes(result: Result) -> Regimes:
         regimes[name] = {
             "minutes": len(rows),
             "volatility_bps": estimate_mean(volatility[rows], rows).mean,
-            "gross_usdt": (net + fees)[rows].sum(),
-            "fees_usdt": fees[rows].sum(),
-            "net_usdt": net[rows].sum(),
-            "net_a_minute": estimate_mean(net[rows], rows),
+            "gross_usdt": (net + fees)[rows].sum(), "fees_usdt": fees[rows].sum(),
+            "net_usdt": net[rows].sum(), "net_a_minute": estimate_mean(net[rows], rows),
             "fills": of_fill.sum(),
             "markouts": estimate_markouts(fills["markouts"][of_fill], minute_of[of_fill]),
-        }
+        }  # fmt: skip
     return regimes
 
 
-def format_regimes(regimes: Regimes, whose: str) -> str:
+def format_regimes(regimes: dict[str, dict[str, Any]], whose: str) -> str:
     """A line for each regime."""
     rows: list[list[Any]] = [["", "min", "bps/√s", "gross", "fees", "net", "net a minute", "fills",
                               "markout 1 s", "markout 10 s"]]  # fmt: skip
@@ -806,10 +782,7 @@ def format_regimes(regimes: Regimes, whose: str) -> str:
 DEFAULT_GRID = ["alpha=0.25,1,4", "gamma=0.25,0.5,1,2", "delta=0,1,4", "zeta=0,1,4"]
 OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no baseline's
 IN_SAMPLE = 2 / 3  # of the minutes
-LEAST_MINUTES = 10  # of a window, and in sample and out of it
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
-RESAMPLES = 1000  # where --bootstrap gives no number
-LUCK = 0.05  # if luck does as well at least this often, the report says that it may be luck
 PRICE = """
 The price of having searched
   deflated Sharpe ratio {deflated_sharpe:.3f}: the confidence that the best's true ratio is above
@@ -817,6 +790,7 @@ The price of having searched
   plateau: {plateau:,} trials not below the best's interval in sample
   In plain words: {luck_probability:.1%} of searches through these configurations, had they no
   skill, would find a best that looks at least as good: """
+KEEP = "\nKeep what was given: out of sample the best is no better; best.json is not written"
 Trial = tuple[dict[str, float], np.ndarray]  # what was changed, and the run by the minute
 
 
@@ -829,11 +803,10 @@ def parse_grid(texts: Sequence[str], setting: Setting) -> dict[str, list[float]]
             grid[name.strip().replace("-", "_")] = sorted({float(v) for v in values.split(",")})
         except ValueError:
             raise UserError(f"--grid {text}: write numbers, as in alpha=0.5,1,2") from None
-
     # Can all of it be played, and does it change anything?
     for changes in opt.expand_grid(grid):
         _ = setting.change(changes).parameters  # raises what is wrong with them
-    unused = OF_THE_PROGRAM if setting.strategy != "lp" else ()
+    unused = OF_THE_PROGRAM if setting.strategy in ("fixed", "as") else ()
     for name in grid:
         if FIELDS[name].metadata["fixed"] or name in unused:
             raise UserError(f"--grid {name} is nothing that --strategy {setting.strategy} chooses: "
@@ -863,18 +836,17 @@ def try_all(configurations: list[dict[str, float]], setting: Setting, path: Path
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             changes, run = json.loads(line)
             kept[frozenset(changes.items())] = np.array(run)
-
     # Play what is missing, and write it down as it comes.
     keys = [frozenset(changes.items()) for changes in configurations]
     missing = [changes for key, changes in zip(keys, configurations) if key not in kept]
     total, work = len(missing), partial(try_out, setting)
-    with open(path, "a") as file:
+    with open(path, "ab", buffering=0) as file:
         try:
             played = opt.run_trials(work, missing, executor, lambda: stop.is_set)
             for done, (k, run) in enumerate(played, 1):
                 kept[frozenset(missing[k].items())] = run
-                file.write("\n" + json.dumps([missing[k], run.tolist()]))
-                file.flush()
+                with contextlib.suppress(OSError):  # a full disk ends no search
+                    file.write(f"\n{json.dumps([missing[k], run.tolist()])}".encode())
                 if done * 10 // total > (done - 1) * 10 // total:  # at each tenth of them
                     print(f"{done:,} of {total:,} trials", file=sys.stderr, flush=True)
         except BrokenExecutor:
@@ -908,15 +880,12 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
         resample({"best": best[:, part], "as given": given[:, part]}, count, rng)
         for part in (slice(0, split), slice(split, None))
     )
-
     # Which of its values is the last that was tried, though the parameter could go further?
     at_edge = []
     for name, value in changes.items():
-        tried, rule = {other[name] for other, _ in trials}, FIELDS[name].metadata
-        is_last = value in (min(tried), max(tried)) and len(tried) > 1
-        if is_last and rule["low"] < value < rule["high"]:
+        tried, rule = sorted({other[name] for other, _ in trials}), FIELDS[name].metadata
+        if value in (tried[0], tried[-1]) and tried[1:] and rule["low"] < value < rule["high"]:
             at_edge.append(name)
-
     # How good would the best of as many trials look, if none had skill?
     x = np.column_stack([run[NET, :split] for _, run in trials])
     mean, variance = x.mean(axis=0), x.var(axis=0, ddof=1)
@@ -927,23 +896,22 @@ def judge_search(on_grid: list[Trial], finer: list[Trial], given: np.ndarray, ob
     scatter = float(sharpes.var(ddof=1)) if len(trials) > 1 else 0.0
     deflated = opt.deflated_sharpe(sharpes[k], opt.sharpe_error(x[:, k]), scatter, len(trials))
     _, low, _ = in_sample["measures"]["best"][SCORES[objective]]
+    better_by, *_ = out_of_sample["measures"]["difference"][SCORES[objective]]
     return {
         "objective": objective, "minutes": minutes, "split": split, "judged": minutes - split,
         "trials": len(trials), "on_grid": len(on_grid), "around": len(finer),
-        "best": changes, "run": best,
-        "in_sample": in_sample, "out_of_sample": out_of_sample,
-        "plateau": (opt.measure_paths(x.T)[SCORES[objective]] >= low).sum(),
-        "deflated_sharpe": deflated,
+        "best": changes, "run": best, "in_sample": in_sample, "out_of_sample": out_of_sample,
+        "plateau": (opt.measure_paths(x.T)[SCORES[objective]] >= low).sum(), "at_edge": at_edge,
+        "deflated_sharpe": deflated, "luck_probability": (1 + as_good) / (1 + count),
         "sharpe_by_luck": opt.best_sharpe_by_luck(scatter, len(trials)),
-        "luck_probability": (1 + as_good) / (1 + count),
-        "at_edge": at_edge,
+        "is_better": better_by > 0,  # than what was given, where neither was chosen
     }  # fmt: skip
 
 
 def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
     """What was tried, the best, how it fares out of sample, and what the search costs."""
-    is_luck = r["luck_probability"] >= LUCK
-    verdict = "it may be luck" if is_luck else "luck alone would rarely do this"
+    may_be_luck = r["luck_probability"] >= 0.05
+    verdict = "it may be luck" if may_be_luck else "luck alone would rarely do this"
     return "\n".join([
         "{minutes:,} minutes: chosen by {objective} on the first {split:,}, judged on the other "
         "{judged:,}".format(**r),
@@ -954,22 +922,20 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
           for name in r["at_edge"]),
         format_bootstrap(r["in_sample"], "In sample, where it was chosen") + "\n",
         format_bootstrap(r["out_of_sample"], "Out of sample"),
-        dash(PRICE.format(**r)) + verdict,
+        dash(PRICE.format(**r)) + verdict + ("" if r["is_better"] else KEEP),
     ])  # fmt: skip
 
 
 # ---- Walk-forward ------------------------------------------------------------------
 
 LOOK_BACK = 2  # windows on which each choice is made
-Window = tuple[int, dict[str, float], float]  # begin, ns; choice; its net a minute in sample
 
 
 def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: str,
-                 stop: feed.StopSignal) -> tuple[list[Window], slice, Result]:  # fmt: skip
-    """Tune on two windows, trade the next, roll on: the windows, their minutes, and what came out.
-
-    It is played in one piece, parameters changing where a window begins, inventory and queues
-    carried along. Before the first choice it trades as given, and that does not count.
+                 stop: feed.StopSignal) -> tuple[list[tuple], slice, Result]:  # fmt: skip
+    """Tune on two windows, trade the next, roll on: windows (begin, ns; choice; its net a minute in
+    sample), their minutes, and what came out. It is played in one piece, inventory and queues
+    carried along; before the first choice it trades as given, and that does not count.
     """
     length, windows, notes = trials[0][1].shape[1] // (LOOK_BACK + count), [], []
     for k in range(count):
@@ -982,7 +948,7 @@ def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: s
     return windows, span, play(setting, notes, stop=stop)
 
 
-def format_walk(windows: list[Window], traded: np.ndarray, c: Mapping[str, np.ndarray]) -> str:
+def format_walk(windows: list[tuple], traded: np.ndarray, c: Mapping[str, np.ndarray]) -> str:
     """Each window: what was chosen, net a minute in sample and out of it."""
     rows = [["from, UTC", "in sample", "out of it", "fills", "carried in", "chosen"]]
     count, length = len(windows), traded.shape[1] // len(windows)
@@ -1008,20 +974,47 @@ def format_walk(windows: list[Window], traded: np.ndarray, c: Mapping[str, np.nd
 
 # ---- Pictures ----------------------------------------------------------------------
 
-MOST_POINTS = 20_000  # of a curve, about 16 a pixel; of more decisions every n-th is drawn
 HEIGHT = 2.6  # of a row of panels, inches
+CLOSE_UP = 10.0  # minutes
 
 
-def plot_spread(ax: Any, c: Mapping[str, np.ndarray], first_ns: int) -> None:
-    """The terms of the base spread, stacked, and the spread that was quoted."""
-    names, colors = ("volatility", "liquidity", "depth"), (mm.SKY, mm.YELLOW, mm.PINK)
-    terms = [c[f"{name}_bps"] for name in names]
-    ax.stackplot(c["x"], terms, labels=names, colors=colors, alpha=0.8, step="post")
-    quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
-    ax.step(c["x"], quoted, where="post", color=mm.BLACK, linewidth=0.7, label="as quoted")
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel(f"minutes since {clock_text(first_ns)} UTC")
-    mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
+def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, list[mm.Panel]]]:
+    """The panels of a run: the first four over its time, then close up where most was lost."""
+    maker, c, (x, *_, net) = result.maker, result.columns, mm.follow_account(result.maker)
+    minutes, rows = (c["time_ns"] - maker.first_ns) / MINUTE_NS, mm.plot_rows(maker, c)
+    loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
+    last = max(x[loss.argmax()], CLOSE_UP)
+    begin, end = np.searchsorted(minutes, (last - CLOSE_UP, last))
+
+    def plot_spread(ax: Any) -> None:
+        terms = [c[f"{name}_bps"] for name in TERMS]
+        if np.isfinite(terms).any():
+            ax.stackplot(minutes, terms, labels=TERMS, colors=(mm.SKY, mm.YELLOW, mm.PINK),
+                         alpha=0.8, step="post")  # fmt: skip
+        quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
+        mm.draw_steps(ax, minutes, quoted, mm.BLACK, "as quoted", 0.7)
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+        ax.set_xlabel(f"minutes since {clock_text(maker.first_ns)} UTC")
+        mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
+
+    def plot_close_up(ax: Any) -> None:
+        mm.plot_prices(ax, maker, c)
+        _ = [fills.set_sizes([40]) for fills in ax.collections]
+        prices = [c[name][begin:end] for name in ("bid_price", "mid_price", "ask_price")]
+        ax.set_title("The ten minutes that lost most", loc="left", fontsize=10, fontweight="bold")
+        ax.set(xlim=(last - CLOSE_UP, last), ylim=(np.nanmin(prices), np.nanmax(prices)))
+
+    def plot_queues(ax: Any) -> None:
+        for name, color in (("bid", mm.BLUE), ("ask", mm.RED)):
+            queue = c[f"{name}_queue"][begin:end]  # inf, where it was not shown, is a gap
+            mm.draw_steps(ax, minutes[begin:end], queue, color, f"ahead of our {name}")
+        mm.finish_panel(ax, "Queue", maker.instrument.base_coin)
+        ax.set_xlim(last - CLOSE_UP, last)
+
+    rows.append((2.4, [plot_spread]))
+    if loss.max() > 0 and x[-1] > CLOSE_UP:
+        rows += [(3.6, [plot_close_up]), (1.8, [plot_queues])]
+    return rows + [(HEIGHT, [partial(plot_markouts, metrics=metrics)])] * bool(result.fills)
 
 
 def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
@@ -1029,12 +1022,13 @@ def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
     colors, dodges = (mm.BLACK, mm.BLUE, mm.RED), (0, -0.05, 0.05)
     for (name, cells), color, dodge in zip(metrics["markouts"].items(), colors, dodges):
         mean, half = np.array([(e.mean, e.half_width) for e in cells.values()]).T
-        ax.errorbar(np.arange(len(mean)) + dodge, mean, yerr=np.nan_to_num(half), color=color,
-                    capsize=3, marker="o", markersize=4, linewidth=1.2, label=name)  # fmt: skip
-    ax.axhline(0, color="grey", linewidth=0.8)
+        if np.isfinite(mean).any():
+            ax.errorbar(np.arange(len(mean)) + dodge, mean, yerr=np.nan_to_num(half), color=color,
+                        capsize=3, marker="o", markersize=4, linewidth=1.2, label=name)
     fee_bps = metrics["frictions"]["maker_fee_bps"]
     ax.axhline(fee_bps, color=mm.PINK, linestyle="--", label="maker fee, to be earned")
     ax.set_xticks(range(len(HORIZONS)), HORIZONS)
+    ax.set_xlim(-0.2, len(HORIZONS) - 0.8)
     ax.set_xlabel("after the fill; at 0 s it is the effective half spread")
     mm.finish_panel(ax, "Markout of our fills ± 95 %; below 0: run over", "bps")
 
@@ -1053,18 +1047,15 @@ def plot_bootstrap(ax: Any, b: Mapping[str, Any], what: str = "Net out of sample
     mm.finish_panel(ax, f"{what}: {b['periods']:,} minutes, resampled", "how often")
 
 
-def plot_regimes(ax: Any, regimes: Regimes) -> None:
+def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]]) -> None:
     """Gross, fees and net of the minutes of each regime."""
     at = np.arange(len(regimes))
-    for k, (label, name, sign, color) in enumerate((
-        ("gross", "gross_usdt", 1, mm.GREEN), ("fees, as a loss", "fees_usdt", -1, mm.PINK),
-        ("net", "net_usdt", 1, mm.BLACK),
-    )):  # fmt: skip
-        heights = [sign * r[name] for r in regimes.values()]
-        ax.bar(at + 0.25 * (k - 1), heights, 0.25, color=color, label=label)
+    for k, (name, sign, color) in enumerate([("gross", 1, mm.GREEN), ("fees", -1, mm.PINK),
+                                             ("net", 1, mm.BLACK)]):  # fmt: skip
+        heights = [sign * r[f"{name}_usdt"] for r in regimes.values()]
+        ax.bar(at + 0.25 * (k - 1), heights, 0.25, color=color, label=f"{'- ' * (sign < 0)}{name}")
     half = [r["minutes"] * r["net_a_minute"].half_width for r in regimes.values()]
     ax.errorbar(at + 0.25, heights, yerr=np.nan_to_num(half), fmt="none", color="grey", capsize=3)
-    ax.axhline(0, color="grey", linewidth=0.6)
     ax.set_xticks(at, [f"{name}\n{r['minutes']:,} min" for name, r in regimes.items()])
     mm.finish_panel(ax, "Result by regimes (net ± 95 %)", "USDT")
 
@@ -1075,27 +1066,26 @@ def plot_trials(ax: Any, groups: Sequence[list[np.ndarray]], split: int) -> None
     styles = (dict(s=14, color=mm.BLUE, alpha=0.6), dict(s=14, color=mm.GREEN, alpha=0.6),
               dict(s=50, color=mm.BLACK, marker="D"), dict(s=170, color=mm.RED, marker="*"))
     for group, label, style in zip(groups, labels, styles):
-        inside = [run[NET, :split].mean() for run in group]
-        ax.scatter(inside, [run[NET, split:].mean() for run in group], label=label, **style)
+        if group:
+            inside = [run[NET, :split].mean() for run in group]
+            ax.scatter(inside, [run[NET, split:].mean() for run in group], label=label, **style)
     ax.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
     ax.set_xlabel("in sample, USDT; dotted: as good out of it as in it")
     mm.finish_panel(ax, "Net a minute of every trial", "out of sample, USDT")
     ax.margins(0.05)
 
 
-def plot_walk(ax: Any, windows: list[Window], runs: Mapping[str, np.ndarray]) -> None:
+def plot_walk(ax: Any, windows: list[tuple], runs: Mapping[str, np.ndarray]) -> None:
     """Net out of sample, joined, and what each choice promised in sample."""
     net, given = (np.append(0, np.cumsum(run[NET])) for run in runs.values())
     length = (len(net) - 1) // len(windows)
     for k, (_, _, inside) in enumerate(windows):
         at, end = k * length, (k + 1) * length
-        promise = net[at] + inside * length
-        ax.plot([at, end], [net[at], promise], color=mm.PINK, linestyle="--", linewidth=1.2,
-                label="" if k else "as promised in sample")  # fmt: skip
+        ax.plot([at, end], [net[at], net[at] + inside * length], color=mm.PINK, linestyle="--",
+                linewidth=1.2, label="" if k else "as promised in sample")  # fmt: skip
         ax.axvline(at, color="grey", linestyle=":", linewidth=0.8)
     ax.plot(given, color=mm.SKY, linewidth=1.2, label="as given")
     ax.plot(net, color=mm.BLACK, linewidth=1.4, label="walk-forward")
-    ax.axhline(0, color="grey", linewidth=0.6)
     ax.set_xlabel(f"minutes since {clock_text(windows[0][0])} UTC")
     mm.finish_panel(ax, "Walk-forward: net out of sample", "USDT")
 
@@ -1108,42 +1098,59 @@ EACH = {  # metrics of --each: label, format
     "fills": ("fills", ".0f"), "spread_captured_usdt": ("captured", "+.2f"),
     "inventory_std": ("inventory_sd", ".4f"), "max_drawdown_usdt": ("drawdown", ".2f"),
 }  # fmt: skip
+SEARCH = {"tune", "walk_forward"}
+NEEDS = {  # flags that change nothing without one of others, and flags that exclude others
+    "grid": SEARCH, "objective": SEARCH, "workers": SEARCH,
+    "seed": SEARCH | {"bootstrap", "outages"},
+}  # fmt: skip
+EXCLUDES = {"log": SEARCH, "each": SEARCH | {"bootstrap", "regimes", "plot", "log", "out"}}
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """UserError for a flag that would be taken and ignored."""
+    default = build_arguments().get_default
+    given = {name for name, value in vars(options).items() if value != default(name)}
+    for name in sorted(given):
+        needed, excluded = NEEDS.get(name, given), given & EXCLUDES.get(name, set())
+        if excluded or given.isdisjoint(needed):
+            rule = "does not go with" if excluded else "needs"
+            others = " or ".join(f"--{other}" for other in sorted(excluded or needed))
+            raise UserError(f"--{name} {rule} {others}: leave it out".replace("_", "-"))
+    if given & SEARCH and len(options.strategy) > 1:
+        raise UserError("--tune and --walk-forward take one --strategy: leave the others out")
 
 
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     """Check what was asked before the work; then play once, or search."""
-    is_search = bool(options.tune or options.walk_forward)
-    if is_search and (options.log or len(options.strategy) > 1):
-        raise UserError("--log, or a second --strategy, does not go with a search: leave it out")
-    others = ("tune", "walk_forward", "bootstrap", "regimes", "plot", "log", "out")
-    if options.each and any(getattr(options, name) for name in others):
-        raise UserError("--each prints a line for each file, and no more: leave the others out")
-    if options.grid and not is_search:
-        raise UserError("--grid needs --tune or --walk-forward: give one of them")
+    check_flags(options)
     _ = [mm.load_strategy(name) for name in options.strategy]  # raises what is wrong with one
+    options.data = [file for path in options.data for file in list_recordings(path)]
     if options.each:
         return run_each(options)
-    setting = make_setting(options, options.data)
-
-    # Both parts of a split, and every window, must be long enough to say something.
+    setting, is_search = make_setting(options), options.tune or options.walk_forward
+    # Both parts of a split, and every window, must have ten minutes to say something.
     minutes = len(setting.data.minutes_ns)
-    least = LEAST_MINUTES * max(3, (options.walk_forward or 0) + LOOK_BACK)
+    least = 10 * max(3, (options.walk_forward or 0) + LOOK_BACK)
     if minutes < least and (is_search or options.bootstrap):
         raise UserError(f"{minutes} minutes of data are fewer than the {least} that --bootstrap, "
                         "--tune or --walk-forward need: give more --data")  # fmt: skip
     if options.plot and not (options.plot.parent == options.out or options.plot.parent.is_dir()):
         raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
-    if is_search:
-        run_search(options, setting, executor)
-    else:
-        run_once(options, setting)
+    run_search(options, setting, executor) if is_search else run_once(options, setting)
 
 
-def make_setting(options: argparse.Namespace, files: Sequence[Path]) -> Setting:
-    """What the flags say of parameters and frictions, for some files of data."""
+def list_recordings(path: Path) -> list[Path]:
+    """A file; of a folder its recordings, in order of their first time."""
+    files = [file for file in path.glob("*") if file.name.endswith((".jsonl", ".gz"))]
+    return sorted(files, key=lambda file: next(feed.read_lines(file), (0, ""))[0]) or [path]
+
+
+def make_setting(options: argparse.Namespace, *files: Path) -> Setting:
+    """What the flags say of parameters and frictions; of these files, or all of --data."""
     setting = Setting(
-        stamps=tuple(map(stamp_file, files)),
-        steps=(options.tick_size, options.lot_size, options.depth),
+        stamps=tuple(map(stamp_file, files or options.data)),
+        steps=(options.tick_size, options.lot_size, options.depth, options.symbol,
+               options.category),
         given=mm.given_parameters(options),
         strategy=options.strategy[0],
         exchange={name: getattr(options, name) for name in FRICTIONLESS},
@@ -1157,25 +1164,24 @@ def run_each(options: argparse.Namespace) -> None:
     """Every file alone, with mean and standard error, by strategy; first minus second."""
     stop, measured = feed.StopSignal(), {name: [] for name in options.strategy}
     for path in options.data:
-        setting = make_setting(options, [path])
+        setting = make_setting(options, path)
         for name in options.strategy:
             metrics = measure(play(replace(setting, strategy=name), stop=stop))
             measured[name].append([metrics[measure] for measure in EACH])
         if stop.is_set:
-            raise UserError("stopped: nothing is said of a part of the files")
+            return print("stopped: nothing is said of a part of the files", file=sys.stderr)
     tables = {name: np.array(rows, float) for name, rows in measured.items()}
     for name, other in zip(options.strategy, options.strategy[1:2]):
         tables[f"{name} - {other}"] = tables[name] - tables[other]
 
     for name, values in tables.items():
         rows = [[f"{name}, USDT", *(label for label, _ in EACH.values())]]
-        lines = [*zip([path.name for path in options.data], values)]
-        lines.append(("mean", values.mean(axis=0)))
+        names = [path.name for path in options.data]
+        lines = [*zip(names, values), ("mean", values.mean(axis=0))]
         if len(values) > 1:
             lines.append(("standard error", values.std(axis=0, ddof=1) / math.sqrt(len(values))))
         for label, numbers in lines:
-            cells = [format(x, form) for x, (_, form) in zip(numbers, EACH.values())]
-            rows.append([label, *cells])
+            rows.append([label, *(format(x, form) for x, (_, form) in zip(numbers, EACH.values()))])
         print("\n".join(align(rows)) + "\n")
 
 
@@ -1184,43 +1190,59 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
     stop = feed.StopSignal()
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.log, "x") if options.log else contextlib.nullcontext() as log:
+    log = feed.GrowingFile(options.log) if options.log else None
+    with contextlib.closing(log) if log else contextlib.nullcontext():
         result = play(setting, log=log, stop=stop)
-    metrics, runs = measure(result), {setting.strategy: cut_into_minutes(result)}
-    print(format_table(metrics, result))
+    metrics = measure(result) | {"seed": options.seed}
+    runs = {setting.strategy: cut_into_minutes(result)}
+    texts, rows = [format_table(metrics, result)], []
     for name in options.strategy[1:] if not stop.is_set else ():
         other = play(replace(setting, strategy=name), stop=stop)
         runs[name] = cut_into_minutes(other)
-        print("\n" + format_table(measure(other), other))
-
+        texts.append("\n" + format_table(measure(other), other))
     # What is said of whole minutes, if no run was cut short.
-    rows = []
     if options.bootstrap and not stop.is_set:
         metrics["bootstrap"] = b = resample(runs, options.bootstrap, default_rng(options.seed))
         rows.append((HEIGHT, [partial(plot_bootstrap, b=b, what="Net")]))
-        print("\n" + format_bootstrap(b, "Bootstrap"))
+        texts.append("\n" + format_bootstrap(b, "Bootstrap"))
     if options.regimes and not stop.is_set:
         metrics["regimes"] = regimes = summarize_regimes(result)
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
-        print("\n" + format_regimes(regimes, "of all minutes"))
+        texts.append("\n" + format_regimes(regimes, "of all minutes"))
 
-    if options.out:
-        write_results(result, metrics, options.out)
+    files = list_results(result, metrics, options.out) if options.out else {}
     if options.plot:
-        maker, step = result.maker, len(result.columns["time_ns"]) // MOST_POINTS + 1
-        c = {name: column[::step] for name, column in result.columns.items()}
-        of_run = mm.plot_rows(maker, c)
-        of_run.append((2.4, [partial(plot_spread, c=c, first_ns=maker.first_ns)]))
-        of_run.append((HEIGHT, [partial(plot_markouts, metrics=metrics)]))
-        mm.draw_figure(of_run + rows, result.title, options.plot, shared=4)
-        print(f"plot: {options.plot}")
+        title = f"{result.title}\nseed {options.seed}, version {setting.version}"
+        shades = (np.array(setting.outages).reshape(-1, 2) - result.maker.first_ns) / MINUTE_NS
+        files[options.plot] = partial(mm.draw_figure, plot_run(result, metrics) + rows, title,
+                                      shared=4, shades=shades)  # fmt: skip
+    finish(files, texts, stop.is_set, log)
 
 
-def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None:
+def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
+           log: feed.GrowingFile | None = None) -> None:  # fmt: skip
+    """Write files, of a text or by a function of the path; then print. What failed is told after
+    all the rest (UserError). A stopped run's files have names of their own, and replace no others.
+    """
+    failed = [log.failure] if log and log.failure else []
+    for path, content in files.items():
+        path = path.with_name(f"stopped-{path.name}") if is_stopped else path
+        try:
+            if isinstance(content, str):
+                feed.write_whole(path, partial(Path.write_text, data=content, encoding="utf-8"))
+            else:
+                content(path)
+                texts.append(f"plot: {path}")
+        except (UserError, OSError) as error:
+            failed.append(f"{path}: {error.strerror}" if isinstance(error, OSError) else f"{error}")
+    print("\n".join(texts))
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[Path, Any]:
     """metrics.json, and as CSV the orders wanted (when something was sent), fills, equity."""
-    write_json(folder / "metrics.json", metrics)
     c, digits = result.columns, result.maker.instrument.digits
-
     quotes = ["time_ns,bid_price,bid_qty,ask_price,ask_qty"]
     for k in result.sent:
         orders = [(c[f"{side}_price"][k], c[f"{side}_qty"][k]) for side in ("bid", "ask")]
@@ -1236,24 +1258,16 @@ def write_results(result: Result, metrics: dict[str, Any], folder: Path) -> None
     table = (c["time_ns"], c["mid_price"], c["inventory"], gross, c["fees_paid"], c["equity"])
     for time_ns, *values in zip(*table):
         equity.append(",".join([str(time_ns), *map(mm.plain, values)]))
-
-    for name, lines in (("quotes", quotes), ("fills", fills), ("equity", equity)):
-        write_text(folder / f"{name}.csv", "\n".join(lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file of lines, whole or not at all."""
-    feed.write_whole(path, lambda draft: draft.write_text(text + "\n"))
+    tables = {"quotes.csv": quotes, "fills.csv": fills, "equity.csv": equity}
+    texts = {folder / name: "\n".join(lines) + "\n" for name, lines in tables.items()}
+    return {folder / "metrics.json": to_json(metrics), **texts}
 
 
-def write_json(path: Path, values: Any) -> None:
+def to_json(values: Any) -> str:
     """Values as JSON, which knows no nan and no inf; arrays, there to be drawn, are left out."""
-
-    def plain(value: Any) -> Any:
-        return value.item() if isinstance(value, np.generic) else getattr(value, "__dict__", None)
-
-    finite = json.loads(json.dumps(values, default=plain), parse_constant=lambda _: None)
-    write_text(path, json.dumps(finite, indent=1))
+    text = json.dumps(values, default=lambda value: value.item() if isinstance(value, np.generic)
+                      else getattr(value, "__dict__", None))  # fmt: skip
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
 
 
 def run_search(options: argparse.Namespace, setting: Setting, executor: Executor | None) -> None:
@@ -1261,13 +1275,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     grid, objective = parse_grid(options.grid or DEFAULT_GRID, setting), options.objective
     folder = options.out or Path("tuning")
     folder.mkdir(parents=True, exist_ok=True)
-
-    # The name of the file of trials holds a hash of code, data and setting, so that trials of
-    # different kinds never mix. A strategy may be a file, too.
-    code = (feed.__file__, opt.__file__, mm.__file__, __file__, setting.strategy)
-    about = [astuple(setting), [Path(file).read_text() for file in code if Path(file).is_file()]]
-    path = folder / f"trials-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:10]}.jsonl"
-
+    path = folder / f"trials-{setting.version}.jsonl"  # trials of different kinds never mix
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
     with contextlib.nullcontext(executor) if executor else start_workers(options.workers) as pool:
         stop = feed.StopSignal()
@@ -1277,17 +1285,16 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
             _, given = trials.pop(0)
         if options.tune and not stop.is_set:
             finer = play_all(refine_grid(trials, grid, setting, objective))
-
     # Judge what was found, also after a stop; of a walk only a whole one says something.
     title = setting.data.title.replace("backtest of", "search over")
-    print(title)
-    count, rows = options.bootstrap or RESAMPLES, []
+    count, texts, files, rows = options.bootstrap or 1000, [title], {}, []
     if options.tune and trials and given is not None:
         r = judge_search(trials, finer, given, objective, count, default_rng(options.seed))
-        print(format_report(r, asdict(setting.parameters)))
+        texts.append(format_report(r, asdict(setting.parameters)))
         if not stop.is_set:  # a part of a search replaces no whole one
-            write_json(folder / "best.json", setting.given | r["best"])
-            write_json(folder / "search.json", r)
+            files[folder / "search.json"] = to_json(r)
+        if not stop.is_set and r["is_better"]:
+            files[folder / "best.json"] = to_json(setting.given | r["best"])
         runs = [run for _, run in trials], [run for _, run in finer], [given], [r["run"]]
         rows.append((4.4, [partial(plot_trials, groups=runs, split=r["split"])]))
         rows.append((HEIGHT, [partial(plot_bootstrap, b=r["out_of_sample"])]))
@@ -1295,23 +1302,24 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         windows, span, walk = walk_forward(setting, trials, options.walk_forward, objective, stop)
     if options.walk_forward and not stop.is_set:  # subtle: the walk may have been stopped
         runs = {"walk-forward": cut_into_minutes(walk)[:, span], "as given": given[:, span]}
-        print("\n" + format_walk(windows, runs["walk-forward"], walk.columns))
+        texts.append("\n" + format_walk(windows, runs["walk-forward"], walk.columns))
         joined = resample(runs, count, default_rng(options.seed))
-        print(format_bootstrap(joined, "Out of sample, windows joined"))
+        texts.append(format_bootstrap(joined, "Out of sample, windows joined"))
         rows.append((HEIGHT, [partial(plot_walk, windows=windows, runs=runs)]))
     if options.regimes and not stop.is_set:
-        best = options.tune and play(setting.change(r["best"]))
-        regimes = summarize_regimes(best or walk)
+        regimes = summarize_regimes(play(setting.change(r["best"])) if options.tune else walk)
         whose = "of the best" if options.tune else "of the walk-forward"
-        print("\n" + format_regimes(regimes, whose + ", all minutes"))
+        texts.append("\n" + format_regimes(regimes, whose + ", all minutes"))
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
     if stop.is_set:
-        print("stopped: the same command goes on from the trials that are kept")
-    print(f"written to {folder}, trials to {path.name}")
+        title += "   STOPPED EARLY"
+        texts.append("stopped: the same command goes on from the trials that are kept")
+    texts.append(f"written to {folder}, trials to {path.name}")
     if rows and options.plot:
-        title += f"\n{opt.in_words(opt.differing(setting.parameters))}"
-        mm.draw_figure(rows, title, options.plot)
-        print(f"plot: {options.plot}")
+        title += f"\n{setting.words}, by {objective}, {' '.join(options.grid or DEFAULT_GRID)}"
+        title += f"\nseed {options.seed}, version {setting.version}"
+        files[options.plot] = partial(mm.draw_figure, rows, title)
+    finish(files, texts, stop.is_set)
 
 
 @contextlib.contextmanager
@@ -1355,7 +1363,7 @@ def build_arguments() -> argparse.ArgumentParser:
     what = "The paper market maker over recorded history."
     parser = feed.Arguments(prog="backtest.py", description=what)
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", default=[mm.SAMPLE], metavar="FILE",
+    add("--data", type=Path, nargs="+", default=[mm.SAMPLE], metavar="FILE|DIR",
         help="recordings, in order of time (default: the bundled synthetic sample)")  # fmt: skip
     add("--plot", type=Path, nargs="?", const=Path("backtest.png"), metavar="FILE.png",
         help="draw what came out (without a name: backtest.png)")  # fmt: skip
@@ -1364,28 +1372,21 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--tune", action="store_true", help="search for better parameters, into --out or tuning")
     add("--grid", action="append", metavar="NAME=A,B,…",
         help=f"values to try of a parameter (default {' '.join(DEFAULT_GRID)})")  # fmt: skip
-    add("--objective", choices=SCORES, default="net",
-        help="what a search makes large: net, or Sharpe ratio of a minute (default net)")
+    add("--objective", choices=SCORES, default="net", help="what a search makes large")
     add("--walk-forward", type=number(1, 1000), nargs="?", const=4, metavar="N",
         help="tune on two windows, trade the next, roll on, N times (default 4)")  # fmt: skip
-    add("--workers", type=number(1, 1000), default=os.cpu_count(), metavar="N",
-        help="processes of a search (default: all cores)")  # fmt: skip
-    add("--bootstrap", type=number(100, 1e6), metavar="N",
-        help="intervals from N resamples of the minutes (a search takes 1000)")  # fmt: skip
+    add("--workers", type=number(1, 1000), default=os.cpu_count(), help="processes of a search")
+    add("--bootstrap", type=number(100, 1e6), metavar="N", help="intervals from N resamples")
     add("--each", action="store_true", help="play each file of --data on its own, line by line")
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
-    add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py",
-        help=f"{mm.STRATEGY_HELP}; or several")
-    add("--participation", type=number(0.01, 1), default=1.0, metavar="X",
-        help="share of what is left of a trade that fills us, 0.01 to 1 (default 1)")  # fmt: skip
+    add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py", help=mm.STRATEGY_HELP)
+    add("--participation", type=number(0.01, 1), default=1.0, help="share of a trade that fills us")
     add("--impact-bps", type=number(0.0, 1e4), default=0.0, metavar="X",
         help="how much worse an order as large as the depth near the mid fills (default 0)")
-    add("--outages", type=number(0, 1e6), default=0, metavar="N",
-        help="windows of 5 to 60 s in which we hear nothing and cannot cancel")  # fmt: skip
+    add("--outages", type=number(0, 1e6), default=0, help="spells of 5 to 60 s, unheard")
     add("--seed", type=number(0, 1e18), default=0, help="of outages and resamples (default 0)")
     add("--peer-rules", action="store_true", help="fill rules of hftbacktest, to compare")
-    for flag, kind in (("--tick-size", str), ("--lot-size", str), ("--depth", int)):
-        add(flag, type=kind, help="of the data, where they do not tell")
+    feed.add_market_flags(parser)
     mm.add_parameter_flags(parser)
     return parser
 

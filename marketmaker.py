@@ -63,6 +63,7 @@ import re
 import runpy
 import shutil
 import sys
+import textwrap
 import time
 from array import array
 from collections import Counter, deque
@@ -1013,63 +1014,97 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
     ax.set_ylabel(label)
     ax.margins(x=0.01)
     ax.grid(alpha=0.25, linewidth=0.5)
-    ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6, frameon=False,
-              fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
+    if ax.get_ylim()[0] < 0 < ax.get_ylim()[1]:
+        ax.axhline(0, color="grey", linewidth=0.7)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6, frameon=False,
+                  fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
+    else:
+        ax.set_yticks([], [])
+        ax.text(0.5, 0.5, "nothing to draw", transform=ax.transAxes, ha="center")
+
+
+def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: float = 1.0) -> None:
+    """A curve of values that each hold until the next; nan is a gap, and nan alone no curve."""
+    if np.isfinite(values).any():
+        ax.step(x, values, color, where="post", linewidth=width, label=label)
+
+
+def follow_account(maker: MarketMaker) -> tuple[np.ndarray, ...]:
+    """The account at every whole second, every fill and the end: minutes of the run, inventory,
+    spread captured, revaluation, fees, equity.
+    """
+    a, rows = Account(), []
+    marks = [(time_ns, mid, None) for time_ns, mid in zip(maker.seconds, maker.mids)]
+    marks += [(fill.recv_ns, fill.mid_price, fill) for fill in maker.account.fills]
+    marks.append((maker.last_ns, maker.account.mid_price, None))
+    for time_ns, mid_price, fill in sorted(marks, key=lambda mark: mark[0]):
+        a.mark(mid_price)
+        if fill:
+            a.settle(fill)
+        minute = (time_ns - maker.first_ns) / MINUTE_NS
+        rows.append((minute, a.inventory, a.spread_captured, a.revaluation, a.fees_paid, a.equity))
+    return tuple(np.array(rows).T)
+
+
+def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray]) -> None:
+    """The mid of every second, quotes and fills; where seconds are missing, no book was known."""
+    seconds, mids = np.array(maker.seconds), np.array(maker.mids)
+    gaps = (np.diff(seconds) > NS).nonzero()[0]
+    seconds, mids = np.insert(seconds, gaps + 1, seconds[gaps] + NS), np.insert(mids, gaps + 1, NAN)
+    draw_steps(ax, (seconds - maker.first_ns) / MINUTE_NS, mids, BLACK, "mid")
+    for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
+        x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
+        draw_steps(ax, x, c[f"{name}_price"], color, f"our {name}", 0.4)
+        ours = [fill for fill in maker.account.fills if fill.side == side]
+        if ours:
+            at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
+            ax.scatter(at, [fill.price for fill in ours], s=30 if len(ours) < 150 else 15, c=color,
+                       marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
+                       label=VERBS[side])  # fmt: skip
+    ax.ticklabel_format(axis="y", useOffset=False)
+    finish_panel(ax, "Price", "USDT")
 
 
 def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
-    """Prices with our fills, inventory and result, over the minutes of a run, which become
-    column x of c. The shade reaches from net up to its peak so far.
+    """Prices with our fills, inventory and result, over the minutes of a run. The shade reaches
+    from net up to its peak so far.
     """
-    fills, limit = maker.account.fills, maker.parameters.max_inventory
-    x = c["x"] = (c["time_ns"] - maker.first_ns) / MINUTE_NS
-
-    def draw(ax: Any, values: np.ndarray, color: str, label: str, width: float = 0.9) -> None:
-        ax.step(x, values, color, where="post", linewidth=width, label=label)
-
-    def plot_prices(ax: Any) -> None:
-        draw(ax, c["mid_price"], BLACK, "mid")
-        for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
-            draw(ax, c[f"{name}_price"], color, f"our {name}", 0.4)
-            ours = [fill for fill in fills if fill.side == side]
-            at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
-            ax.scatter(at, [fill.price for fill in ours], s=30 if len(fills) < 300 else 15,
-                       c=color, marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
-                       label=f"{VERBS[side]} ({len(ours):,})")  # fmt: skip
-        ax.ticklabel_format(axis="y", useOffset=False)
-        finish_panel(ax, "Price", "USDT")
+    x, inventory, captured, revaluation, fees, net = follow_account(maker)
 
     def plot_inventory(ax: Any) -> None:
-        draw(ax, c["inventory"], BLACK, "held")
-        ax.axhline(limit, color=RED, linewidth=1.0, label="limit")
-        ax.axhline(-limit, color=RED, linewidth=1.0)
-        ax.axhline(0, color="grey", linewidth=0.6)
+        draw_steps(ax, x, inventory, BLACK, "held")
+        ax.axhline(maker.parameters.max_inventory, color=RED, linewidth=1.0, label="limit")
+        ax.axhline(-maker.parameters.max_inventory, color=RED, linewidth=1.0)
         finish_panel(ax, "Inventory", maker.instrument.base_coin)
 
     def plot_result(ax: Any) -> None:
-        net, fees = c["equity"], c["fees_paid"]
         peak = np.maximum.accumulate(np.append(0.0, net))[1:]
-        ax.fill_between(x, net, peak, color=SKY, alpha=0.3, linewidth=0, label="drawdown")
-        draw(ax, net + fees, GREEN, "gross", 1.2)
-        draw(ax, -fees, PINK, "- fees", 1.2)
-        draw(ax, net, BLACK, "= net", 1.2)
-        ax.axhline(0, color="grey", linewidth=0.6)
+        if (net < peak).any():
+            ax.fill_between(x, net, peak, color=SKY, alpha=0.3, lw=0, step="post", label="drawdown")
+        draw_steps(ax, x, captured, GREEN, "spread captured")
+        draw_steps(ax, x, revaluation, BLUE, "+ revaluation")
+        draw_steps(ax, x, -fees, PINK, "- fees")
+        draw_steps(ax, x, net, BLACK, "= net", 1.4)
         finish_panel(ax, "Result", "USDT")
 
-    return [(4.4, [plot_prices]), (1.8, [plot_inventory]), (2.8, [plot_result])]
+    prices = partial(plot_prices, maker=maker, c=c)
+    return [(4.4, [prices]), (1.8, [plot_inventory]), (2.8, [plot_result])]
 
 
-def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path,
-                shared: int = 0) -> None:  # fmt: skip
-    """Panels, each with its height in inches, as a PNG; the first `shared` have one x axis."""
+def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path, shared: int = 0,
+                shades: Any = ()) -> None:  # fmt: skip
+    """Panels, with heights in inches, as a PNG; the first `shared` have one x axis and shades."""
     from matplotlib.figure import Figure  # slow to import
 
     heights, panels = zip(*rows)
     figure = Figure(figsize=(8.8, sum(heights)), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle("\n".join(textwrap.fill(line, 105) for line in title.splitlines()), fontsize=10)
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=heights)[:, 0]
-    for ax, (panel,) in zip(axes, panels):
+    for k, (ax, (panel,)) in enumerate(zip(axes, panels)):
         panel(ax)
+        for begin, end in shades if k < shared else ():
+            ax.axvspan(begin, end, color="grey", alpha=0.25, linewidth=0)
     for k in range(1, shared):
         axes[k].sharex(axes[0])
         axes[k - 1].tick_params(labelbottom=False)

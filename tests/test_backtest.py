@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from types import SimpleNamespace
 import avellaneda_stoikov
 import numpy as np
 import pytest
-from market import MID, busy_market, calm, delta, ns, rough_session, snapshot, trades, write
+from market import MID, busy_market, calm, delta, lost, ns, rough_session, snapshot, trades, write
+from matplotlib.figure import Figure
 from test_marketmaker import BUSY, LIMITS
 
 import backtest
@@ -44,9 +46,9 @@ def folder(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(backtest, "CACHE", tmp_path / "cache")
 
 
-def run(*flags, executor=None) -> tuple[int, str, str]:
+def run(*flags, executor=None, encoding="utf-8") -> tuple[int, str, str]:
     """Exit status, stdout and stderr of the command; a search has a thread for a worker."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
@@ -54,7 +56,7 @@ def run(*flags, executor=None) -> tuple[int, str, str]:
             status = backtest.main([str(flag) for flag in flags], executor or thread)
         except SystemExit as stopped:  # argparse's own
             status = stopped.code
-    return status, out.getvalue(), err.getvalue()
+    return status, *(stream.buffer.getvalue().decode(encoding) for stream in (out, err))
 
 
 def read_csv(path: Path | str) -> list[dict]:
@@ -141,20 +143,28 @@ def load() -> feed.Tape:
     return tape
 
 
-def test_a_recording_is_parsed_once_until_its_state_or_our_version_changes(monkeypatch, capsys):
-    path = write(Path("a.gz"), calm(3000))
+@pytest.fixture
+def is_parsed_once(capsys):
+    """Whether a.gz is parsed for the first of two readings, which are the same."""
 
-    def is_parsed_once() -> bool:
+    def read_twice() -> bool:
         first, second = load(), load()
         for name in feed.COLUMNS:
             np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
         assert first.notes == second.notes
         return capsys.readouterr().err.count("reading a.gz") == 1
 
+    return read_twice
+
+
+def test_a_recording_is_parsed_once_until_its_state_or_our_version_changes(
+    monkeypatch, is_parsed_once
+):
+    path = write(Path("a.gz"), calm(3000))
     assert is_parsed_once() and not is_parsed_once()
     os.utime(path, ns=(1, 2))  # another time
     assert is_parsed_once()
-    path.write_bytes(path.read_bytes() + gzip.compress(b""))  # another size
+    path.write_bytes(path.read_bytes()[:-8] + b"12345678")  # the same size and time
     os.utime(path, ns=(1, 2))
     assert is_parsed_once()
     Path("b").mkdir()  # another place
@@ -165,48 +175,44 @@ def test_a_recording_is_parsed_once_until_its_state_or_our_version_changes(monke
     assert is_parsed_once() and not is_parsed_once()
 
 
-def test_of_two_who_parse_at_once_the_second_throws_his_columns_away(monkeypatch):
+def test_a_damaged_cache_is_made_again_and_what_a_killed_process_left_is_removed(is_parsed_once):
     write(Path("a.gz"), calm(3000))
-    build, tapes = feed.build_tape, []
+    assert is_parsed_once()
+    whole, (folder,) = load(), backtest.CACHE.iterdir()
+    killed = folder.with_name(folder.name + ".part")
+    sound = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def build_while_another_does(messages) -> feed.Tape:
-        monkeypatch.setattr(feed, "build_tape", build)
-        tapes.append(load())  # he is faster
-        return build(messages)
+    def array_file(values) -> bytes:
+        np.save("column.npy", values, allow_pickle=True)
+        return Path("column.npy").read_bytes()
 
-    monkeypatch.setattr(feed, "build_tape", build_while_another_does)
-    tapes += [load(), load()]
-    assert [len(tape) for tape in tapes] == [4, 4, 4]  # the start line, and three books
-    assert len(list(backtest.CACHE.iterdir())) == 1
-
-
-class Evil:
-    def __reduce__(self) -> tuple:  # what unpickling would do
-        return os.mkdir, ("evil",)
-
-
-def test_nothing_in_the_cache_is_unpickled():
-    write(Path("a.gz"), calm(3000))
-    load()
-    (column,) = backtest.CACHE.glob("*/kind.npy")
-    np.save(column, np.array([Evil()] * 4, object), allow_pickle=True)
-    with pytest.raises(ValueError):
-        load()
-    assert not Path("evil").exists()
+    for name, content in [
+        ("kind.npy", array_file(np.array([{}], object))),
+        ("kind.npy", array_file(whole.kind[:-1])), ("kind.npy", array_file([*whole.kind, 0])),
+        ("recv_ns.npy", array_file(whole.recv_ns.astype(float))),
+        ("exch_ns.npy", array_file(whole.exch_ns + 1)), ("level.npy", sound["level.npy"][:-3]),
+        ("notes.json", sound["notes.json"].replace(b"3", b"4")), ("notes.json", b""),
+        ("sums", b"[1"), ("size.npy", None),
+    ]:  # fmt: skip
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        killed.mkdir()
+        assert is_parsed_once() and not killed.exists(), name
 
 
-def test_several_files_are_played_as_one_with_the_state_carried_on():
+def test_several_files_or_a_folder_of_them_are_played_as_one_with_the_state_carried_on():
     """The cuts are at snapshots, as further files begin without a book."""
+    Path("folder").mkdir()
     lines = rough_session(5)
     whole = play(write(Path("whole.gz"), lines, **ROUGH))
     cuts = [k for k, line in enumerate(lines) if line.message.get("type") == "snapshot"]
     bounds = [0, *cuts[1:], len(lines)]
-    parts = [write(Path(f"part{k}.gz"), lines[begin:end], **ROUGH)
+    parts = [write(Path(f"folder/part{9 - k}.gz"), lines[begin:end], **ROUGH)
              for k, (begin, end) in enumerate(zip(bounds, bounds[1:]))]  # fmt: skip
     assert len(parts) > 1
-    joined = play(parts[0], "--data", *map(str, parts))
-    assert joined.log == whole.log and joined.fills == whole.fills and len(whole.fills) > 5
-    assert joined.quoted == whole.quoted and joined.equity == whole.equity
+    for data in (parts, ["folder"]):
+        joined = play(data[0], "--data", *map(str, data))
+        assert joined.log == whole.log and joined.fills == whole.fills and len(whole.fills) > 5
+        assert joined.quoted == whole.quoted and joined.equity == whole.equity
 
 
 # ---- 3. No look-ahead --------------------------------------------------------------
@@ -355,8 +361,6 @@ def test_each_file_is_played_alone_with_mean_standard_error_and_the_paired_diffe
         expected = [*values, np.mean(values), np.std(values, ddof=1) / 3**0.5]
         assert [*map(float, shown[1:])] == pytest.approx(expected, abs=0.006)
     assert len(set(nets[2])) == 3
-    status, _, err = run("--each", "--data", *names, "--tune")
-    assert status == 2 and "--each" in err and "leave" in err
 
 
 def test_a_file_of_ones_own_is_a_strategy_and_what_is_no_quote_falls_back():
@@ -376,30 +380,26 @@ def test_a_file_of_ones_own_is_a_strategy_and_what_is_no_quote_falls_back():
 FAULTS = """\
 --data absent.gz: absent.gz
 --data text.txt: text.txt, recording
---data empty.gz: empty.gz, no message
+--data empty.gz: empty.gz, recording
+--data /dev/null: /dev/null
 --data late.gz a.gz: a.gz, begins before, order
 --data a.gz coin.gz: coin.gz, another market, alone
 --tick-size 0.3: multiple of the tick 0.3, --tick-size
---participation 0: --participation, '0', 0.01 to 1
---impact-bps nan: --impact-bps, 'nan', 0 to
---bootstrap 5: --bootstrap, '5', 100 to
 --bootstrap 100 --data late.gz: minutes, fewer, more --data
 --walk-forward: 30 minutes, fewer than the 60, --data
 --grid alpha=1,2: --grid needs --tune or --walk-forward
---tune --log log.csv: --log
+--seed 5: --seed needs --bootstrap or --outages or --tune or --walk-forward
+--each --tune: --each does not go with --tune, leave
+--tune --log log.csv: --log does not go with --tune
+--symbol KOINUSDT: KOINUSDT
 --tune --strategy lp fixed: --strategy
---tune --workers 0: --workers, '0', from 1
 --tune --grid alpah=1,2: alpah is not a parameter, did you mean alpha
---tune --grid alpha=1,77: alpha = 77, 0 to 10, lower
---tune --grid alpha=1,x: --grid alpha=1,x, numbers, alpha=0.5,1,2
 --tune --grid maker-fee-bps=-1,2: --grid maker_fee_bps
 --tune --strategy fixed: --strategy fixed, alpha, default_spread_bps=3,6,12
 --tune --grid order_qty=0.5,20: max_inventory = 10, order_qty = 20, raise --max-inventory
---plot none/x.png: none/x.png
---tune --grid alpha=1 --plot none/x.png: none/x.png
 --out text.txt: text.txt
 --log text.txt: text.txt
---log none/x.csv: none/x.csv"""
+--plot none/x.png: none/x.png"""
 
 
 @pytest.mark.parametrize("fault", FAULTS.splitlines())
@@ -420,7 +420,7 @@ def test_a_users_error_is_one_clear_line_before_any_work(fault, monkeypatch):
     assert sorted(path for path in Path().iterdir() if path.name != "cache") == before
 
 
-def test_ctrl_c_ends_a_run_with_the_table_of_what_was_played(monkeypatch):
+def test_ctrl_c_ends_a_run_with_the_table_of_what_was_played_and_replaces_no_whole_one(monkeypatch):
     quote, quotes = STRATEGIES["fixed"], []
 
     def quote_and_interrupt(*market) -> Distances:
@@ -429,17 +429,103 @@ def test_ctrl_c_ends_a_run_with_the_table_of_what_was_played(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return quote(*market)
 
+    flags = "--strategy fixed lp --bootstrap 100 --regimes --out out --plot p.png --data".split()
+    flags.append(write(Path("market.gz"), calm(31 * 60_000), **CALM))
+    status, table, _ = run(*flags)
+    assert status == 0 and "Bootstrap: 30 minutes" in table and table.endswith("plot: p.png\n")
+    files = [Path("p.png"), *Path("out").iterdir()]
+    whole = [path.read_bytes() for path in files]
+    assert whole[0].startswith(b"\x89PNG")
     monkeypatch.setitem(STRATEGIES, "fixed", quote_and_interrupt)
-    flags = "--strategy fixed lp --bootstrap 100 --regimes --plot p.png".split()
-    result = play_fixed(calm(31 * 60_000), *flags)
-    assert "STOPPED EARLY" in result.table.splitlines()[0] and "Bootstrap" not in result.table
-    assert len(quotes) == 2 and result.log[-1]["ms"] == 16_500
-    assert result.metrics["decisions"]["fixed"] == 2 and result.quoted == [(11_500, -4, 4)]
-    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+    status, table, _ = run(*flags)
+    assert status == 130 and "STOPPED EARLY" in table.splitlines()[0] and "Bootstrap" not in table
+    assert [path.read_bytes() for path in files] == whole and len(quotes) == 2
+    metrics, before = (json.loads(Path(f"out/{name}metrics.json").read_text())
+                       for name in ("stopped-", ""))  # fmt: skip
+    assert metrics["is_stopped"] and metrics["decisions"]["fixed"] == 2 and not before["is_stopped"]
+    assert [row["bid_price"] for row in read_csv("out/stopped-quotes.csv")] == ["49998.0"]
+    assert Path("stopped-p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_is_drawn_with_its_bootstrap_and_its_regimes():
-    flags = "--strategy fixed lp --bootstrap 100 --regimes --plot p.png".split()
-    table = play_fixed(calm(31 * 60_000), *flags).table
-    assert "Bootstrap: 30 minutes" in table and "Regimes" in table
-    assert table.endswith("plot: p.png\n") and Path("p.png").read_bytes().startswith(b"\x89PNG")
+def test_a_full_disk_is_told_at_the_end_and_all_the_rest_is_done(monkeypatch):
+    data, before = write(Path("market.gz"), FOUR, **CALM), resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = run("--data", data, "--out", "whole", "--log", "whole.csv")
+    monkeypatch.setattr(backtest, "CACHE", Path("full"))  # of tapes, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))  # no file grows beyond it
+    try:
+        flags = "--out", "out", "--log", "log.csv", "--plot", "p.png"
+        status, out, err = run("--data", data, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (status, out) == (2, whole[1])
+    assert all(name in line for name in ("log.csv", "metrics.json", "p.png"))
+    assert Path("whole.csv").read_text().startswith(log := Path("log.csv").read_text())
+    assert log.endswith("\n") and not [*Path().rglob("*.part")]
+    assert {path.stem for path in Path("out").iterdir()} == {"equity", "fills", "quotes"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_files_are_written_and_the_table_is_printed_in_any_encoding(encoding):
+    data = write(Path("market.gz"), calm(31 * 60_000), **CALM)
+    flags = "--data", data, "--regimes", "--out", "out", "--plot", "p.png"
+    status, _, err = run(*flags, encoding=encoding)
+    assert status == 0 and "Traceback" not in err
+    assert json.loads(Path("out/metrics.json").read_text("utf-8"))["regimes"]
+
+
+# ---- 7. Pictures -------------------------------------------------------------------
+
+
+def panels_of(monkeypatch, lines: list, *flags: str, **parameters) -> tuple[list, str]:
+    """The panels that a run draws, each on axes of its own, and their title."""
+    drawn = []
+    monkeypatch.setattr(marketmaker, "draw_figure", lambda *given, **_: drawn.append(given))
+    play_fixed(lines, *flags, "--plot", "p.png", **parameters)
+    ((rows, title, *_),) = drawn
+    axes = Figure().subplots(len(rows))
+    for ax, (_, (panel,)) in zip(axes, rows):
+        panel(ax)
+    return [*axes], title
+
+
+def curve(ax, label: str) -> np.ndarray:
+    """Times, ms of the market, and values of a curve."""
+    (line,) = [line for line in ax.lines if line.get_label() == label]
+    return line.get_xydata() * [60_000, 1] + [500, 0]
+
+
+def test_curves_step_at_the_fills_with_the_values_worked_by_hand(monkeypatch):
+    axes, _ = panels_of(monkeypatch, FOUR)
+    for k, label, values in (
+        (1, "held", [0.5, -0.5, -0.25, 0.5]), (2, "spread captured", [1, 2, 2.625, 3]),
+        (2, "- fees", [-4.9998, -15.0002, -17.500125, -24.9999]),
+    ):  # fmt: skip
+        x, y = curve(axes[k], label).T
+        steps = np.flatnonzero(np.diff(y, prepend=0))
+        assert x[steps] == near([12_040, 15_000, 18_000, 20_000]) and y[steps] == near(values)
+    assert curve(axes[2], "= net")[-1] == near([29_900, 4.5 - 24.9999])
+    assert curve(axes[2], "+ revaluation")[-1] == near([29_900, 1.5])
+
+
+def test_the_mid_is_drawn_every_second_and_a_lost_book_is_a_gap(monkeypatch):
+    rise, gone = delta(12_300, {}, {1: 0, 3: 5}), [lost(20_200), snapshot(25_400), delta(26_100)]
+    axes, _ = panels_of(monkeypatch, calm(20_000, rise) + gone)
+    mids = {round(x): y for x, y in curve(axes[0], "mid")}
+    assert mids[12_000] == 50_000 and mids[13_000] == 50_000.5 and np.isnan(mids[21_000])
+    assert sorted(mids) == [*range(1000, 21_001, 1000), 26_000]
+    labels = [ax.get_legend_handles_labels()[1] for ax in axes]
+    assert labels[0] == ["mid", "our bid", "our ask"] and "drawdown" not in labels[2]
+    assert labels[3:] == [["as quoted"]]  # no terms of a fixed spread, and no markouts
+
+
+def test_pictures_of_runs_with_different_flags_never_have_the_same_title(monkeypatch):
+    kinds = ["", "--alpha 2", "--alpha 2.0000001", f"--strategy {AS}", "--outages 3", "--impact-bps 1",
+             "--outages 3 --seed 1", "--bootstrap 100 --seed 1"]  # fmt: skip
+    titles = [panels_of(monkeypatch, calm(31 * 60_000), *flags.split())[1] for flags in kinds]
+    assert len(set(titles)) == len(kinds)
+    assert all(words in titles[k] for k, words in enumerate([
+        "market.gz", "alpha 2", "version", "strategy as", "3 outages", "impact_bps 1", "seed 1",
+    ]))  # fmt: skip
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert f"seed {metrics['seed']}, version {metrics['version']}" in titles[-1]

@@ -11,7 +11,6 @@ import pytest
 from market import FAR, WALL, beats, busy_market, calm, delta, lost, snapshot, trades, write
 from test_backtest import CALM, FOUR, ROUGH, folder, near, play, play_fixed  # noqa: F401
 
-import backtest
 from backtest import estimate_mean, measure_drawdown, measure_sharpe
 from feed import ASK
 
@@ -78,12 +77,6 @@ def test_orders_quotes_and_risk_are_those_on_paper(four):
     assert four["max_drawdown_recovered"] is four["is_synthetic"] is False
 
 
-def test_a_rebate_raises_net():
-    metrics = play_fixed(FOUR, maker_fee_bps=-1.0).metrics
-    assert metrics["fees_usdt"] == near(-24.9999 / 2)
-    assert metrics["net_usdt"] == near(4.5 + 24.9999 / 2)
-
-
 def test_inventory_is_marked_to_the_last_mid_of_all():
     """It comes after the last decision and the last whole second."""
     hit, fall = trades(12_000, (ASK, -5, 1)), delta(14_700, {-1: 0, -4: 0}, {-3: 5})
@@ -135,13 +128,6 @@ def test_the_interval_treats_the_values_of_a_cluster_as_one_event():
     assert alone.mean == 2 and math.isnan(alone.half_width)
 
 
-def test_the_interval_of_single_values_is_the_textbook_one():
-    values = np.random.default_rng(1).normal(size=500)
-    error = values.std(ddof=1) / math.sqrt(500)
-    e = estimate_mean(values, np.arange(500))
-    assert e.half_width / error == pytest.approx(1.9647, abs=1e-4)
-
-
 # ---- Risk --------------------------------------------------------------------------
 
 
@@ -177,15 +163,12 @@ def test_the_minutes_of_a_hole_do_not_exist():
     assert known == [1, 1, 0, 0, 0]  # at 0 and 0.1 s; the others lie in the hole
 
 
-def test_sharpe_is_annualised_from_three_days_on():
+def test_sharpe_is_annualised_from_three_days_on_and_there_is_none_of_minutes_that_are_alike():
     short, long = (measure_sharpe(np.array([1.0, -1, 2]), days * 86_400) for days in (2.99, 3))
     assert math.isnan(short["sharpe_per_year"])
     assert long["sharpe_per_year"] == pytest.approx(long["sharpe_per_minute"] * 525_600**0.5)
-
-
-@pytest.mark.parametrize("net", [[], [1.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
-def test_too_few_minutes_or_none_that_differ_have_no_sharpe_ratio(net):
-    assert math.isnan(measure_sharpe(np.array(net), 240)["sharpe_per_minute"])
+    for net in ([], [1.0, 2.0], [3.0, 3.0, 3.0, 3.0]):
+        assert math.isnan(measure_sharpe(np.array(net), 240)["sharpe_per_minute"])
 
 
 @pytest.mark.parametrize("net, depth, lasted_s, is_back", [
@@ -229,11 +212,6 @@ def test_an_average_weighs_each_decision_by_the_time_it_holds_where_it_is_known(
     base_bps = average(lambda row: number(row, "base_spread_bps"))
     terms = [metrics[f"{name}_spread_bps"] for name in ("volatility", "liquidity", "depth")]
     assert metrics["base_spread_bps"] == near(base_bps) == near(sum(terms)) and 0 not in terms
-
-
-def test_a_value_holds_from_its_time_on_until_the_next_and_is_0_before():
-    at_ns, time_ns = np.array([4, 5, 9, 10, 99]), np.array([5, 10])
-    assert backtest.values_at(at_ns, time_ns, np.array([2.0, 3.0])).tolist() == [0, 2, 2, 3, 3]
 
 
 # ---- Table -------------------------------------------------------------------------

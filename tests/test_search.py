@@ -1,14 +1,11 @@
 """optimize.py, second half: the search, and what it is worth, on noise and known truths."""
 
 import math
-import signal
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from statistics import NormalDist
 from threading import Event
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,14 +42,9 @@ def test_grid_is_every_combination_the_last_name_changing_fastest():
     "values, best, limits, finer",
     [
         ([1, 2, 4], 2, (0, 9), [1.5, 2, 3]),  # half the way to either side
-        ([4, 1, 2, 2], 2, (0, 9), [1.5, 2, 3]),  # in any order
         ([1, 2, 4], 1, (0, 9), [0.5, 1, 1.5]),  # from an edge as far outward
         ([1, 2, 4], 4, (0, 4.5), [3, 4, 4.5]),  # but not beyond the limit
         ([0, 1], 0, (0, 9), [0, 0.5]),  # of which there is only one
-        ([0.1, 1], 0.1, (0.012345, 9), [0.012345, 0.1, 0.55]),
-        ([1, 2.00036], 1, (0, 9), [0.4998, 1, 1.5]),  # 0.49982, 1.50018: four digits
-        ([1, 1.00002], 1, (0, 9), [1]),  # as fine as four digits can be
-        ([3, 3], 3, (0, 9), [3]),  # no choice
     ],
 )
 def test_finer_grid_goes_half_the_way_to_the_neighbours(values, best, limits, finer):
@@ -94,20 +86,6 @@ def test_trials_come_as_they_end_and_what_has_not_begun_at_the_end_is_cancelled(
             trials.close()
         gate.set()
     assert set(played) <= {first, 1}
-
-
-def test_killed_worker_is_an_error_and_no_silence():
-    with PROCESSES() as executor, pytest.raises(BrokenExecutor):
-        list(optimize.run_trials(signal.raise_signal, [signal.SIGKILL] * 50, executor))
-
-
-def test_dying_executor_is_left_to_fail_its_trials_itself():
-    futures = [Future(), Future()]
-    futures[0].set_exception(BrokenExecutor())
-    executor = SimpleNamespace(submit=lambda play, k: futures[k])
-    with pytest.raises(BrokenExecutor):
-        list(optimize.run_trials(abs, [0, 1], executor))
-    assert not futures[1].cancelled()
 
 
 # ---- Block length ------------------------------------------------------------------
@@ -227,12 +205,6 @@ def test_deflated_sharpe_ratio_is_the_published_one(trials, skew, kurtosis, refe
     assert reference in (None, round(optimize.best_sharpe_by_luck(variance, trials), 4))
     error = math.sqrt((1 - skew * sharpe + (kurtosis - 1) / 4 * sharpe**2) / 1249)  # Mertens'
     assert round(optimize.deflated_sharpe(sharpe, error, variance, trials), 4) == confidence
-
-
-def test_the_deflated_ratio_of_a_single_trial_is_the_probability_that_the_ratio_is_above_0():
-    for sharpe, error in product((-0.3, 0.01, 0.2), (0.05, 0.5)):
-        psr = NormalDist().cdf(sharpe / error)
-        assert optimize.deflated_sharpe(sharpe, error, 0.1, 1) == pytest.approx(psr)
 
 
 SKEWED = 1.5 - rng_of(7).exponential(size=(400, 1000))  # mean 1/2, variance 1, skew -2
