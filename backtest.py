@@ -669,8 +669,7 @@ def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict
         for name, value, middle in zip([*runs, "difference"], values, bounds):
             measures.setdefault(name, {})[measure] = (float(value), *middle.tolist())
     for name, run in runs.items():  # of one ratio there is one interval, here and in the table
-        _, *ratio_and_bounds = measure_sharpe(run[NET], 0).values()
-        measures[name]["sharpe"] = tuple(ratio_and_bounds[:3])
+        measures[name]["sharpe"] = tuple(measure_sharpe(run[NET], 0).values())[1:4]
     fills = {name: int(run[FILLS].sum()) for name, run in runs.items()}
     return {
         "periods": len(x), "resamples": count, "block": opt.block_length(x), "fills": fills,

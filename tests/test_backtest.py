@@ -520,8 +520,8 @@ def test_the_mid_is_drawn_every_second_and_a_lost_book_is_a_gap(monkeypatch):
 
 
 def test_pictures_of_runs_with_different_flags_never_have_the_same_title(monkeypatch):
-    kinds = ["", "--alpha 2", "--alpha 2.0000001", f"--strategy {AS}", "--outages 3", "--impact-bps 1",
-             "--outages 3 --seed 1", "--bootstrap 100 --seed 1"]  # fmt: skip
+    kinds = ["", "--alpha 2", "--alpha 2.0000001", f"--strategy {AS}", "--outages 3",
+             "--impact-bps 1", "--outages 3 --seed 1", "--bootstrap 100 --seed 1"]  # fmt: skip
     titles = [panels_of(monkeypatch, calm(31 * 60_000), *flags.split())[1] for flags in kinds]
     assert len(set(titles)) == len(kinds)
     assert all(words in titles[k] for k, words in enumerate([
