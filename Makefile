@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 
 .PHONY: run test test-1 test-2 bench pictures lint clean
 run: $(VENV)/ready
-	$(PY) marketmaker.py $(ARGS)
+	$(PY) marketmaker.py $(ARGS) || test $$? = 130  # Ctrl-C is its usual end
 
 # The tests run in two halves, a core for each, and the first is shown when it has ended. It begins
 # with real sockets and clocks; meanwhile the second runs what needs no more than its own core.

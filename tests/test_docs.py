@@ -134,6 +134,13 @@ def test_every_quote_of_the_sample_follows_from_the_formulas_alone_and_is_explai
     assert len(rows) > 1000
 
 
+@pytest.mark.parametrize("log", ["decisions.csv 1", "decisions.csv 9999", "mine.py", "none.csv"])
+def test_what_cannot_be_explained_is_told_in_one_line(log, workplace):
+    done = run(f"python optimize.py --explain {log} || echo status $?", workplace)
+    assert done.stdout == "status 2\n" and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and "give a decision log" in done.stderr
+
+
 def test_the_jump_of_the_readme_is_that_of_the_experiment(capsys):
     experiments.jump(None)
     printed = capsys.readouterr().out.strip()
