@@ -19,10 +19,7 @@ Assumptions, with the direction of their bias:
   - No funding; what is held at the end is marked to the mid, not closed: slightly optimistic.
 
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. The result is net =
-gross - fees, in USDT, of an account that starts empty.
-
-One path is no proof, and what a search finds looks better than it is: so `--bootstrap` resamples
-the minutes, and `--tune` judges its choice on others. The mathematics is in optimize.py.
+gross - fees, in USDT, of an account that starts empty. The statistics are in optimize.py.
 """
 
 from __future__ import annotations
@@ -109,15 +106,14 @@ def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
             raise UserError(f"{path} is of another market, or on another grid of prices, than "
                             f"{first.path.name}: play it alone, or give --tick-size")  # fmt: skip
         tape, its_counts = load_tape(recording)
-        if not len(tape):
-            raise UserError(f"{path} holds no message: choose another file")
+        if not tape.is_book.any():
+            raise UserError(f"{path} holds no book of {instrument.symbol}: choose another file")
         if tapes and tape.recv_ns[0] < tapes[-1].recv_ns[-1]:
             raise UserError(f"{path} begins before the file before it ends: order by time")
         if stamp_file(path) != stamp:
             raise UserError(f"{path} was changed since the start: run the same command again")
         tapes.append(tape)
         counts.update(its_counts)
-
     is_synthetic = any(recording.is_synthetic for recording in recordings)
     names = ", ".join(recording.path.name for recording in recordings)
     title = f"{instrument.symbol} {instrument.category}   backtest of {names}"
@@ -142,7 +138,7 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     def sum_files(folder: Path) -> dict[str, int]:
         return {file.name: zlib.crc32(np.memmap(file, mode="r")) for file in folder.glob("*.*")}
 
-    with contextlib.suppress(OSError, ValueError):  # it is not there, or not as it was written
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # not there, or damaged
         if json.loads((folder / "sums").read_text()) == sum_files(folder):
             notes, counts = json.loads((folder / "notes.json").read_text())
             columns = {name: np.asarray(np.load(files[name], mmap_mode="r")) for name in files}
@@ -438,9 +434,8 @@ def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) 
 
 
 def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Orders and our resting fills. An order is known by side, arrival and price, and filled if
-    it was so in part. Queues, base coin, leave out fills where the book did not show our price.
-    """
+    """Orders and our resting fills, medians of what is known. An order is known by side, arrival
+    and price; queues, base coin, leave out fills where the book did not show our price."""
     # The exchange counts what was sent, and under "refused: " what it refused, and why.
     counts, why = result.maker.exchange.counts, "refused: "
     refused = {name.removeprefix(why): n for name, n in counts.items() if name.startswith(why)}
@@ -451,7 +446,6 @@ def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str,
         "fill_ratio": filled / counts["sent"] if counts["sent"] else math.nan,
         "orders_refused": sum(refused.values()), "refused": refused,
     }  # fmt: skip
-    # Medians of what is known.
     for name, values in (
         ("time_to_fill_s", (fills["time_ns"] - fills["arrival_ns"]) / NS),
         ("queue_at_arrival", fills["queue_at_arrival"]),
@@ -745,7 +739,6 @@ def summarize_regimes(result: Result) -> dict[str, dict[str, Any]]:
         classed = class_by_past(values, len(names))
         members |= {name: classed == k for k, name in enumerate(names)}
         members.setdefault("not classed", classed < 0)
-
     regimes = {}
     for name, is_member in members.items():
         rows = np.flatnonzero(is_member)
@@ -769,8 +762,8 @@ def format_regimes(regimes: dict[str, dict[str, Any]], whose: str) -> str:
         money = (r["volatility_bps"], r["gross_usdt"], 0 - r["fees_usdt"], r["net_usdt"])
         rows.append([name, r["minutes"], *(f"{x:.2f}" for x in money), r["net_a_minute"],
                      r["fills"], r["markouts"]["1 s"], r["markouts"]["10 s"]])  # fmt: skip
-    title = f"Regimes {whose} (± 95 %). A minute is classed, at its end, against those before it:"
-    return "\n".join([title, "by thirds of volatility, and by halves of directness", *align(rows)])
+    how = "by thirds of volatility and halves of directness among the minutes before"
+    return "\n".join([f"Regimes {whose}, {how} (± 95 %)", *align(rows)])
 
 
 # ---- Search: tuning on the past ----------------------------------------------------
@@ -803,9 +796,11 @@ def parse_grid(texts: Sequence[str], setting: Setting) -> dict[str, list[float]]
         except ValueError:
             raise UserError(f"--grid {text}: write numbers, as in alpha=0.5,1,2") from None
     # Can all of it be played, and does it change anything?
+    if math.prod(map(len, grid.values())) > 1e5:
+        raise UserError("--grid makes more than 100,000 configurations: give fewer values")
     for changes in opt.expand_grid(grid):
         _ = setting.change(changes).parameters  # raises what is wrong with them
-    unused = OF_THE_PROGRAM if setting.strategy in ("fixed", "as") else ()
+    unused = OF_THE_PROGRAM if setting.strategy == "fixed" else ()
     for name in grid:
         if FIELDS[name].metadata["fixed"] or name in unused:
             raise UserError(f"--grid {name} is nothing that --strategy {setting.strategy} chooses: "
@@ -831,10 +826,10 @@ def try_all(configurations: list[dict[str, float]], setting: Setting, path: Path
     """
     # Each trial is a line of JSON; a search that was killed may have left half of one.
     kept = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
             changes, run = json.loads(line)
-            kept[frozenset(changes.items())] = np.array(run)
+            kept[frozenset(changes.items())] = np.array(run, float).reshape(2, -1)
     # Play what is missing, and write it down as it comes.
     keys = [frozenset(changes.items()) for changes in configurations]
     missing = [changes for key, changes in zip(keys, configurations) if key not in kept]
@@ -1117,6 +1112,8 @@ def check_flags(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {rule} {others}: leave it out".replace("_", "-"))
     if given & SEARCH and len(options.strategy) > 1:
         raise UserError("--tune and --walk-forward take one --strategy: leave the others out")
+    if options.log and options.log.parent == options.out:
+        raise UserError(f"--log {options.log} lies in --out, with its files: choose another folder")
 
 
 def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
@@ -1124,17 +1121,20 @@ def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     check_flags(options)
     _ = [mm.load_strategy(name) for name in options.strategy]  # raises what is wrong with one
     options.data = [file for path in options.data for file in list_recordings(path)]
+    for flag, values in (("--data", options.data), ("--strategy", options.strategy)):
+        if len({*map(os.path.realpath, values)}) < len(values):
+            raise UserError(f"{flag} has something twice: leave one of them out")
     if options.each:
         return run_each(options)
     setting, is_search = make_setting(options), options.tune or options.walk_forward
-    # Both parts of a split, and every window, must have ten minutes to say something.
     minutes = len(setting.data.minutes_ns)
-    least = 10 * max(3, (options.walk_forward or 0) + LOOK_BACK)
+    least = 10 * max(3, (options.walk_forward or 0) + LOOK_BACK)  # ten a part, or a window
     if minutes < least and (is_search or options.bootstrap):
         raise UserError(f"{minutes} minutes of data are fewer than the {least} that --bootstrap, "
                         "--tune or --walk-forward need: give more --data")  # fmt: skip
-    if options.plot and not (options.plot.parent == options.out or options.plot.parent.is_dir()):
-        raise UserError(f"--plot {options.plot} cannot be written: choose a file in a folder")
+    plot = options.plot or Path("none.png")
+    if plot.suffix != ".png" or (plot.parent != options.out and not plot.parent.is_dir()):
+        raise UserError(f"--plot {plot} cannot be written: choose a .png in a folder")
     run_search(options, setting, executor) if is_search else run_once(options, setting)
 
 
@@ -1208,7 +1208,6 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         metrics["regimes"] = regimes = summarize_regimes(result)
         rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
         texts.append("\n" + format_regimes(regimes, "of all minutes"))
-
     files = list_results(result, metrics, options.out) if options.out else {}
     if options.plot:
         title = f"{result.title}\nseed {options.seed}, version {setting.version}"
@@ -1275,8 +1274,9 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     folder = options.out or Path("tuning")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trials-{setting.version}.jsonl"  # trials of different kinds never mix
+    workers = min(options.workers, len(opt.expand_grid(grid)))
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
-    with contextlib.nullcontext(executor) if executor else start_workers(options.workers) as pool:
+    with contextlib.nullcontext(executor) if executor else start_workers(workers) as pool:
         stop = feed.StopSignal()
         play_all = partial(try_all, setting=setting, path=path, executor=pool, stop=stop)
         trials, finer, given = play_all([{}, *opt.expand_grid(grid)]), [], None

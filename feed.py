@@ -25,6 +25,7 @@ import contextlib
 import gzip
 import json
 import math
+import os
 import queue
 import signal
 import sys
@@ -504,15 +505,12 @@ class GrowingFile:
         self.file.close()
 
 
-Recorder = GrowingFile  # of a recording
-
-
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let write make a file under a temporary name, then give it its own. Links are followed."""
     if path.exists():
         check_file(path)
         path = path.resolve()
-    draft = path.with_name(path.name + ".part")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(draft)
         draft.replace(path)
@@ -555,8 +553,7 @@ class Recording:
 
     def __init__(self, path: Path, tick_text=None, lot_text=None, depth=None, symbol=None,
                  category=None) -> None:  # fmt: skip
-        self.path, self.start = path, {}  # start: the start line's fields; empty without one
-        depths = {}  # by symbol
+        self.path, self.start, depths = path, {}, {}  # the start line's fields; depths by symbol
         for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?
             with contextlib.suppress(*MALFORMED):
                 line = DECODER.decode(text)
@@ -642,11 +639,6 @@ class LiveFeed:
                 self.queue.put(message)
             return message
 
-    def start(self, ws: websocket.WebSocket) -> None:
-        """Go on alone with a connected socket."""
-        self.ws = ws
-        self.thread.start()
-
     def cut(self, reason: str) -> None:
         """End this connection; the feed's thread wakes up and makes another."""
         if (ws := self.ws) is not None:
@@ -675,7 +667,7 @@ class LiveFeed:
             silent = [name for name, _ in parser.topics.values() if not parser.counts[name]]
             parser.problem = f"no {' and no '.join(silent)} yet" if silent else parser.problem
 
-    def connect(self) -> websocket.WebSocket:
+    def connect(self) -> None:
         """Connect and subscribe. OSError, whatever is there in place of the exchange."""
         options = dict(skip_utf8_validation=True, header=USER_AGENT, class_=BoundedSocket)
         try:
@@ -687,7 +679,6 @@ class LiveFeed:
         ws.settimeout(RECV_S)
         self.last_frame_ns = self.last_book_ns = self.last_ping_ns = self.clock_ns()
         self.cut_reason, self.ws, self.reconnects = "", ws, self.reconnects + 1
-        return ws
 
     def _run(self) -> None:
         """Receive one message after the other; a connection lost is a book lost."""
@@ -742,12 +733,12 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
     """A started feed; `start` are fields of its first line. It raises what connect raises."""
     url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
     source = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
-    ws = source.connect()
-    source.recorder = Recorder(record) if record else None
+    source.connect()
+    source.recorder = GrowingFile(record) if record else None
     names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
     steps = dict(zip(names, astuple(instrument)))
     source.emit(control_line("start", **steps, depth=depth, **start))
-    source.start(ws)
+    source.thread.start()  # from here on it goes on alone
     return source
 
 
@@ -774,6 +765,8 @@ def run_record(options: argparse.Namespace) -> None:
 
 def run_info(options: argparse.Namespace) -> None:
     """Print what one wants to know of a recording."""
+    if options.url or options.minutes < math.inf:
+        raise UserError("--url and --minutes are for record: leave them out with info")
     steps = options.tick_size, options.lot_size, options.depth
     recording = Recording(options.file, *steps, options.symbol, options.category)
     parser, book, depths = recording.parser, recording.parser.book, []
@@ -788,7 +781,11 @@ def run_info(options: argparse.Namespace) -> None:
     kind = "SYNTHETIC, made by a simulator" if recording.is_synthetic else "recorded"
     print(f"{options.file}: {parser.instrument.symbol} {parser.instrument.category}, {kind}")
     first_ns, last_ns = tape.recv_ns[[0, -1]].tolist()
-    is_book, has_mid = tape.is_book, ~np.isnan(tape.mid_ticks)
+    # The book is known from a snapshot to the next loss.
+    turns = np.where(np.isin(tape.kind, (SNAPSHOT, LOST)), np.arange(len(tape)), 0)
+    is_known = tape.kind[np.maximum.accumulate(turns)] == SNAPSHOT
+    mid_ticks, is_book = np.where(is_known, tape.mid_ticks, math.nan), tape.is_book
+    has_mid = ~np.isnan(tape.mid_ticks)
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
     facts = [*parser.counts.items(), ("messages", len(tape)),
              ("snapshots", int((tape.kind == SNAPSHOT).sum())),
@@ -801,15 +798,17 @@ def run_info(options: argparse.Namespace) -> None:
     form = "median {1:g}, 1 % {0:g}, 99 % {2:g}".format
     facts += [(label, form(*np.percentile(values, [1, 50, 99])))
               for label, values in columns.items() if len(values)]  # fmt: skip
-    mids = tape.mid_ticks[np.searchsorted(tape.recv_ns, np.arange(first_ns, last_ns, NS))]
+    mids = mid_ticks[np.searchsorted(tape.recv_ns, np.arange(first_ns, last_ns, NS))]
     returns_bps = 1e4 * np.diff(np.log(mids))  # from second to second
     if np.isfinite(returns_bps).any():
         way_bps = max(np.nansum(np.abs(returns_bps)), 1e4 / np.nanmedian(mids))  # a tick or more
         musd = 1e-6 * parser.instrument.tick_size
-        liquidity = musd * np.sum(np.abs(tape.trade_level) * tape.trade_size) / way_bps
-        depth = musd * np.nanmedian(tape.mid_ticks * depths) / 2
-        facts += [("liquidity, M USDT per bp", f"--liquidity-scale-musd {liquidity:.3g}"),
-                  ("median depth within 1 bp, M USDT", f"--depth-scale-musd {depth:.3g}")]
+        traded = np.abs(tape.trade_level) * tape.trade_size
+        traded = traded[np.repeat(is_known, np.diff(tape.first_trade))].sum()
+        liquidity, depth = traded / way_bps, np.nanmedian(mid_ticks * depths) / 2
+        facts += [(label, f"{flag} {musd * value:.3g}") for label, flag, value in (
+            ("liquidity, M USDT per bp", "--liquidity-scale-musd", liquidity),
+            ("median depth within 1 bp, M USDT", "--depth-scale-musd", depth)) if value > 0]
     print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
 
 
@@ -858,6 +857,7 @@ def exit_cleanly(run: Callable[[], None]) -> int:
     StopSignal.came = False
     if threading.current_thread() is threading.main_thread():  # SIGTERM as Ctrl-C
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's & ignores it
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # there may be none
             stream.reconfigure(errors="replace")

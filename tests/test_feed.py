@@ -402,7 +402,7 @@ def test_no_garbage_gets_past_the_parser_and_all_of_it_is_counted(parser):
 
 def record(path: Path, *texts: str, seconds=range(99)) -> Path:
     """A recording, if not told otherwise with a line a second."""
-    recorder = feed.Recorder(path)
+    recorder = feed.GrowingFile(path)
     for second, text in zip(seconds, texts):
         recorder.record(NOW_NS + second * feed.NS, text)
     recorder.close()
@@ -429,7 +429,7 @@ def test_any_message_stands_on_one_line_and_comes_back_as_it_was(tmp_path, parse
 
 def test_lines_are_on_disk_for_any_gzip_once_the_oldest_has_waited(tmp_path, monkeypatch):
     """So a recorder that is killed leaves all but its last lines, as the program gzip sees."""
-    now_s, on_disk, recorder = [100.0], [], feed.Recorder(tmp_path / "r.gz")
+    now_s, on_disk, recorder = [100.0], [], feed.GrowingFile(tmp_path / "r.gz")
     command = ["gzip", "-dcq", recorder.path]  # it complains of a file that is still empty
     monkeypatch.setattr(feed.time, "monotonic", lambda: now_s[0])
     for wait_s, text in ((0, "a"), (0.4, "b"), (0.2, ""), (9, "c"), (0.4, ""), (0.2, "d")):

@@ -134,14 +134,14 @@ def test_replay_of_a_recorded_live_session_writes_the_same_decision_log(
 def test_a_full_disk_stops_the_recording_and_not_the_quoting(
     makers, clock_ns, tmp_path, capsys, monkeypatch
 ):
-    record, lines = feed.Recorder.record, simulate(np.random.default_rng(3), 0.02)
+    record, lines = feed.GrowingFile.record, simulate(np.random.default_rng(3), 0.02)
 
-    def record_on_a_full_disk(recorder: feed.Recorder, *line) -> None:
+    def record_on_a_full_disk(recorder: feed.GrowingFile, *line) -> None:
         recorder.file.close()
         recorder.file = open("/dev/full", "wb", buffering=0)
         record(recorder, *line)
 
-    monkeypatch.setattr(feed.Recorder, "record", record_on_a_full_disk)
+    monkeypatch.setattr(feed.GrowingFile, "record", record_on_a_full_disk)
     with LoopbackExchange(lines, clock_ns=clock_ns) as exchange:
         flags = ["--live", "--url", exchange.url, "--record", str(tmp_path / "r.gz")]
         assert marketmaker.main([*flags, "--duration", "60"], clock_ns) == 2
