@@ -571,12 +571,12 @@ def test_info_prints_what_a_recording_holds(tmp_path, capsys):
 
 
 def test_info_tells_the_usual_liquidity_and_depth_as_flags(tmp_path, capsys):
-    """A flat market has moved by a tick, 0.1 bp, in 30 seconds of 0.1 M USDT each; 16 x 50,000."""
+    """A flat market has moved by a tick, 0.1 bp; 29 times 0.1 M USDT from its snapshot on; 16 BTC."""
     hits = [market.trades(1000 * second + 200, (feed.BID, 1, 2)) for second in range(30)]
     path = market.write(tmp_path / "r.gz", market.calm(30_500, *hits))
     assert feed.main(["info", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "--liquidity-scale-musd 30\n" in out and "--depth-scale-musd 0.8\n" in out
+    assert "--liquidity-scale-musd 29\n" in out and "--depth-scale-musd 0.8\n" in out
 
 
 @pytest.mark.parametrize(
