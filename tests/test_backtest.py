@@ -525,7 +525,7 @@ def test_pictures_of_runs_with_different_flags_never_have_the_same_title(monkeyp
     titles = [panels_of(monkeypatch, calm(31 * 60_000), *flags.split())[1] for flags in kinds]
     assert len(set(titles)) == len(kinds)
     assert all(words in titles[k] for k, words in enumerate([
-        "market.gz", "alpha 2", "version", "avellaneda_stoikov", "3 outages", "impact_bps 1", "seed 1",
+        "market.gz", "alpha 2", "version", "avellaneda", "3 outages", "impact_bps 1", "seed 1",
     ]))  # fmt: skip
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert f"seed {metrics['seed']}, version {metrics['version']}" in titles[-1]

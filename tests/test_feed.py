@@ -571,7 +571,7 @@ def test_info_prints_what_a_recording_holds(tmp_path, capsys):
 
 
 def test_info_tells_the_usual_liquidity_and_depth_as_flags(tmp_path, capsys):
-    """A flat market has moved by a tick, 0.1 bp; 29 times 0.1 M USDT from its snapshot on; 16 BTC."""
+    """A flat market has moved by a tick, 0.1 bp; 29 trades of 0.1 M USDT meet a known book."""
     hits = [market.trades(1000 * second + 200, (feed.BID, 1, 2)) for second in range(30)]
     path = market.write(tmp_path / "r.gz", market.calm(30_500, *hits))
     assert feed.main(["info", str(path)]) == 0
