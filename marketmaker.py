@@ -1,22 +1,15 @@
 """From market to quote: state, decision, paper fills, display. No order is ever sent.
 
-The loop, the same for the live socket, a recording and the backtest:
-
-  for every message:
-      let the exchange match it against our paper orders
-      show it to the book
-      if a decision is due:  measure the market, solve the program, quote, log
-
-Messages come as columns (a tape), in slices that end at a decision: only one that reaches an
-order of ours, or at which one arrives, is looked at alone. Where a slice ends changes nothing.
+Live, in a replay and in a backtest the loop is the same (`follow`): hear messages until something
+is due; decide; go on. Messages come as columns (a tape), in slices that end at a decision. Where
+a slice ends changes nothing.
 
 A decision is made at the first message that is due, with that message applied; its time is
 the message's recv_ns. The next is due one optimization interval later, or as soon as the mid is
 requote_move_bps away from where it was. Due at once are a loss, the snapshot that ends it, new
-parameters, and a book gone silent: that one at the instant at which it is so for too long. Guards
-are judged at every decision, and at every whole second of a sound book; one that trips or clears
-makes the next message decide. A fill does not; the next decision sees it. No decision reads a
-clock.
+parameters, a guard that trips or clears (they are judged at every whole second), and a book gone
+silent: that one at the instant at which it is so for too long. A fill is not; the next decision
+sees it. No decision reads a clock.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
@@ -28,24 +21,18 @@ has the same rules in their plainest form, message by message: `simulate`.)
     Realistic, but for the 20 ms or so since that push.
   - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
-    behind us: pessimistic.
+    behind us, and a trade no later than the book's last push to be in the size shown: pessimistic.
   - A trade through our price, or the opposite best reaching it, fills the whole order.
     Optimistic in size: the trade may have been smaller than our order.
   - `touch`: any trade at our price fills the whole order: optimistic. `through`: only a
     trade through it, or the opposite best: pessimistic. Retail (RPI) trades, whose orders
     the book does not show, count as `through` in every model.
-  - `queue`: a trade at our price no later than the book's last push is in the size shown
-    already: it neither eats the queue nor fills, even if it emptied the level. Pessimistic.
   - Until the loss of a connection is noticed and the cancels arrive, our quotes stand, the market
     trades through them, and we never hear of it: nothing fills. Optimistic; the summary says
     for how long in all.
   - We take no volume from others and move no price: optimistic. impact_bps is a rough stand-in:
     each fill's price is that much worse, times the order's share of the depth near the mid.
   - Funding is not modelled.
-
-The feed *receives* a message, the market maker *hears* it, the exchange *matches* it with
-our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*; a fill is *settled*
-in the *account*; the inventory is *marked* to the mid. A *decision* says what to *quote*.
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
