@@ -423,40 +423,25 @@ class PaperExchange:
     def match(self, tape: Tape, start: int, stop: int) -> None:
         """Messages start..stop-1: those that matter meet our orders, all change the book."""
         while start < stop:
-            # The next that matters: a snapshot, one after the arrival of an order, or one that
-            # reaches an order which has arrived, or opens the window as far as that.
+            # The next that matters: a snapshot, or one after the arrival of an order.
             m = start if tape.kind[start] == feed.SNAPSHOT else stop
             for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
                 m = first_place(tape.exch_ns[start:m] > arrival_ns, start, m)
-            for side in SIDES:
-                ours = [o for o in self.orders if o.side == side and o.has_arrived]
-                if ours:
-                    best = max(order.level for order in ours)
-                    m = first_place(self.reach[side][start:m] <= best, start, m)
-                for level in [order.level for order in ours if order.queue_ahead]:
-                    worst = self.worst[side][start : m + 1]
-                    if np.maximum.reduce(worst) > level:
-                        opens = (worst[:-1] > level) & (worst[1:] <= level)
-                        m = first_place(opens, start, m)
-            self._apply(tape, start, m)
+            for order in [order for order in self.orders if order.has_arrived]:
+                # Or one that reaches an order; or, unless its queue can change no more, that has
+                # a row at its price, or opens the window as far as that.
+                m = first_place(self.reach[order.side][start:m] <= order.level, start, m)
+                if not order.queue_ahead and self.book.exch_ns > order.arrival_ns:
+                    continue
+                first, last = tape.first_row.item(start), tape.first_row.item(m)
+                row = first_place(tape.level[first:last] == order.level, first, last)
+                m = int(tape.first_row.searchsorted(row, "right")) - 1 if row < last else m
+                worst = self.worst[order.side][start : m + 1] <= order.level
+                m = first_place(worst[1:] > worst[:-1], start, m)
+            self.book.apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
             start = m + 1
-
-    def _apply(self, tape: Tape, start: int, stop: int) -> None:
-        """Messages change the book, and by their rows at the price of an order its queue."""
-        self.book.apply(tape, start, stop)
-        first, last = tape.first_row.item(start), tape.first_row.item(stop)
-        for order in [order for order in self.orders if order.has_arrived]:
-            rows = (tape.level[first:last] == order.level).nonzero()[0].tolist()
-            places = {int(tape.first_row.searchsorted(first + row, "right")) - 1: first + row
-                      for row in rows}  # by message; of two the later wins
-            for m, row in places.items():
-                shown = tape.size.item(row)
-                is_seen = order.level >= self.worst[order.side].item(m + 1)
-                if not (shown or is_seen or self.peer_rules):
-                    shown = INF  # it was not deleted, it has left the window
-                order.see(shown, tape.exch_ns.item(m))
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -506,7 +491,7 @@ class PaperExchange:
         # A message of the book: does it shorten our queue, or reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
-        self._apply(tape, m, m + 1)
+        self.book.apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
             order.see(self._shown(order), exch_ns)
             if self._is_reached(order) and exch_ns <= order.arrival_ns:
