@@ -81,7 +81,6 @@ SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
 BURST = 20_000  # rows and trades of a replay that are taken at once, if none is early
 MAX_PARAMS = 1 << 20  # bytes of --params
-NOTICE_S = 10.0  # how long a notice stands on the screen
 GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
@@ -887,22 +886,9 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-def list_counts(counts: Counter) -> str:
-    """How often what, in a line."""
-    return "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
-
-
-def price_constraints(solution: opt.Solution, p: Parameters) -> str:
-    """What spread, edge and inventory cost at the margin, relative to the quote's cost C."""
-    prices = {
-        "1 % more spread": 0.01 * solution.spread_price,
-        "bid 1 % of S beyond its edge": 0.01 * solution.bid_edge_price,
-        "ask 1 % of S beyond its edge": 0.01 * solution.ask_edge_price,
-        "one order more bought": solution.inventory_price * p.order_qty / p.max_inventory,
-    }
-    words = (f"{what}: {100 * price / solution.cost:+.1f} %"
-             for what, price in prices.items() if abs(price) > 1e-9)  # fmt: skip
-    return "cost, " + "   ".join(words)
+def dash_unknown(text: str) -> str:
+    """The text with a dash for every number that is not known."""
+    return re.sub(r"\b(nan|inf)\b", "-", text)
 
 
 def describe_account(maker: MarketMaker) -> str:
@@ -918,52 +904,59 @@ Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2
 
 def describe_market(maker: MarketMaker) -> str:
     """What we quote and why, what filled, what is known of the market: as of the last decision,
-    but queues, markouts, last and mark price and ages of now. nan = not known.
+    but queues, markouts, last and mark price of now. A mark that is too old to guard is not told.
     """
-    d, p, market, now_ns = maker.decision, maker.parameters, maker.market, maker.last_ns
-    view, n, coin = market.book.view, maker.instrument.digits, maker.instrument.base_coin
+    d, p, market, n = maker.decision, maker.parameters, maker.market, maker.instrument.digits
+    view, coin = market.book.view, maker.instrument.base_coin
     queues = {o.side: o.queue_ahead for o in maker.exchange.orders if o.cancel_ns == NEVER}
-    quotes, fills = [], []
+    quotes, fills, margin = [], [], "-"
     for side, name, price, qty in ((BID, "bid", *d[4:6]), (ASK, "ask", *d[6:8])):
-        text = f"{name} {price:,.{n}f} x {coins(qty)}, {1e4 * abs(price / d.mid_price - 1):.2f}"
-        text += f" bps away, {coins(queues.get(side, NAN))} ahead"
+        away_bps, ahead = 1e4 * abs(price / d.mid_price - 1), coins(queues.get(side, NAN))
+        text = f"{name} {price:,.{n}f} x {coins(qty)}, {away_bps:.2f} bps away, {ahead} ahead"
         quotes.append(text if qty else f"no {name}")
     for fill in maker.account.fills[-3:]:
         text = f"{VERBS[fill.side]} {coins(fill.qty)} at {fill.price:,.{n}f}, markout so far "
         bps = 1e4 * fill.side * (maker.account.mid_price / fill.price - 1)
         fills.append(f"{text}{bps:+.2f} bps")
     recent = market.recent_trades(maker.instrument.tick_size)[-3:]
-    trades = "".join(f"{VERBS[trade.side]} {coins(trade.size)}, " for trade in recent)
-    heard_ns = recent[-1].time_ns + maker.exchange.offset_ns if recent else NAN
-    is_old = view.mark_price > 0 and now_ns - market.ticker_recv_ns > MINUTE_NS
-    solution = d.distances and d.distances.solution
+    trades = ", ".join(f"{VERBS[trade.side]} {coins(trade.size)}" for trade in recent)
+    mark = view.mark_price if maker.last_ns - market.ticker_recv_ns <= MINUTE_NS else NAN
+    if d.distances and (solution := d.distances.solution):
+        more = solution.inventory_price * p.order_qty / p.max_inventory
+        margin = f"cost, 1 % more spread: {solution.spread_price / solution.cost:+.1f} %   "
+        margin += f"one order more bought: {100 * more / solution.cost:+.1f} %"
     return f"""\
 Our quote      {BELOW.join(quotes)}
                source {d.source}   {d.reason}   {market.lost}
 Last fills     {BELOW.join(fills) or "none"}
-Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   last {view.last_price:,.{n}f}
-               mark {view.mark_price:,.{n}f}{" is over a minute old: it guards nothing" * is_old}
+Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
+last {view.last_price:,.{n}f}   mark {mark:,.{n}f}
                depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
                volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), \
 liquidity {d.liquidity:.2f} M USDT/bp
-               last trades {trades or "none, "}{(now_ns - heard_ns) / NS:.1f} s ago
+               last trades {trades or "none"}
 Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
 liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
                no quote nearer than {p.min_half_spread_bps:g}; \
 a round trip: {2 * p.maker_fee_bps:g}, twice the maker fee
 Parameters     {opt.in_words(opt.differing(p)) or "all at their defaults"}
-At the margin  {price_constraints(solution, p) if solution else "-"}
+At the margin  {margin}
 """
 
 
 def summarize(maker: MarketMaker) -> str:
     """What there is to say at the end."""
-    span = f"{clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC   "
+    counters = maker.sources, maker.reasons, maker.exchange.counts
+    decisions, reasons, orders = (
+        "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
+        for counts in counters
+    )
     return f"""\
-Span           {span if maker.messages else ""}{count(maker.messages, "message")}
-Decisions      {list_counts(maker.sources)}
-Reasons        {list_counts(maker.reasons)}
-Orders         {list_counts(maker.exchange.counts)}
+Span           {clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC   \
+{count(maker.messages, "message")}
+Decisions      {decisions}
+Reasons        {reasons}
+Orders         {orders}
 {describe_account(maker)}\
                turnover {maker.account.turnover:,.0f}   \
 the sum is off by {maker.account.residual:.0e}
@@ -1132,10 +1125,10 @@ class Session:
                  parser: feed.Parser, given: Mapping[str, Any],
                  source: feed.LiveFeed | None = None) -> None:  # fmt: skip
         self.options, self.maker, self.title = options, maker, title
-        self.parser, self.given, self.source = parser, given, source  # given: as last accepted
+        self.parser, self.given, self.source = parser, given, source  # given: as last read
         self.files = [file for file in (maker.log, source and source.recorder) if file]
-        self.next_look_s = self.next_show_s = self.notice_end_s = 0.0
-        self.notice = ""  # on the screen for NOTICE_S
+        self.next_look_s = self.next_show_s = 0.0
+        self.notice = ""
         self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
         is_terminal = sys.stdout is not None and sys.stdout.isatty()
         self.is_screen = is_terminal and os.environ.get("TERM") != "dumb"
@@ -1154,7 +1147,7 @@ class Session:
             for file in self.files:
                 file.close()
         maker.finish()
-        self.notice, self.notice_end_s = "ENDED", INF
+        self.notice = "ENDED"
         failures = [file.failure for file in self.files if file.failure]
         screen = self.draw_screen() if self.is_screen else ""
         self.print(screen + "\n".join([self.title, summarize(maker), *failures]))
@@ -1190,7 +1183,7 @@ class Session:
 
     def read_edits(self) -> None:
         """A sound edit of --params becomes a message of the session; another gives a notice."""
-        maker, before = self.maker, self.maker.parameters
+        maker, before, given = self.maker, asdict(self.maker.parameters), None
         try:
             given = given_parameters(self.options)
             if given == self.given:
@@ -1203,27 +1196,25 @@ class Session:
             else:  # a file is a slower exchange: the edit comes at the receive time of now
                 note, view = {"event": "params", **note}, maker.market.book.view
                 maker.take(feed.Message(feed.CONTROL, maker.last_ns, note=note, view=view))
-            changed = {n: v for n, v in asdict(p).items() if v != getattr(before, n)}
-            self.given, notice = given, f"parameters changed: {opt.in_words(changed)}"
+            changed = {name: v for name, v in asdict(p).items() if v != before[name]}
+            notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
         except (ValueError, TypeError) as error:
             notice = f"edit of {self.options.params} refused: {error}"
-        self.notice, self.notice_end_s = feed.printable(notice), time.monotonic() + NOTICE_S
+        self.given, self.notice = given, feed.printable(notice)
 
     def describe_feed(self) -> str:
-        """How the connection is, and what went wrong."""
-        maker, counts, source, text = self.maker, self.parser.counts, self.source, ""
+        """What was received, how the connection is, and what went wrong."""
+        maker, counts, source = self.maker, self.parser.counts, self.source
+        lag_ns = maker.market.lag_ns - maker.exchange.offset_ns
+        text = f"{count(maker.messages, 'message')}   {count(counts['gaps'], 'gap')}   "
+        text += f"{counts['malformed']} malformed   lag {lag_ns / MS:.0f} ms"
+        text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
-            text = "" if source.stopping.is_set() else text
-            text += f"{count(source.reconnects, 'reconnect')}   "
-        lag_ns = maker.market.lag_ns - maker.exchange.offset_ns
-        text += f"lag {lag_ns / MS:.0f} ms"
-        text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
-        text += f"{BELOW}{count(maker.messages, 'message')}   {count(counts['gaps'], 'gap')}   "
-        text += f"{counts['malformed']} malformed"
+            connection = f"last frame {age_s:.1f} s ago" if source.ws else "NOT CONNECTED"
+            text += f"{BELOW}{connection}   {count(source.reconnects, 'reconnect')}"
         silent = [name for name, _ in self.parser.topics.values() if not counts[name]]
-        text += f"   none of {', '.join(silent)}" if silent else ""
+        text += f"{BELOW}none of {', '.join(silent)}" if silent else ""
         problems = [file.failure for file in self.files if file.failure] + [self.parser.problem]
         return f"Feed           {text}" + f"{BELOW}last problem: {problems[0]}" * bool(problems[0])
 
@@ -1231,26 +1222,22 @@ class Session:
         """A frame in place of the last, what matters most first: a window may be small."""
         maker, columns, rows = self.maker, *shutil.get_terminal_size((80, 24))
         now = f"{clock_text(maker.last_ns)} UTC   " if maker.messages else ""
-        calm = "paper trading: no order is ever sent; Ctrl-C ends it"
-        notice = self.notice if time.monotonic() < self.notice_end_s else calm
+        notice = self.notice or "paper trading: no order is ever sent; Ctrl-C ends it"
         text = describe_account(maker) + describe_market(maker) + self.describe_feed()
         if columns < 80:  # labels are cut before numbers
             text = re.sub(r"(?m)^(.{6}).{9}", r"\1 ", text)
-        text = f"{now}{self.title}\n{notice}\n\n" + re.sub(r"\b(nan|inf)\b", "-", text)
-        lines = text.splitlines()[: rows - 1]
-        text = "".join(f"{line[:columns]}\x1b[K\n" for line in lines)
-        return f"\x1b[H{text}\x1b[J"
+        text = f"{now}{self.title}\n{notice}\n\n{dash_unknown(text)}"
+        lines = [f"{line[:columns]}\x1b[K\n" for line in text.splitlines()[: rows - 1]]
+        return f"\x1b[H{''.join(lines)}\x1b[J"
 
     def draw_line(self) -> str:
-        """The same in a line, where there is no terminal to draw on."""
-        maker, d, digits = self.maker, self.maker.decision, self.maker.instrument.digits
-        text = f"{clock_text(maker.last_ns)}  "
-        if d.mid_price > 0:
-            text += f"mid {d.mid_price:,.{digits + 1}f}  "
-            text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
-        text += f"{d.source} {d.reason} {maker.market.lost} net {maker.account.equity:+.2f}  "
-        text, self.notice = re.sub(r"\bnan\b", "-", text) + self.notice, ""
-        return f"{text}\n" * bool(maker.messages)
+        """The same in a line, where there is no terminal to draw on; a notice only once."""
+        maker, d, n = self.maker, self.maker.decision, self.maker.instrument.digits
+        text = f"{clock_text(maker.last_ns)}  mid {d.mid_price:,.{n + 1}f}  "
+        text += f"quote {d.bid_price:,.{n}f} / {d.ask_price:,.{n}f}  {d.source} {d.reason}  "
+        text += f"{maker.market.lost}  net {maker.account.equity:+.2f}  "
+        notice, self.notice = self.notice, ""
+        return f"{dash_unknown(text)}{notice}\n" * bool(maker.messages)
 
 
 def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
