@@ -88,15 +88,6 @@ TICK_S = 0.1  # how long the main thread waits for a message before it looks aro
 # ---- What is known of the market ---------------------------------------------------
 
 
-class Trade(NamedTuple):
-    """A trade of others."""
-
-    time_ns: int  # exchange time
-    side: int  # of the taker: +1 bought, -1 sold
-    price: float  # USDT
-    size: float  # base coin
-
-
 @dataclass
 class Market:
     """What is measured from the market, on our clock. nan = not known yet."""
@@ -123,10 +114,10 @@ class Market:
         """Mean of the depths near the mid, million USDT."""
         return sum(self.depths.values()) / 2 * self.mid_price * 1e-6
 
-    def recent_trades(self, tick_size: float) -> list[Trade]:
-        """The trades of the last minute, exchange time, in the order received."""
+    def recent_trades(self, tick_size: float) -> list[tuple[int, int, float, float]]:
+        """(exchange time, taker's side, USDT, base coin) of the last minute, as received."""
         newest_ns = max((time_ns for time_ns, _, _ in self.trades), default=0)
-        return [Trade(time_ns, ASK if level > 0 else BID, abs(level) * tick_size, size)
+        return [(time_ns, ASK if level > 0 else BID, abs(level) * tick_size, size)
                 for time_ns, level, size in self.trades if time_ns > newest_ns - MINUTE_NS]
 
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
@@ -363,7 +354,6 @@ class PaperExchange:
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
-    worst: dict = field(default_factory=dict)
     trade_ns: int = 0  # exchange time of the last trade that was met
     recv_ns: int = 0  # of the message that is matched
     mid_price: float = NAN  # just before that message
@@ -408,7 +398,6 @@ class PaperExchange:
     def begin(self, tape: Tape) -> None:
         """A tape is to come. reach[side][m]: an order of this side at that level or a better
         one (a higher level) is touched by message m, by its trades or the opposite best.
-        worst[side][m]: the last level shown just before message m.
         """
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
@@ -416,8 +405,6 @@ class PaperExchange:
             hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
             nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
             reach[has_trades] = np.minimum(reach[has_trades], nearest)
-            worst = tape.worst_bid if side == BID else tape.worst_ask
-            self.worst[side] = np.append(self.book.view.worst(side), worst)
 
     def match(self, tape: Tape, start: int, stop: int) -> None:
         """Messages start..stop-1: those that matter meet our orders, all change the book."""
@@ -429,14 +416,16 @@ class PaperExchange:
             for order in [order for order in self.orders if order.has_arrived]:
                 # Or one that reaches an order; or, unless its queue can change no more, that has
                 # a row at its price, or opens the window as far as that.
-                m = first_place(self.reach[order.side][start:m] <= order.level, start, m)
+                side, level = order.side, order.level
+                m = first_place(self.reach[side][start:m] <= level, start, m)
                 if not order.queue_ahead and self.book.exch_ns > order.arrival_ns:
                     continue
                 first, last = tape.first_row.item(start), tape.first_row.item(m)
-                row = first_place(tape.level[first:last] == order.level, first, last)
+                row = first_place(tape.level[first:last] == level, first, last)
                 m = int(tape.first_row.searchsorted(row, "right")) - 1 if row < last else m
-                worst = self.worst[order.side][start : m + 1] <= order.level
-                m = first_place(worst[1:] > worst[:-1], start, m)
+                if level < self.book.view.worst(side):
+                    worst = tape.worst_bid if side == BID else tape.worst_ask
+                    m = first_place(worst[start:m] <= level, start, m)
             self.book.apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
@@ -919,7 +908,7 @@ def describe_market(maker: MarketMaker) -> str:
         bps = 1e4 * fill.side * (maker.account.mid_price / fill.price - 1)
         fills.append(f"{text}{bps:+.2f} bps")
     recent = market.recent_trades(maker.instrument.tick_size)[-3:]
-    trades = ", ".join(f"{VERBS[trade.side]} {coins(trade.size)}" for trade in recent)
+    trades = ", ".join(f"{VERBS[side]} {coins(size)}" for _, side, _, size in recent)
     mark = view.mark_price if maker.last_ns - market.ticker_recv_ns <= MINUTE_NS else NAN
     if d.distances and (solution := d.distances.solution):
         more = solution.inventory_price * p.order_qty / p.max_inventory
@@ -1130,8 +1119,7 @@ class Session:
         self.next_look_s = self.next_show_s = 0.0
         self.notice = ""
         self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
-        is_terminal = sys.stdout is not None and sys.stdout.isatty()
-        self.is_screen = is_terminal and os.environ.get("TERM") != "dumb"
+        self.is_screen = bool(sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb")
         self.print("" if self.is_screen else f"{title}\n")
 
     def run(self, bursts: Iterator[list[feed.Message]]) -> None:
