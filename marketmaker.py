@@ -14,11 +14,10 @@ sees it. No decision reads a clock.
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
 
-  - An order decided at t (our clock) stands on the exchange from t + order_latency until
-    its cancel arrives, as late. Only events of that time (exchange clock) can fill it,
-    whenever we hear of them. Realistic.
-  - Post-only and the inventory limit are judged again at arrival, on the last book pushed.
-    Realistic, but for the 20 ms or so since that push.
+  - An order decided at t (our clock) stands on the exchange from t + order_latency until its
+    cancel arrives, as late. Only events of that time (exchange clock) can fill it, whenever we
+    hear of them. At its arrival post-only and the inventory limit are judged again, on the last
+    book pushed. Realistic, but for the 20 ms or so since that push.
   - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
     behind us, and a trade no later than the book's last push to be in the size shown: pessimistic.
@@ -27,9 +26,8 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - `touch`: any trade at our price fills the whole order: optimistic. `through`: only a
     trade through it, or the opposite best: pessimistic. Retail (RPI) trades, whose orders
     the book does not show, count as `through` in every model.
-  - Until the loss of a connection is noticed and the cancels arrive, our quotes stand, the market
-    trades through them, and we never hear of it: nothing fills. Optimistic; the summary says
-    for how long in all.
+  - What our quotes meet after a connection is lost, until the cancels arrive, is never heard and
+    fills nothing. Optimistic; the summary says for how long in all.
   - We take no volume from others and move no price: optimistic. impact_bps is a rough stand-in:
     each fill's price is that much worse, times the order's share of the depth near the mid.
   - Funding is not modelled.
@@ -126,7 +124,7 @@ class Market:
         of the returns, the liquidity the turnover over the sum of their absolute values.
         """
         previous, self.grid_mid = self.grid_mid, mid_price
-        if previous != previous:
+        if math.isnan(previous) or math.isnan(mid_price):
             return
         self.returns_bps.append(1e4 * math.log(mid_price / previous))
         self.turnovers.append(turnover_musd)
@@ -739,11 +737,8 @@ class MarketMaker:
         self.traded.clear()
         self.seconds.append(second_ns)
         self.mids.append(mid_price)
-        if mid_price == mid_price:
-            half_life_s = self.parameters.half_life_s
-            self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
-        else:
-            self.market.grid_mid = NAN
+        half_life_s = self.parameters.half_life_s
+        self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
         if self._guard(second_ns) != self.last_guard:
             self.due_ns = second_ns  # the next message decides
 
@@ -1222,8 +1217,7 @@ class Session:
         """The same in a line, where there is no terminal to draw on; a notice only once."""
         maker, d, n = self.maker, self.maker.decision, self.maker.instrument.digits
         text = f"{clock_text(maker.last_ns)}  mid {d.mid_price:,.{n + 1}f}  "
-        text += f"quote {d.bid_price:,.{n}f} / {d.ask_price:,.{n}f}  {d.source} {d.reason}  "
-        text += f"{maker.market.lost}  net {maker.account.equity:+.2f}  "
+        text += f"{d.source} {d.reason} {maker.market.lost} net {maker.account.equity:+.2f}  "
         notice, self.notice = self.notice, ""
         return f"{dash_unknown(text)}{notice}\n" * bool(maker.messages)
 
