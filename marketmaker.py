@@ -177,6 +177,7 @@ class Account:
     mid_price: float = NAN  # the last mid that it was marked to
     peak_equity: float = 0.0  # the highest that was ever marked
     fills: list[Fill] = field(default_factory=list)
+    path: array = field(default_factory=partial(array, "d"))  # see `note`
 
     @property
     def equity(self) -> float:
@@ -209,6 +210,12 @@ class Account:
         self.spread_captured += fill.side * (fill.mid_price - fill.price) * fill.qty
         self.turnover += fill.qty * fill.price
         self.fills.append(fill)
+        self.note(fill.recv_ns)
+
+    def note(self, time_ns: int) -> None:
+        """A point of the pictures: every whole second, every fill and the end."""
+        self.path.extend((time_ns, self.inventory, self.spread_captured, self.revaluation,
+                          self.fees_paid, self.equity))  # fmt: skip
 
 
 # ---- What is decided ---------------------------------------------------------------
@@ -737,6 +744,7 @@ class MarketMaker:
         self.traded.clear()
         self.seconds.append(second_ns)
         self.mids.append(mid_price)
+        self.account.note(second_ns)
         half_life_s = self.parameters.half_life_s
         self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
         if self._guard(second_ns) != self.last_guard:
@@ -854,6 +862,7 @@ class MarketMaker:
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
         self._mark()
+        self.account.note(self.last_ns)
         names = "mid_price", "inventory", "cash", "equity", "fees_paid"
         account = {name: getattr(self.account, name) for name in names}
         self.history.add(self.decision._replace(time_ns=self.last_ns, **account))
@@ -911,7 +920,6 @@ def describe_market(maker: MarketMaker) -> str:
         margin += f"one order more bought: {100 * more / solution.cost:+.1f} %"
     return f"""\
 Our quote      {BELOW.join(quotes)}
-               source {d.source}   {d.reason}   {market.lost}
 Last fills     {BELOW.join(fills) or "none"}
 Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
 last {view.last_price:,.{n}f}   mark {mark:,.{n}f}
@@ -980,20 +988,9 @@ def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: floa
 
 
 def follow_account(maker: MarketMaker) -> tuple[np.ndarray, ...]:
-    """The account at every whole second, every fill and the end: minutes of the run, inventory,
-    spread captured, revaluation, fees, equity.
-    """
-    a, rows = Account(), []
-    marks = [(time_ns, mid, None) for time_ns, mid in zip(maker.seconds, maker.mids)]
-    marks += [(fill.recv_ns, fill.mid_price, fill) for fill in maker.account.fills]
-    marks.append((maker.last_ns, maker.account.mid_price, None))
-    for time_ns, mid_price, fill in sorted(marks, key=lambda mark: mark[0]):
-        a.mark(mid_price)
-        if fill:
-            a.settle(fill)
-        minute = (time_ns - maker.first_ns) / MINUTE_NS
-        rows.append((minute, a.inventory, a.spread_captured, a.revaluation, a.fees_paid, a.equity))
-    return tuple(np.array(rows).T)
+    """Minutes of the run, inventory, spread captured, revaluation, fees, equity: see `note`."""
+    times_ns, *columns = np.array(maker.account.path).reshape(-1, 6).T
+    return ((times_ns - maker.first_ns) / MINUTE_NS, *columns)
 
 
 def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray]) -> None:
@@ -1132,7 +1129,7 @@ class Session:
         maker.finish()
         self.notice = "ENDED"
         failures = [file.failure for file in self.files if file.failure]
-        screen = self.draw_screen() if self.is_screen else ""
+        screen = self.draw() if self.is_screen else ""
         self.print(screen + "\n".join([self.title, summarize(maker), *failures]))
         self.printer.shutdown()
         if self.options.plot and maker.messages:
@@ -1158,7 +1155,7 @@ class Session:
                 self.source.cut(f"resync: {market.book.view.fault}")
         if now_s >= self.next_show_s and self.printing.done():
             self.next_show_s = now_s + (0.25 if self.is_screen else 1.0)
-            self.print(self.draw_screen() if self.is_screen else self.draw_line())
+            self.print(self.draw())
 
     def print(self, text: str) -> None:
         """Out of the way. What fails is kept by stdout, and told at the end."""
@@ -1201,25 +1198,25 @@ class Session:
         problems = [file.failure for file in self.files if file.failure] + [self.parser.problem]
         return f"Feed           {text}" + f"{BELOW}last problem: {problems[0]}" * bool(problems[0])
 
-    def draw_screen(self) -> str:
-        """A frame in place of the last, what matters most first: a window may be small."""
-        maker, columns, rows = self.maker, *shutil.get_terminal_size((80, 24))
-        now = f"{clock_text(maker.last_ns)} UTC   " if maker.messages else ""
+    def draw(self) -> str:
+        """A frame in place of the last, what matters most first: a window may be small. Where
+        there is no terminal to draw on, only a line, and each notice once.
+        """
+        maker, d, digits = self.maker, self.maker.decision, self.maker.instrument.digits
+        status = f"{clock_text(maker.last_ns)}   " if maker.messages else ""
+        status += f"mid {d.mid_price:,.{digits + 1}f}   net {maker.account.equity:+.2f}   "
+        status = dash_unknown(f"{status}source {d.source}   {d.reason}   {maker.market.lost}")
+        if not self.is_screen:
+            notice, self.notice = self.notice, ""
+            return f"{status}   {notice}\n"
         notice = self.notice or "paper trading: no order is ever sent; Ctrl-C ends it"
+        columns, rows = shutil.get_terminal_size((80, 24))
         text = describe_account(maker) + describe_market(maker) + self.describe_feed()
         if columns < 80:  # labels are cut before numbers
             text = re.sub(r"(?m)^(.{6}).{9}", r"\1 ", text)
-        text = f"{now}{self.title}\n{notice}\n\n{dash_unknown(text)}"
+        text = f"{self.title}\n{notice}\n{status}\n{dash_unknown(text)}"
         lines = [f"{line[:columns]}\x1b[K\n" for line in text.splitlines()[: rows - 1]]
         return f"\x1b[H{''.join(lines)}\x1b[J"
-
-    def draw_line(self) -> str:
-        """The same in a line, where there is no terminal to draw on; a notice only once."""
-        maker, d, n = self.maker, self.maker.decision, self.maker.instrument.digits
-        text = f"{clock_text(maker.last_ns)}  mid {d.mid_price:,.{n + 1}f}  "
-        text += f"{d.source} {d.reason} {maker.market.lost} net {maker.account.equity:+.2f}  "
-        notice, self.notice = self.notice, ""
-        return f"{dash_unknown(text)}{notice}\n" * bool(maker.messages)
 
 
 def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
@@ -1268,8 +1265,8 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     # What can be said at once, also of flags that would do nothing.
     replay, plot, log = options.replay, options.plot, options.log
     for is_wrong, what in (
-        (replay and options.record, "--record is of the live feed: leave out --replay"),
-        (replay and options.url, "--url is of the live feed: leave out --replay"),
+        (replay and (options.record or options.url),
+         "--record and --url are of the live feed: leave out --replay"),
         (options.speed and not replay, "--speed is of a replay: give --replay FILE"),
         (plot and not plot.absolute().parent.is_dir(),
          f"--plot {plot} cannot be written: choose a file in a folder"),
