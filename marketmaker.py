@@ -331,15 +331,6 @@ class Order:
     eaten: float = 0.0  # of the queue, by trades
     due: float = 0.0  # base coin, our share of what trades left, below a lot so far
 
-    def see(self, shown: float, exch_ns: int) -> None:
-        """The book says what is shown at our price: a smaller size shortens the queue."""
-        if exch_ns <= self.arrival_ns and shown < INF:
-            # subtle: heard after the arrival, but of before it. It tells better what stood there
-            # when we came, so the queue starts anew from it.
-            self.queue_ahead = max(shown - self.eaten, 0.0)
-        elif exch_ns <= self.cancel_ns:
-            self.queue_ahead = min(self.queue_ahead, shown)
-
 
 @dataclass(eq=False)
 class PaperExchange:
@@ -481,13 +472,19 @@ class PaperExchange:
             self.trade_ns = exch_ns
             return
 
-        # A message of the book: does it shorten our queue, or reach our price?
+        # A message of the book: a smaller size shortens our queue; does it reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
         self.book.apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
-            order.see(self._shown(order), exch_ns)
-            if self._is_reached(order) and exch_ns <= order.arrival_ns:
+            shown, is_late = self._shown(order), exch_ns <= order.arrival_ns
+            if is_late and shown < INF:
+                # subtle: heard after the arrival, but of before it. It tells better what stood
+                # there when we came, so the queue starts anew from it.
+                order.queue_ahead = max(shown - order.eaten, 0.0)
+            elif exch_ns <= order.cancel_ns:
+                order.queue_ahead = min(order.queue_ahead, shown)
+            if self._is_reached(order) and is_late:
                 self.refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
                 self._fill(order, order.left, exch_ns, "book")
@@ -938,20 +935,18 @@ At the margin  {margin}
 
 def summarize(maker: MarketMaker) -> str:
     """What there is to say at the end."""
-    counters = maker.sources, maker.reasons, maker.exchange.counts
+    span = f"{clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC   "
     decisions, reasons, orders = (
         "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
-        for counts in counters
+        for counts in (maker.sources, maker.reasons, maker.exchange.counts)
     )
     return f"""\
-Span           {clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC   \
-{count(maker.messages, "message")}
+Span           {span if maker.messages else ""}{count(maker.messages, "message")}
 Decisions      {decisions}
 Reasons        {reasons}
 Orders         {orders}
 {describe_account(maker)}\
-               turnover {maker.account.turnover:,.0f}   \
-the sum is off by {maker.account.residual:.0e}
+               turnover {maker.account.turnover:,.0f}
 Unheard        quotes stood {maker.unheard_ns / NS:.1f} s while the connection was lost
 """
 
