@@ -971,9 +971,6 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6, frameon=False,
                   fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
-    else:
-        ax.set_yticks([], [])
-        ax.text(0.5, 0.5, "nothing to draw", transform=ax.transAxes, ha="center")
 
 
 def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: float = 1.0) -> None:
