@@ -1,51 +1,36 @@
 """From market to quote: state, decision, paper fills, display. No order is ever sent.
 
-The loop, the same for the live socket, a recording and the backtest:
-
-  for every message:
-      let the exchange match it against our paper orders
-      show it to the book
-      if a decision is due:  measure the market, solve the program, quote, log
-
-Messages come as columns (a tape), in slices that end at a decision: only one that reaches an
-order of ours, or at which one arrives, is looked at alone. Where a slice ends changes nothing.
+Live, in a replay and in a backtest the loop is the same (`follow`): hear messages until something
+is due; decide; go on. Messages come as columns (a tape), in slices that end at a decision. Where
+a slice ends changes nothing.
 
 A decision is made at the first message that is due, with that message applied; its time is
 the message's recv_ns. The next is due one optimization interval later, or as soon as the mid is
 requote_move_bps away from where it was. Due at once are a loss, the snapshot that ends it, new
-parameters, and a book gone silent: that one at the instant at which it is so for too long. Guards
-are judged at every decision, and at every whole second of a sound book; one that trips or clears
-makes the next message decide. A fill does not; the next decision sees it. No decision reads a
-clock.
+parameters, a guard that trips or clears (they are judged at every whole second), and a book gone
+silent: that one at the instant at which it is so for too long. A fill is not; the next decision
+sees it. No decision reads a clock.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
 
-  - An order decided at t (our clock) stands on the exchange from t + order_latency until
-    its cancel arrives, as late. Only events of that time (exchange clock) can fill it,
-    whenever we hear of them. Realistic.
-  - Post-only and the inventory limit are judged again at arrival, on the last book pushed.
-    Realistic, but for the 20 ms or so since that push.
+  - An order decided at t (our clock) stands on the exchange from t + order_latency until its
+    cancel arrives, as late. Only events of that time (exchange clock) can fill it, whenever we
+    hear of them. At its arrival post-only and the inventory limit are judged again, on the last
+    book pushed. Realistic, but for the 20 ms or so since that push.
   - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
-    behind us: pessimistic.
+    behind us, and a trade no later than the book's last push to be in the size shown: pessimistic.
   - A trade through our price, or the opposite best reaching it, fills the whole order.
     Optimistic in size: the trade may have been smaller than our order.
   - `touch`: any trade at our price fills the whole order: optimistic. `through`: only a
     trade through it, or the opposite best: pessimistic. Retail (RPI) trades, whose orders
     the book does not show, count as `through` in every model.
-  - `queue`: a trade at our price no later than the book's last push is in the size shown
-    already: it neither eats the queue nor fills, even if it emptied the level. Pessimistic.
-  - Until the loss of a connection is noticed and the cancels arrive, our quotes stand, the market
-    trades through them, and we never hear of it: nothing fills. Optimistic; the summary says
-    for how long in all.
+  - What our quotes meet after a connection is lost, until the cancels arrive, is never heard and
+    fills nothing. Optimistic; the summary says for how long in all.
   - We take no volume from others and move no price: optimistic. impact_bps is a rough stand-in:
     each fill's price is that much worse, times the order's share of the depth near the mid.
   - Funding is not modelled.
-
-The feed *receives* a message, the market maker *hears* it, the exchange *matches* it with
-our *orders*. An order is *sent*, *arrives*, and is *refused* or *filled*; a fill is *settled*
-in the *account*; the inventory is *marked* to the mid. A *decision* says what to *quote*.
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
 spreads and volatility bps of the mid; time int ns. Fees are positive when we pay.
@@ -94,21 +79,11 @@ SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
 BURST = 20_000  # rows and trades of a replay that are taken at once, if none is early
 MAX_PARAMS = 1 << 20  # bytes of --params
-NOTICE_S = 10.0  # how long a notice stands on the screen
 GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
 TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
 
 # ---- What is known of the market ---------------------------------------------------
-
-
-class Trade(NamedTuple):
-    """A trade of others."""
-
-    time_ns: int  # exchange time
-    side: int  # of the taker: +1 bought, -1 sold
-    price: float  # USDT
-    size: float  # base coin
 
 
 @dataclass
@@ -137,10 +112,10 @@ class Market:
         """Mean of the depths near the mid, million USDT."""
         return sum(self.depths.values()) / 2 * self.mid_price * 1e-6
 
-    def recent_trades(self, tick_size: float) -> list[Trade]:
-        """The trades of the last minute, exchange time, in the order received."""
+    def recent_trades(self, tick_size: float) -> list[tuple[int, int, float, float]]:
+        """(exchange time, taker's side, USDT, base coin) of the last minute, as received."""
         newest_ns = max((time_ns for time_ns, _, _ in self.trades), default=0)
-        return [Trade(time_ns, ASK if level > 0 else BID, abs(level) * tick_size, size)
+        return [(time_ns, ASK if level > 0 else BID, abs(level) * tick_size, size)
                 for time_ns, level, size in self.trades if time_ns > newest_ns - MINUTE_NS]
 
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
@@ -149,7 +124,7 @@ class Market:
         of the returns, the liquidity the turnover over the sum of their absolute values.
         """
         previous, self.grid_mid = self.grid_mid, mid_price
-        if previous != previous:
+        if math.isnan(previous) or math.isnan(mid_price):
             return
         self.returns_bps.append(1e4 * math.log(mid_price / previous))
         self.turnovers.append(turnover_musd)
@@ -202,6 +177,7 @@ class Account:
     mid_price: float = NAN  # the last mid that it was marked to
     peak_equity: float = 0.0  # the highest that was ever marked
     fills: list[Fill] = field(default_factory=list)
+    path: array = field(default_factory=partial(array, "d"))  # see `note`
 
     @property
     def equity(self) -> float:
@@ -234,6 +210,12 @@ class Account:
         self.spread_captured += fill.side * (fill.mid_price - fill.price) * fill.qty
         self.turnover += fill.qty * fill.price
         self.fills.append(fill)
+        self.note(fill.recv_ns)
+
+    def note(self, time_ns: int) -> None:
+        """A point of the pictures: every whole second, every fill and the end."""
+        self.path.extend((time_ns, self.inventory, self.spread_captured, self.revaluation,
+                          self.fees_paid, self.equity))  # fmt: skip
 
 
 # ---- What is decided ---------------------------------------------------------------
@@ -349,15 +331,6 @@ class Order:
     eaten: float = 0.0  # of the queue, by trades
     due: float = 0.0  # base coin, our share of what trades left, below a lot so far
 
-    def see(self, shown: float, exch_ns: int) -> None:
-        """The book says what is shown at our price: a smaller size shortens the queue."""
-        if exch_ns <= self.arrival_ns and shown < INF:
-            # subtle: heard after the arrival, but of before it. It tells better what stood there
-            # when we came, so the queue starts anew from it.
-            self.queue_ahead = max(shown - self.eaten, 0.0)
-        elif exch_ns <= self.cancel_ns:
-            self.queue_ahead = min(self.queue_ahead, shown)
-
 
 @dataclass(eq=False)
 class PaperExchange:
@@ -377,7 +350,6 @@ class PaperExchange:
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
-    worst: dict = field(default_factory=dict)
     trade_ns: int = 0  # exchange time of the last trade that was met
     recv_ns: int = 0  # of the message that is matched
     mid_price: float = NAN  # just before that message
@@ -422,7 +394,6 @@ class PaperExchange:
     def begin(self, tape: Tape) -> None:
         """A tape is to come. reach[side][m]: an order of this side at that level or a better
         one (a higher level) is touched by message m, by its trades or the opposite best.
-        worst[side][m]: the last level shown just before message m.
         """
         is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
         for side in SIDES:
@@ -430,46 +401,31 @@ class PaperExchange:
             hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
             nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
             reach[has_trades] = np.minimum(reach[has_trades], nearest)
-            worst = tape.worst_bid if side == BID else tape.worst_ask
-            self.worst[side] = np.append(self.book.view.worst(side), worst)
 
     def match(self, tape: Tape, start: int, stop: int) -> None:
         """Messages start..stop-1: those that matter meet our orders, all change the book."""
         while start < stop:
-            # The next that matters: a snapshot, one after the arrival of an order, or one that
-            # reaches an order which has arrived, or opens the window as far as that.
+            # The next that matters: a snapshot, or one after the arrival of an order.
             m = start if tape.kind[start] == feed.SNAPSHOT else stop
             for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
                 m = first_place(tape.exch_ns[start:m] > arrival_ns, start, m)
-            for side in SIDES:
-                ours = [o for o in self.orders if o.side == side and o.has_arrived]
-                if ours:
-                    best = max(order.level for order in ours)
-                    m = first_place(self.reach[side][start:m] <= best, start, m)
-                for level in [order.level for order in ours if order.queue_ahead]:
-                    worst = self.worst[side][start : m + 1]
-                    if np.maximum.reduce(worst) > level:
-                        opens = (worst[:-1] > level) & (worst[1:] <= level)
-                        m = first_place(opens, start, m)
-            self._apply(tape, start, m)
+            for order in [order for order in self.orders if order.has_arrived]:
+                # Or one that reaches an order; or, unless its queue can change no more, that has
+                # a row at its price, or opens the window as far as that.
+                side, level = order.side, order.level
+                m = first_place(self.reach[side][start:m] <= level, start, m)
+                if not order.queue_ahead and self.book.exch_ns > order.arrival_ns:
+                    continue
+                first, last = tape.first_row.item(start), tape.first_row.item(m)
+                row = first_place(tape.level[first:last] == level, first, last)
+                m = int(tape.first_row.searchsorted(row, "right")) - 1 if row < last else m
+                if level < self.book.view.worst(side):
+                    worst = tape.worst_bid if side == BID else tape.worst_ask
+                    m = first_place(worst[start:m] <= level, start, m)
+            self.book.apply(tape, start, m)
             if m < stop:
                 self._meet(tape, m)
             start = m + 1
-
-    def _apply(self, tape: Tape, start: int, stop: int) -> None:
-        """Messages change the book, and by their rows at the price of an order its queue."""
-        self.book.apply(tape, start, stop)
-        first, last = tape.first_row.item(start), tape.first_row.item(stop)
-        for order in [order for order in self.orders if order.has_arrived]:
-            rows = (tape.level[first:last] == order.level).nonzero()[0].tolist()
-            places = {int(tape.first_row.searchsorted(first + row, "right")) - 1: first + row
-                      for row in rows}  # by message; of two the later wins
-            for m, row in places.items():
-                shown = tape.size.item(row)
-                is_seen = order.level >= self.worst[order.side].item(m + 1)
-                if not (shown or is_seen or self.peer_rules):
-                    shown = INF  # it was not deleted, it has left the window
-                order.see(shown, tape.exch_ns.item(m))
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -516,13 +472,19 @@ class PaperExchange:
             self.trade_ns = exch_ns
             return
 
-        # A message of the book: does it shorten our queue, or reach our price?
+        # A message of the book: a smaller size shortens our queue; does it reach our price?
         if kind == feed.SNAPSHOT:
             self.book.clear()
-        self._apply(tape, m, m + 1)
+        self.book.apply(tape, m, m + 1)
         for order in [o for o in self.orders if o.has_arrived]:
-            order.see(self._shown(order), exch_ns)
-            if self._is_reached(order) and exch_ns <= order.arrival_ns:
+            shown, is_late = self._shown(order), exch_ns <= order.arrival_ns
+            if is_late and shown < INF:
+                # subtle: heard after the arrival, but of before it. It tells better what stood
+                # there when we came, so the queue starts anew from it.
+                order.queue_ahead = max(shown - order.eaten, 0.0)
+            elif exch_ns <= order.cancel_ns:
+                order.queue_ahead = min(order.queue_ahead, shown)
+            if self._is_reached(order) and is_late:
                 self.refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
                 self._fill(order, order.left, exch_ns, "book")
@@ -779,11 +741,9 @@ class MarketMaker:
         self.traded.clear()
         self.seconds.append(second_ns)
         self.mids.append(mid_price)
-        if mid_price == mid_price:
-            half_life_s = self.parameters.half_life_s
-            self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
-        else:
-            self.market.grid_mid = NAN
+        self.account.note(second_ns)
+        half_life_s = self.parameters.half_life_s
+        self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
         if self._guard(second_ns) != self.last_guard:
             self.due_ns = second_ns  # the next message decides
 
@@ -899,6 +859,7 @@ class MarketMaker:
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
         self._mark()
+        self.account.note(self.last_ns)
         names = "mid_price", "inventory", "cash", "equity", "fees_paid"
         account = {name: getattr(self.account, name) for name in names}
         self.history.add(self.decision._replace(time_ns=self.last_ns, **account))
@@ -915,22 +876,9 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-def list_counts(counts: Counter) -> str:
-    """How often what, in a line."""
-    return "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
-
-
-def price_constraints(solution: opt.Solution, p: Parameters) -> str:
-    """What spread, edge and inventory cost at the margin, relative to the quote's cost C."""
-    prices = {
-        "1 % more spread": 0.01 * solution.spread_price,
-        "bid 1 % of S beyond its edge": 0.01 * solution.bid_edge_price,
-        "ask 1 % of S beyond its edge": 0.01 * solution.ask_edge_price,
-        "one order more bought": solution.inventory_price * p.order_qty / p.max_inventory,
-    }
-    words = (f"{what}: {100 * price / solution.cost:+.1f} %"
-             for what, price in prices.items() if abs(price) > 1e-9)  # fmt: skip
-    return "cost, " + "   ".join(words)
+def dash_unknown(text: str) -> str:
+    """The text with a dash for every number that is not known."""
+    return re.sub(r"\b(nan|inf)\b", "-", text)
 
 
 def describe_account(maker: MarketMaker) -> str:
@@ -946,55 +894,59 @@ Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2
 
 def describe_market(maker: MarketMaker) -> str:
     """What we quote and why, what filled, what is known of the market: as of the last decision,
-    but queues, markouts, last and mark price and ages of now. nan = not known.
+    but queues, markouts, last and mark price of now. A mark that is too old to guard is not told.
     """
-    d, p, market, now_ns = maker.decision, maker.parameters, maker.market, maker.last_ns
-    view, n, coin = market.book.view, maker.instrument.digits, maker.instrument.base_coin
+    d, p, market, n = maker.decision, maker.parameters, maker.market, maker.instrument.digits
+    view, coin = market.book.view, maker.instrument.base_coin
     queues = {o.side: o.queue_ahead for o in maker.exchange.orders if o.cancel_ns == NEVER}
-    quotes, fills = [], []
+    quotes, fills, margin = [], [], "-"
     for side, name, price, qty in ((BID, "bid", *d[4:6]), (ASK, "ask", *d[6:8])):
-        text = f"{name} {price:,.{n}f} x {coins(qty)}, {1e4 * abs(price / d.mid_price - 1):.2f}"
-        text += f" bps away, {coins(queues.get(side, NAN))} ahead"
+        away_bps, ahead = 1e4 * abs(price / d.mid_price - 1), coins(queues.get(side, NAN))
+        text = f"{name} {price:,.{n}f} x {coins(qty)}, {away_bps:.2f} bps away, {ahead} ahead"
         quotes.append(text if qty else f"no {name}")
     for fill in maker.account.fills[-3:]:
         text = f"{VERBS[fill.side]} {coins(fill.qty)} at {fill.price:,.{n}f}, markout so far "
         bps = 1e4 * fill.side * (maker.account.mid_price / fill.price - 1)
         fills.append(f"{text}{bps:+.2f} bps")
     recent = market.recent_trades(maker.instrument.tick_size)[-3:]
-    trades = "".join(f"{VERBS[trade.side]} {coins(trade.size)}, " for trade in recent)
-    heard_ns = recent[-1].time_ns + maker.exchange.offset_ns if recent else NAN
-    is_old = view.mark_price > 0 and now_ns - market.ticker_recv_ns > MINUTE_NS
-    solution = d.distances and d.distances.solution
+    trades = ", ".join(f"{VERBS[side]} {coins(size)}" for _, side, _, size in recent)
+    mark = view.mark_price if maker.last_ns - market.ticker_recv_ns <= MINUTE_NS else NAN
+    if d.distances and (solution := d.distances.solution):
+        more = solution.inventory_price * p.order_qty / p.max_inventory
+        margin = f"cost, 1 % more spread: {solution.spread_price / solution.cost:+.1f} %   "
+        margin += f"one order more bought: {100 * more / solution.cost:+.1f} %"
     return f"""\
 Our quote      {BELOW.join(quotes)}
-               source {d.source}   {d.reason}   {market.lost}
 Last fills     {BELOW.join(fills) or "none"}
-Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   last {view.last_price:,.{n}f}
-               mark {view.mark_price:,.{n}f}{" is over a minute old: it guards nothing" * is_old}
+Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
+last {view.last_price:,.{n}f}   mark {mark:,.{n}f}
                depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
                volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), \
 liquidity {d.liquidity:.2f} M USDT/bp
-               last trades {trades or "none, "}{(now_ns - heard_ns) / NS:.1f} s ago
+               last trades {trades or "none"}
 Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
 liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
                no quote nearer than {p.min_half_spread_bps:g}; \
 a round trip: {2 * p.maker_fee_bps:g}, twice the maker fee
 Parameters     {opt.in_words(opt.differing(p)) or "all at their defaults"}
-At the margin  {price_constraints(solution, p) if solution else "-"}
+At the margin  {margin}
 """
 
 
 def summarize(maker: MarketMaker) -> str:
     """What there is to say at the end."""
     span = f"{clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC   "
+    decisions, reasons, orders = (
+        "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
+        for counts in (maker.sources, maker.reasons, maker.exchange.counts)
+    )
     return f"""\
 Span           {span if maker.messages else ""}{count(maker.messages, "message")}
-Decisions      {list_counts(maker.sources)}
-Reasons        {list_counts(maker.reasons)}
-Orders         {list_counts(maker.exchange.counts)}
+Decisions      {decisions}
+Reasons        {reasons}
+Orders         {orders}
 {describe_account(maker)}\
-               turnover {maker.account.turnover:,.0f}   \
-the sum is off by {maker.account.residual:.0e}
+               turnover {maker.account.turnover:,.0f}
 Unheard        quotes stood {maker.unheard_ns / NS:.1f} s while the connection was lost
 """
 
@@ -1019,9 +971,6 @@ def finish_panel(ax: Any, title: str, label: str) -> None:
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6, frameon=False,
                   fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
-    else:
-        ax.set_yticks([], [])
-        ax.text(0.5, 0.5, "nothing to draw", transform=ax.transAxes, ha="center")
 
 
 def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: float = 1.0) -> None:
@@ -1031,20 +980,9 @@ def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: floa
 
 
 def follow_account(maker: MarketMaker) -> tuple[np.ndarray, ...]:
-    """The account at every whole second, every fill and the end: minutes of the run, inventory,
-    spread captured, revaluation, fees, equity.
-    """
-    a, rows = Account(), []
-    marks = [(time_ns, mid, None) for time_ns, mid in zip(maker.seconds, maker.mids)]
-    marks += [(fill.recv_ns, fill.mid_price, fill) for fill in maker.account.fills]
-    marks.append((maker.last_ns, maker.account.mid_price, None))
-    for time_ns, mid_price, fill in sorted(marks, key=lambda mark: mark[0]):
-        a.mark(mid_price)
-        if fill:
-            a.settle(fill)
-        minute = (time_ns - maker.first_ns) / MINUTE_NS
-        rows.append((minute, a.inventory, a.spread_captured, a.revaluation, a.fees_paid, a.equity))
-    return tuple(np.array(rows).T)
+    """Minutes of the run, inventory, spread captured, revaluation, fees, equity: see `note`."""
+    times_ns, *columns = np.array(maker.account.path).reshape(-1, 6).T
+    return ((times_ns - maker.first_ns) / MINUTE_NS, *columns)
 
 
 def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray]) -> None:
@@ -1160,13 +1098,12 @@ class Session:
                  parser: feed.Parser, given: Mapping[str, Any],
                  source: feed.LiveFeed | None = None) -> None:  # fmt: skip
         self.options, self.maker, self.title = options, maker, title
-        self.parser, self.given, self.source = parser, given, source  # given: as last accepted
+        self.parser, self.given, self.source = parser, given, source  # given: as last read
         self.files = [file for file in (maker.log, source and source.recorder) if file]
-        self.next_look_s = self.next_show_s = self.notice_end_s = 0.0
-        self.notice = ""  # on the screen for NOTICE_S
+        self.next_look_s = self.next_show_s = 0.0
+        self.notice = ""
         self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
-        is_terminal = sys.stdout is not None and sys.stdout.isatty()
-        self.is_screen = is_terminal and os.environ.get("TERM") != "dumb"
+        self.is_screen = bool(sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb")
         self.print("" if self.is_screen else f"{title}\n")
 
     def run(self, bursts: Iterator[list[feed.Message]]) -> None:
@@ -1182,9 +1119,9 @@ class Session:
             for file in self.files:
                 file.close()
         maker.finish()
-        self.notice, self.notice_end_s = "ENDED", INF
+        self.notice = "ENDED"
         failures = [file.failure for file in self.files if file.failure]
-        screen = self.draw_screen() if self.is_screen else ""
+        screen = self.draw() if self.is_screen else ""
         self.print(screen + "\n".join([self.title, summarize(maker), *failures]))
         self.printer.shutdown()
         if self.options.plot and maker.messages:
@@ -1210,7 +1147,7 @@ class Session:
                 self.source.cut(f"resync: {market.book.view.fault}")
         if now_s >= self.next_show_s and self.printing.done():
             self.next_show_s = now_s + (0.25 if self.is_screen else 1.0)
-            self.print(self.draw_screen() if self.is_screen else self.draw_line())
+            self.print(self.draw())
 
     def print(self, text: str) -> None:
         """Out of the way. What fails is kept by stdout, and told at the end."""
@@ -1218,7 +1155,7 @@ class Session:
 
     def read_edits(self) -> None:
         """A sound edit of --params becomes a message of the session; another gives a notice."""
-        maker, before = self.maker, self.maker.parameters
+        maker, before, given = self.maker, asdict(self.maker.parameters), None
         try:
             given = given_parameters(self.options)
             if given == self.given:
@@ -1231,54 +1168,47 @@ class Session:
             else:  # a file is a slower exchange: the edit comes at the receive time of now
                 note, view = {"event": "params", **note}, maker.market.book.view
                 maker.take(feed.Message(feed.CONTROL, maker.last_ns, note=note, view=view))
-            changed = {n: v for n, v in asdict(p).items() if v != getattr(before, n)}
-            self.given, notice = given, f"parameters changed: {opt.in_words(changed)}"
+            changed = {name: v for name, v in asdict(p).items() if v != before[name]}
+            notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
         except (ValueError, TypeError) as error:
             notice = f"edit of {self.options.params} refused: {error}"
-        self.notice, self.notice_end_s = feed.printable(notice), time.monotonic() + NOTICE_S
+        self.given, self.notice = given, feed.printable(notice)
 
     def describe_feed(self) -> str:
-        """How the connection is, and what went wrong."""
-        maker, counts, source, text = self.maker, self.parser.counts, self.source, ""
+        """What was received, how the connection is, and what went wrong."""
+        maker, counts, source = self.maker, self.parser.counts, self.source
+        lag_ns = maker.market.lag_ns - maker.exchange.offset_ns
+        text = f"{count(maker.messages, 'message')}   {count(counts['gaps'], 'gap')}   "
+        text += f"{counts['malformed']} malformed   lag {lag_ns / MS:.0f} ms"
+        text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            text = f"last frame {age_s:.1f} s ago   " if source.ws else "NOT CONNECTED   "
-            text = "" if source.stopping.is_set() else text
-            text += f"{count(source.reconnects, 'reconnect')}   "
-        lag_ns = maker.market.lag_ns - maker.exchange.offset_ns
-        text += f"lag {lag_ns / MS:.0f} ms"
-        text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
-        text += f"{BELOW}{count(maker.messages, 'message')}   {count(counts['gaps'], 'gap')}   "
-        text += f"{counts['malformed']} malformed"
+            connection = f"last frame {age_s:.1f} s ago" if source.ws else "NOT CONNECTED"
+            text += f"{BELOW}{connection}   {count(source.reconnects, 'reconnect')}"
         silent = [name for name, _ in self.parser.topics.values() if not counts[name]]
-        text += f"   none of {', '.join(silent)}" if silent else ""
+        text += f"{BELOW}none of {', '.join(silent)}" if silent else ""
         problems = [file.failure for file in self.files if file.failure] + [self.parser.problem]
         return f"Feed           {text}" + f"{BELOW}last problem: {problems[0]}" * bool(problems[0])
 
-    def draw_screen(self) -> str:
-        """A frame in place of the last, what matters most first: a window may be small."""
-        maker, columns, rows = self.maker, *shutil.get_terminal_size((80, 24))
-        now = f"{clock_text(maker.last_ns)} UTC   " if maker.messages else ""
-        calm = "paper trading: no order is ever sent; Ctrl-C ends it"
-        notice = self.notice if time.monotonic() < self.notice_end_s else calm
+    def draw(self) -> str:
+        """A frame in place of the last, what matters most first: a window may be small. Where
+        there is no terminal to draw on, only a line, and each notice once.
+        """
+        maker, d, digits = self.maker, self.maker.decision, self.maker.instrument.digits
+        status = f"{clock_text(maker.last_ns)}   " if maker.messages else ""
+        status += f"mid {d.mid_price:,.{digits + 1}f}   net {maker.account.equity:+.2f}   "
+        status = dash_unknown(f"{status}source {d.source}   {d.reason}   {maker.market.lost}")
+        if not self.is_screen:
+            notice, self.notice = self.notice, ""
+            return f"{status}   {notice}\n"
+        notice = self.notice or "paper trading: no order is ever sent; Ctrl-C ends it"
+        columns, rows = shutil.get_terminal_size((80, 24))
         text = describe_account(maker) + describe_market(maker) + self.describe_feed()
         if columns < 80:  # labels are cut before numbers
             text = re.sub(r"(?m)^(.{6}).{9}", r"\1 ", text)
-        text = f"{now}{self.title}\n{notice}\n\n" + re.sub(r"\b(nan|inf)\b", "-", text)
-        lines = text.splitlines()[: rows - 1]
-        text = "".join(f"{line[:columns]}\x1b[K\n" for line in lines)
-        return f"\x1b[H{text}\x1b[J"
-
-    def draw_line(self) -> str:
-        """The same in a line, where there is no terminal to draw on."""
-        maker, d, digits = self.maker, self.maker.decision, self.maker.instrument.digits
-        text = f"{clock_text(maker.last_ns)}  "
-        if d.mid_price > 0:
-            text += f"mid {d.mid_price:,.{digits + 1}f}  "
-            text += f"quote {d.bid_price:,.{digits}f} / {d.ask_price:,.{digits}f}  "
-        text += f"{d.source} {d.reason} {maker.market.lost} net {maker.account.equity:+.2f}  "
-        text, self.notice = re.sub(r"\bnan\b", "-", text) + self.notice, ""
-        return f"{text}\n" * bool(maker.messages)
+        text = f"{self.title}\n{notice}\n{status}\n{dash_unknown(text)}"
+        lines = [f"{line[:columns]}\x1b[K\n" for line in text.splitlines()[: rows - 1]]
+        return f"\x1b[H{''.join(lines)}\x1b[J"
 
 
 def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
@@ -1327,8 +1257,8 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     # What can be said at once, also of flags that would do nothing.
     replay, plot, log = options.replay, options.plot, options.log
     for is_wrong, what in (
-        (replay and options.record, "--record is of the live feed: leave out --replay"),
-        (replay and options.url, "--url is of the live feed: leave out --replay"),
+        (replay and (options.record or options.url),
+         "--record and --url are of the live feed: leave out --replay"),
         (options.speed and not replay, "--speed is of a replay: give --replay FILE"),
         (plot and not plot.absolute().parent.is_dir(),
          f"--plot {plot} cannot be written: choose a file in a folder"),
