@@ -19,7 +19,7 @@ NAN, INF = math.nan, math.inf
 ALPHAS = (0.0, 0.1, 0.3, 1.0, 2.2, 5.0)
 QS = [i / 10 for i in range(-10, 11)]
 D_MINS = (1 / 64, 8 / 64, 17 / 64, 40 / 64, 1.0)  # 17/64 and more: the edge binds
-EVERY_PAIR = pytest.mark.parametrize("alpha, d_min", product(ALPHAS, D_MINS))
+EVERY_PAIR = pytest.mark.parametrize("alpha, d_min", list(product(ALPHAS, D_MINS)))
 
 
 def test_docstring_examples_run():
