@@ -47,9 +47,6 @@ HOURS = 6
 UPDATES = 17.0  # levels changed at random in 100 ms: about 23 rows a message in all
 
 
-# ---- The live path -----------------------------------------------------------------
-
-
 def time_bare(url: str) -> float:
     """Seconds for MESSAGES with websocket-client and json alone."""
     ws = websocket.create_connection(url, timeout=30, skip_utf8_validation=True)
@@ -125,9 +122,6 @@ def measure_latency() -> None:
     print(f"  p50 {low:.0f} us   p99 {high:.0f} us   ({len(waits)} decisions)")
 
 
-# ---- Replay ------------------------------------------------------------------------
-
-
 def peak_mb() -> float:
     """The most memory that this process ever had (Linux)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -149,9 +143,6 @@ def bench_replay() -> None:
     print(f"replay of the sample at --speed max: {speed:,.0f} messages/s, best of 3")
     print(f"  gzip, json.loads alone: {reading:,.0f} messages/s, {reading / speed:.1f} x as fast")
     print(f"  memory at most, after each: {', '.join(f'{peak:.1f}' for peak in peaks)} MiB")
-
-
-# ---- Hours of history --------------------------------------------------------------
 
 
 def play(path: Path) -> dict:

@@ -134,7 +134,7 @@ def test_replay_and_backtest_write_the_same_log_for_a_real_recording(source):
     assert_same_logs(source, *busy.split())
 
 
-# ---- 2. Tapes ----------------------------------------------------------------------
+# ---- 2. Tapes, and no look-ahead ---------------------------------------------------
 
 
 def load() -> feed.Tape:
@@ -215,9 +215,6 @@ def test_several_files_or_a_folder_of_them_are_played_as_one_with_the_state_carr
         assert joined.quoted == whole.quoted and joined.equity == whole.equity
 
 
-# ---- 3. No look-ahead --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_no_future_changes_what_was_decided_or_known_before_it(seed):
     """Most is measured at whole seconds: half of the times are just after one."""
@@ -236,7 +233,7 @@ def test_no_future_changes_what_was_decided_or_known_before_it(seed):
         assert one.log != other.log
 
 
-# ---- 4. Frictions, by hand ---------------------------------------------------------
+# ---- 3. Frictions, by hand ---------------------------------------------------------
 
 FOUR = calm(
     29_900,
@@ -327,7 +324,7 @@ def test_impact_makes_each_fill_worse_by_the_orders_share_of_the_depth():
         assert nets[qty, 10] - nets[qty, 0] == near(-49_998 * 10e-4 * qty / 16)
 
 
-# ---- 5. Strategies -----------------------------------------------------------------
+# ---- 4. Strategies -----------------------------------------------------------------
 
 
 def test_long_inventory_lowers_both_quotes_by_golden_values_and_a_fixed_spread_is_fixed():
@@ -375,7 +372,7 @@ def test_a_file_of_ones_own_is_a_strategy_and_what_is_no_quote_falls_back():
         assert row["source"] == source and row["reason"].startswith(reason)
 
 
-# ---- 6. The command line -----------------------------------------------------------
+# ---- 5. The command line -----------------------------------------------------------
 
 FAULTS = """\
 --data absent.gz: absent.gz
@@ -467,7 +464,7 @@ def test_a_full_disk_is_told_at_the_end_and_all_the_rest_is_done(monkeypatch):
     assert {path.stem for path in Path("out").iterdir()} == {"equity", "fills", "quotes"}
 
 
-# ---- 7. Pictures -------------------------------------------------------------------
+# ---- 6. Pictures -------------------------------------------------------------------
 
 
 def panels_of(monkeypatch, lines: list, *flags: str, **parameters) -> tuple[list, str]:

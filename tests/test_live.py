@@ -246,8 +246,6 @@ def test_after_a_sleep_stamps_are_the_walls_again_and_the_book_is_lost(begin, mo
     session.check()
 
 
-# ---- Refusals ----------------------------------------------------------------------
-
 FINER = NOW_NS + feed.NS, book_text(1, [["100.05", "1"]], kind="snapshot")
 
 

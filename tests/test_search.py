@@ -26,7 +26,7 @@ def noise(rng, n, columns):
     return remember(rng.standard_t(4, size=(n, columns)) / math.sqrt(2))
 
 
-# ---- A grid, and a finer one -------------------------------------------------------
+# ---- A grid, a finer one, and trials -----------------------------------------------
 
 
 def test_grid_is_every_combination_the_last_name_changing_fastest():
@@ -48,16 +48,6 @@ def test_finer_grid_goes_half_the_way_to_the_neighbours(values, best, limits, fi
     grid, centre = {"alpha": values, "delta": [7]}, {"alpha": best, "delta": 7}
     points = optimize.finer_grid(grid, centre, {"alpha": limits, "delta": (0, 9)})
     assert points == {"alpha": finer, "delta": [7]}
-
-
-# ---- Trials ------------------------------------------------------------------------
-
-
-def test_every_trial_comes_once_with_the_place_of_its_configuration():
-    with ThreadPoolExecutor(3) as executor:
-        results = list(optimize.run_trials(math.sqrt, range(10, 50), executor))
-        assert list(optimize.run_trials(math.sqrt, [], executor)) == []
-    assert sorted(results) == [(k - 10, math.sqrt(k)) for k in range(10, 50)]
 
 
 @pytest.mark.parametrize("end", ["a trial fails", "a stop", "nobody listens"])

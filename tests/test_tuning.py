@@ -398,17 +398,6 @@ def test_regimes_are_those_of_plain_loops_over_the_minutes(place, tmp_path):
             assert regime["volatility_bps"] == close(volatility[is_in].mean())
 
 
-# ---- 5. Pictures -------------------------------------------------------------------
-
-
-def test_a_search_and_a_walk_are_drawn(place, tmp_path, whole):
-    shutil.copytree(whole.folder, tmp_path / "out")
-    flags = [*SEARCH, "--walk-forward", "3", "--regimes", "--plot", tmp_path / "all.png"]
-    out = search(place, tmp_path / "out", *flags)
-    assert out.endswith(f"plot: {tmp_path}/all.png\n") and "Regimes of the best" in out
-    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_a_search_of_nothing_but_equal_trials_is_drawn_too(place, tmp_path, monkeypatch):
     make_up(monkeypatch, lambda changes: np.zeros(MINUTES))
     out = search(place, tmp_path, "--tune", "--grid", "alpha=1,2", "--plot", tmp_path / "none.png")
