@@ -134,7 +134,7 @@ def test_replay_and_backtest_write_the_same_log_for_a_real_recording(source):
     assert_same_logs(source, *busy.split())
 
 
-# ---- 2. Tapes ----------------------------------------------------------------------
+# ---- 2. Tapes, and no look-ahead ---------------------------------------------------
 
 
 def load() -> feed.Tape:
@@ -215,10 +215,7 @@ def test_several_files_or_a_folder_of_them_are_played_as_one_with_the_state_carr
         assert joined.quoted == whole.quoted and joined.equity == whole.equity
 
 
-# ---- 3. No look-ahead --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_future_changes_what_was_decided_or_known_before_it(seed):
     """Most is measured at whole seconds: half of the times are just after one."""
     lines, flags = rough_session(seed), ["--impact-bps", "0.5"] * (seed == 1)
@@ -236,7 +233,7 @@ def test_no_future_changes_what_was_decided_or_known_before_it(seed):
         assert one.log != other.log
 
 
-# ---- 4. Frictions, by hand ---------------------------------------------------------
+# ---- 3. Frictions, by hand ---------------------------------------------------------
 
 FOUR = calm(
     29_900,
@@ -327,7 +324,7 @@ def test_impact_makes_each_fill_worse_by_the_orders_share_of_the_depth():
         assert nets[qty, 10] - nets[qty, 0] == near(-49_998 * 10e-4 * qty / 16)
 
 
-# ---- 5. Strategies -----------------------------------------------------------------
+# ---- 4. Strategies -----------------------------------------------------------------
 
 
 def test_long_inventory_lowers_both_quotes_by_golden_values_and_a_fixed_spread_is_fixed():
@@ -375,7 +372,7 @@ def test_a_file_of_ones_own_is_a_strategy_and_what_is_no_quote_falls_back():
         assert row["source"] == source and row["reason"].startswith(reason)
 
 
-# ---- 6. The command line -----------------------------------------------------------
+# ---- 5. The command line -----------------------------------------------------------
 
 FAULTS = """\
 --data absent.gz: absent.gz
@@ -399,6 +396,7 @@ FAULTS = """\
 --tune --grid order_qty=0.5,20: max_inventory = 10, order_qty = 20, raise --max-inventory
 --out text.txt: text.txt
 --log text.txt: text.txt
+--params pipe: --params pipe, regular file
 --plot none/x.png: none/x.png"""
 
 
@@ -412,6 +410,7 @@ def test_a_users_error_is_one_clear_line_before_any_work(fault, monkeypatch):
     for name, content in (("coin", coin), ("empty", b"")):
         Path(f"{name}.gz").write_bytes(gzip.compress(content))
     Path("text.txt").write_text("no recording")
+    os.mkfifo("pipe")
     before = sorted(Path().iterdir())
     status, out, err = run("--data", "a.gz", *flags.split())
     *reading, line = err.splitlines()
@@ -431,7 +430,7 @@ def test_ctrl_c_ends_a_run_with_the_table_of_what_was_played_and_replaces_no_who
 
     flags = "--strategy fixed lp --bootstrap 100 --regimes --out out --plot p.png --data".split()
     flags.append(write(Path("market.gz"), calm(31 * 60_000), **CALM))
-    status, table, _ = run(*flags)
+    status, table, _ = run(*flags, encoding="ascii")
     assert status == 0 and "Bootstrap: 30 minutes" in table and table.endswith("plot: p.png\n")
     files = [Path("p.png"), *Path("out").iterdir()]
     whole = [path.read_bytes() for path in files]
@@ -465,16 +464,7 @@ def test_a_full_disk_is_told_at_the_end_and_all_the_rest_is_done(monkeypatch):
     assert {path.stem for path in Path("out").iterdir()} == {"equity", "fills", "quotes"}
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_files_are_written_and_the_table_is_printed_in_any_encoding(encoding):
-    data = write(Path("market.gz"), calm(31 * 60_000), **CALM)
-    flags = "--data", data, "--regimes", "--out", "out", "--plot", "p.png"
-    status, _, err = run(*flags, encoding=encoding)
-    assert status == 0 and "Traceback" not in err
-    assert json.loads(Path("out/metrics.json").read_text("utf-8"))["regimes"]
-
-
-# ---- 7. Pictures -------------------------------------------------------------------
+# ---- 6. Pictures -------------------------------------------------------------------
 
 
 def panels_of(monkeypatch, lines: list, *flags: str, **parameters) -> tuple[list, str]:

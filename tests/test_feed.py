@@ -17,7 +17,6 @@ import sys
 import zlib
 from decimal import Decimal
 from pathlib import Path
-from unittest.mock import Mock
 
 import market
 import numpy as np
@@ -604,11 +603,6 @@ def test_a_mistake_of_the_user_is_one_line_and_status_2(arguments, tmp_path, mon
     assert end.value.code == 2 and not Path("new.gz").exists()
     told = capsys.readouterr()
     assert told.out == "" and re.fullmatch("error: .*\n", told.err)
-
-
-def test_ctrl_c_without_a_summary_is_one_line_and_status_130(capsys):
-    assert feed.exit_cleanly(Mock(side_effect=KeyboardInterrupt)) == 130
-    assert capsys.readouterr().err == "stopped\n"
 
 
 FULL = "error: .*No space left on device\n"

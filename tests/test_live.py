@@ -136,9 +136,6 @@ def begin(tmp_path):
         yield start
 
 
-# ---- The quiet course --------------------------------------------------------------
-
-
 @pytest.mark.parametrize("instrument", feed.BUILT_IN.values())
 def test_an_undisturbed_session_is_received_recorded_and_replayed(begin, instrument):
     session = begin(instrument=instrument).play()
@@ -248,8 +245,6 @@ def test_after_a_sleep_stamps_are_the_walls_again_and_the_book_is_lost(begin, mo
     assert 0 <= now_ns() + 7200 * feed.NS - session.messages[-1].recv_ns < 60 * feed.NS
     session.check()
 
-
-# ---- Refusals ----------------------------------------------------------------------
 
 FINER = NOW_NS + feed.NS, book_text(1, [["100.05", "1"]], kind="snapshot")
 

@@ -77,6 +77,11 @@ def test_orders_quotes_and_risk_are_those_on_paper(four):
     assert four["max_drawdown_recovered"] is four["is_synthetic"] is False
 
 
+def test_a_rebate_raises_the_net_by_just_what_it_is():
+    rebated, free = (play_fixed(FOUR, maker_fee_bps=fee).metrics for fee in (-1.0, 0.0))
+    assert rebated["net_usdt"] == near(free["net_usdt"] + 24.9999 / 2)
+
+
 def test_inventory_is_marked_to_the_last_mid_of_all():
     """It comes after the last decision and the last whole second."""
     hit, fall = trades(12_000, (ASK, -5, 1)), delta(14_700, {-1: 0, -4: 0}, {-3: 5})
@@ -143,21 +148,17 @@ def test_sharpe_and_its_interval_follow_the_formula():
     assert m["sharpe_minutes"] == 20
 
 
-def play_two(*files) -> dict:
-    """The metrics of files played one after the other, with a fixed spread."""
-    return play(files[0], "--data", *files, "--strategy", "fixed").metrics
-
-
 def test_the_minutes_of_a_hole_do_not_exist():
     """Two files of 5 minutes, three days apart; one more whose book is lost for 3 minutes."""
     day, later = write(Path("a.gz"), calm(300_000), **CALM), 3 * 86_400_000
     after = [snapshot(later + 500, WALL, FAR), *beats(later + 1500, later + 300_000)]
-    two = play_two(day, write(Path("b.gz"), after, **CALM))
+    other = write(Path("b.gz"), after, **CALM)
+    two = play(day, "--data", day, other, "--strategy", "fixed").metrics
     assert (two["sharpe_minutes"], two["holes"]) == (8, 1) and two["sharpe_per_year"] is None
     assert two["span_s"] == near(2 * 299) and two["bid_uptime"] == near((288 + 298) / 598)
     hit, gone = trades(100_000, (ASK, -9, 1)), lost(101_000)
     lines = calm(101_000, hit, gone, snapshot(280_500, WALL, FAR), *beats(281_500, 500_000))
-    one = play_two(write(Path("c.gz"), lines, **CALM))
+    one = play_fixed(lines).metrics
     assert (one["sharpe_minutes"], one["holes"], one["holes_s"]) == (3, 1, 180)
     known = [cell["n"] for cell in one["markouts"]["bought"].values()]
     assert known == [1, 1, 0, 0, 0]  # at 0 and 0.1 s; the others lie in the hole
@@ -183,35 +184,14 @@ def test_the_deepest_drawdown_and_how_long_it_lasted(net, depth, lasted_s, is_ba
     }  # fmt: skip
 
 
-# ---- Averages over time ------------------------------------------------------------
-
-
-def test_an_average_weighs_each_decision_by_the_time_it_holds_where_it_is_known():
+def test_the_base_spread_and_its_terms_weigh_each_decision_by_the_time_it_holds():
     result = play(write(Path("market.gz"), busy_market(7, 60), **ROUGH))
-    metrics, end_ms = result.metrics, result.equity[-1]["ms"]
-
-    def average(value_of) -> float:
-        total = held_ms = 0.0
-        for row, next_ms in zip(result.log, [*(row["ms"] for row in result.log[1:]), end_ms]):
-            value = value_of(row)
-            if value == value:
-                total += value * (next_ms - row["ms"])
-                held_ms += next_ms - row["ms"]
-        return total / held_ms
-
-    def number(row, name: str) -> float:
-        return float(row[name] or "nan")
-
-    def spread(row) -> float:
-        width = number(row, "ask_price") - number(row, "bid_price")
-        return 1e4 * width / number(row, "mid_price")
-
-    assert metrics["bid_uptime"] == near(average(lambda row: bool(row["bid_price"])))
-    assert metrics["ask_uptime"] == near(average(lambda row: bool(row["ask_price"])))
-    assert metrics["quoted_spread_bps"] == near(average(spread))
-    base_bps = average(lambda row: number(row, "base_spread_bps"))
+    metrics, times_ms = result.metrics, [row["ms"] for row in (*result.log, result.equity[-1])]
+    held_ms, spreads = np.diff(times_ms), [row["base_spread_bps"] for row in result.log]
+    known = [k for k, spread in enumerate(spreads) if spread]
+    average = np.average([float(spreads[k]) for k in known], weights=held_ms[known])
     terms = [metrics[f"{name}_spread_bps"] for name in ("volatility", "liquidity", "depth")]
-    assert metrics["base_spread_bps"] == near(base_bps) == near(sum(terms)) and 0 not in terms
+    assert metrics["base_spread_bps"] == near(average) == near(sum(terms)) and 0 not in terms
 
 
 # ---- Table -------------------------------------------------------------------------

@@ -10,9 +10,7 @@ made here from the raw lines, without feed.py. Its exchange fills whole orders o
 queue model is the risk-averse one, and its answers take as long as the feed.
 """
 
-import csv
 import gzip
-import json
 import os
 import warnings
 from pathlib import Path
@@ -20,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simulate
+from exchange import messages_of
+from test_backtest import read_csv
 
 import backtest
 import optimize
@@ -59,10 +59,9 @@ def recording(request, tmp_path_factory):
 def list_events(recording):
     """(event, exchange time, receive time, price, size) in the recording's order."""
     with gzip.open(recording, "rt") as file:
-        lines = [line.partition(" ") for line in file]
-    for stamp, _, text in lines:
-        recv_ns, message = int(stamp), json.loads(text)
-        topic, data = message.get("topic", "").partition(".")[0], message.get("data")
+        lines = [line.split(" ", 1) for line in file]
+    for recv_ns, _, message in messages_of((int(stamp), text) for stamp, text in lines):
+        topic, data = message["topic"].partition(".")[0], message["data"]
         if topic == "publicTrade":
             for trade in data:
                 side = {"Buy": types.BUY_EVENT, "Sell": types.SELL_EVENT}[trade["S"]]
@@ -161,8 +160,7 @@ def test_every_fill_is_that_of_hftbacktest(
     flags = f"{AT_THE_TOUCH} {flags} --order-latency-ms {latency_ms}".split()
     given = ["--data", str(recording), "--out", str(tmp_path), "--peer-rules", *flags]
     assert backtest.main(given) == 0
-    names = tmp_path / "fills.csv", tmp_path / "quotes.csv"
-    fills, quotes = (list(csv.DictReader(path.read_text().splitlines())) for path in names)
+    fills, quotes = (read_csv(tmp_path / f"{name}.csv") for name in ("fills", "quotes"))
     side = {"buy": 1, "sell": -1}
     ours = [(int(row["time_ns"]), side[row["side"]], round(float(row["price"]) / TICK))
             for row in fills]  # fmt: skip

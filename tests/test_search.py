@@ -1,10 +1,8 @@
 """optimize.py, second half: the search, and what it is worth, on noise and known truths."""
 
 import math
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 from threading import Event
 
 import numpy as np
@@ -16,7 +14,6 @@ import optimize
 from optimize import block_length, draw_best_of_chance, draw_positions, sharpe_score
 
 rng_of = np.random.default_rng
-PROCESSES = partial(ProcessPoolExecutor, 2, get_context("spawn"))
 
 
 def remember(innovations, rho=0.3):
@@ -29,7 +26,7 @@ def noise(rng, n, columns):
     return remember(rng.standard_t(4, size=(n, columns)) / math.sqrt(2))
 
 
-# ---- A grid, and a finer one -------------------------------------------------------
+# ---- A grid, a finer one, and trials -----------------------------------------------
 
 
 def test_grid_is_every_combination_the_last_name_changing_fastest():
@@ -51,17 +48,6 @@ def test_finer_grid_goes_half_the_way_to_the_neighbours(values, best, limits, fi
     grid, centre = {"alpha": values, "delta": [7]}, {"alpha": best, "delta": 7}
     points = optimize.finer_grid(grid, centre, {"alpha": limits, "delta": (0, 9)})
     assert points == {"alpha": finer, "delta": [7]}
-
-
-# ---- Trials ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("start", [partial(ThreadPoolExecutor, 3), PROCESSES])
-def test_every_trial_comes_once_with_the_place_of_its_configuration(start):
-    with start() as executor:
-        results = list(optimize.run_trials(math.sqrt, range(10, 50), executor))
-        assert list(optimize.run_trials(math.sqrt, [], executor)) == []
-    assert sorted(results) == [(k - 10, math.sqrt(k)) for k in range(10, 50)]
 
 
 @pytest.mark.parametrize("end", ["a trial fails", "a stop", "nobody listens"])
@@ -169,17 +155,6 @@ def test_measures_are_those_of_the_resampled_table_at_the_same_positions():
     for name, values in optimize.bootstrap(x, 450, rng_of(3)).items():
         measured = [optimize.measure_paths(drawn[:, :, k])[name] for k in range(6)]
         assert values == pytest.approx(np.array(measured)), name
-
-
-def test_interval_of_the_mean_covers_the_truth_about_as_often_as_it_says():
-    count = 0
-    for seed in range(200):
-        rng = rng_of(seed)
-        x = remember(rng.normal(size=(700, 1)))
-        means = [x[at].mean() for at in draw_positions(700, block_length(x), 200, rng)]
-        low, high = np.quantile(means, [0.025, 0.975])
-        count += low <= 0 <= high
-    assert 174 <= count <= 196, f"{count} of 200"
 
 
 def test_paths_are_measured_as_by_hand():
