@@ -894,7 +894,7 @@ Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2
 
 def describe_market(maker: MarketMaker) -> str:
     """What we quote and why, what filled, what is known of the market: as of the last decision,
-    but queues, markouts, last and mark price of now. A mark that is too old to guard is not told.
+    but queues, markouts, last and mark price of now. A mark of a minute ago guards nothing.
     """
     d, p, market, n = maker.decision, maker.parameters, maker.market, maker.instrument.digits
     view, coin = market.book.view, maker.instrument.base_coin
@@ -910,7 +910,10 @@ def describe_market(maker: MarketMaker) -> str:
         fills.append(f"{text}{bps:+.2f} bps")
     recent = market.recent_trades(maker.instrument.tick_size)[-3:]
     trades = ", ".join(f"{VERBS[side]} {coins(size)}" for _, side, _, size in recent)
-    mark = view.mark_price if maker.last_ns - market.ticker_recv_ns <= MINUTE_NS else NAN
+    for time_ns, *_ in recent[-1:]:
+        trades += f", {(maker.last_ns - maker.exchange.offset_ns - time_ns) / NS:.1f} s ago"
+    is_old = maker.last_ns - market.ticker_recv_ns > MINUTE_NS
+    mark = "over a minute old" if is_old else f"{view.mark_price:,.{n}f}"
     if d.distances and (solution := d.distances.solution):
         more = solution.inventory_price * p.order_qty / p.max_inventory
         margin = f"cost, 1 % more spread: {solution.spread_price / solution.cost:+.1f} %   "
@@ -919,7 +922,7 @@ def describe_market(maker: MarketMaker) -> str:
 Our quote      {BELOW.join(quotes)}
 Last fills     {BELOW.join(fills) or "none"}
 Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
-last {view.last_price:,.{n}f}   mark {mark:,.{n}f}
+last {view.last_price:,.{n}f}   mark {mark}
                depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
                volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), \
 liquidity {d.liquidity:.2f} M USDT/bp
@@ -1074,8 +1077,11 @@ def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
     if strategy in opt.STRATEGIES:
         return opt.STRATEGIES[strategy], strategy
     try:
-        return runpy.run_path(strategy)["quote"], Path(strategy).stem
-    except Exception as error:  # subtle: it is anybody's code, and may raise anything
+        name = Path(strategy).stem
+        if name in ("last_good", "default", "none") or not name.isprintable() or "," in name:
+            raise ValueError("a name that the log could not tell apart")
+        return runpy.run_path(strategy)["quote"], name
+    except (Exception, SystemExit) as error:  # subtle: it is anybody's code
         names = ", ".join(opt.STRATEGIES)
         raise UserError(f"--strategy {strategy}: {type(error).__name__}: {error}: give {names}, or "
                         "a Python file with quote(parameters, market, q)") from None  # fmt: skip
@@ -1100,7 +1106,7 @@ class Session:
         self.options, self.maker, self.title = options, maker, title
         self.parser, self.given, self.source = parser, given, source  # given: as last read
         self.files = [file for file in (maker.log, source and source.recorder) if file]
-        self.next_look_s = self.next_show_s = 0.0
+        self.next_look_s = self.next_show_s = self.notice_end_s = 0.0
         self.notice = ""
         self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
         self.is_screen = bool(sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb")
@@ -1145,6 +1151,8 @@ class Session:
             self.source.tend()
             if market.book.view.fault and not market.lost:  # it heals by a new snapshot only
                 self.source.cut(f"resync: {market.book.view.fault}")
+        if now_s > self.notice_end_s:
+            self.notice = ""
         if now_s >= self.next_show_s and self.printing.done():
             self.next_show_s = now_s + (0.25 if self.is_screen else 1.0)
             self.print(self.draw())
@@ -1173,6 +1181,7 @@ class Session:
         except (ValueError, TypeError) as error:
             notice = f"edit of {self.options.params} refused: {error}"
         self.given, self.notice = given, feed.printable(notice)
+        self.notice_end_s = time.monotonic() + 10.0
 
     def describe_feed(self) -> str:
         """What was received, how the connection is, and what went wrong."""
@@ -1183,7 +1192,8 @@ class Session:
         text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
         if source:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            connection = f"last frame {age_s:.1f} s ago" if source.ws else "NOT CONNECTED"
+            lost = "ended" if source.stopping.is_set() else "NOT CONNECTED"
+            connection = f"last frame {age_s:.1f} s ago" if source.ws else lost
             text += f"{BELOW}{connection}   {count(source.reconnects, 'reconnect')}"
         silent = [name for name, _ in self.parser.topics.values() if not counts[name]]
         text += f"{BELOW}none of {', '.join(silent)}" if silent else ""
@@ -1260,9 +1270,11 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
         (replay and (options.record or options.url),
          "--record and --url are of the live feed: leave out --replay"),
         (options.speed and not replay, "--speed is of a replay: give --replay FILE"),
-        (plot and not plot.absolute().parent.is_dir(),
-         f"--plot {plot} cannot be written: choose a file in a folder"),
+        (plot and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()),
+         f"--plot {plot} cannot be written: choose a .png in a folder"),
         (log and log.exists(), f"{log} exists and is not overwritten: choose another name"),
+        (log and (log == options.record or not log.absolute().parent.is_dir()),
+         f"--log {log} cannot be written: choose a name of its own in a folder"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(what)
@@ -1308,6 +1320,8 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     session = Session(options, maker, title, parser, given, source)
     session.run(live_messages(session, source) if source
                 else replayed_messages(recording, speed, options.duration))  # fmt: skip
+    if not maker.market.book_recv_ns and not feed.StopSignal.came:
+        raise UserError(f"no book of {parser.instrument.symbol} came: check --symbol, --depth")
 
 
 # ---- Command line ------------------------------------------------------------------

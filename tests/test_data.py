@@ -39,7 +39,7 @@ def run(program, *words) -> int:
 @pytest.mark.parametrize(
     "program, words, rule", [
         (simulate, "--out taken.gz", "taken.gz exists"),
-        (simulate, "--out no/new.gz", "no/new.gz.part: No such file or directory"),
+        (simulate, "--out no/new.gz", ".part: No such file or directory"),
         (simulate, "--out /dev/null --force", "/dev/null: huge or no regular file"),
         (simulate, "--out new.gz --hours nan", "hours = nan must lie in 0.001 to 100000"),
         (simulate, "", "required: --out"),
