@@ -551,8 +551,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 class Recording:
     """A recording and the parser that fits it: by the flags, its start line, its early topics."""
 
-    def __init__(self, path: Path, tick_text=None, lot_text=None, depth=None, symbol=None,
-                 category=None) -> None:  # fmt: skip
+    def __init__(self, path: Path, tick_text: str | None = None, lot_text: str | None = None,
+                 depth: int | None = None, symbol: str | None = None,
+                 category: str | None = None) -> None:  # fmt: skip
         self.path, self.start, depths = path, {}, {}  # the start line's fields; depths by symbol
         for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?
             with contextlib.suppress(*MALFORMED):
@@ -612,9 +613,9 @@ class BoundedSocket(websocket.WebSocket):
 class LiveFeed:
     """A thread that receives, stamps, records, parses and enqueues. Call tend() now and then."""
 
-    def __init__(self, url: str, parser: Parser, recorder=None, clock_ns=None) -> None:
+    def __init__(self, url: str, parser: Parser, clock_ns: Callable[[], int] | None = None) -> None:
         self.clock_ns, self.offset_ns = clock_ns or self.read_clock, 0  # wall - monotonic time
-        self.url, self.parser, self.recorder = url, parser, recorder
+        self.url, self.parser, self.recorder = url, parser, None
         self.queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.lock, self.stopping = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._run, name="feed", daemon=True)
@@ -732,7 +733,7 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
               **start: Any) -> LiveFeed:  # fmt: skip
     """A started feed; `start` are fields of its first line. It raises what connect raises."""
     url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
-    source = LiveFeed(url, Parser(instrument, depth), clock_ns=clock_ns)
+    source = LiveFeed(url, Parser(instrument, depth), clock_ns)
     source.connect()
     source.recorder = GrowingFile(record) if record else None
     names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
@@ -778,8 +779,8 @@ def run_info(options: argparse.Namespace) -> None:
     tape = build_tape(map(watch, recording.messages()))
     if not len(tape):
         raise UserError(f"{options.file} has no message of this market: check --symbol, --depth")
-    kind = "SYNTHETIC, made by a simulator" if recording.is_synthetic else "recorded"
-    print(f"{options.file}: {parser.instrument.symbol} {parser.instrument.category}, {kind}")
+    kind, its = "SYNTHETIC" if recording.is_synthetic else "recorded", parser.instrument
+    print(f"{options.file}: {its.symbol} {its.category}, {kind}")
     first_ns, last_ns = tape.recv_ns[[0, -1]].tolist()
     # The book is known from a snapshot to the next loss.
     turns = np.where(np.isin(tape.kind, (SNAPSHOT, LOST)), np.arange(len(tape)), 0)
@@ -802,11 +803,10 @@ def run_info(options: argparse.Namespace) -> None:
     returns_bps = 1e4 * np.diff(np.log(mids))  # from second to second
     if np.isfinite(returns_bps).any():
         way_bps = max(np.nansum(np.abs(returns_bps)), 1e4 / np.nanmedian(mids))  # a tick or more
-        musd = 1e-6 * parser.instrument.tick_size
         traded = np.abs(tape.trade_level) * tape.trade_size
         traded = traded[np.repeat(is_known, np.diff(tape.first_trade))].sum()
         liquidity, depth = traded / way_bps, np.nanmedian(mid_ticks * depths) / 2
-        facts += [(label, f"{flag} {musd * value:.3g}") for label, flag, value in (
+        facts += [(label, f"{flag} {1e-6 * its.tick_size * value:.3g}") for label, flag, value in (
             ("liquidity, M USDT per bp", "--liquidity-scale-musd", liquidity),
             ("median depth within 1 bp, M USDT", "--depth-scale-musd", depth)) if value > 0]
     print(*(f"  {label:<37}{value}" for label, value in facts), sep="\n")
