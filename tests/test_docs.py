@@ -141,6 +141,25 @@ def test_what_cannot_be_explained_is_told_in_one_line(log, workplace):
     assert done.stderr.count("\n") == 1 and "give a decision log" in done.stderr
 
 
+def test_figures_in_the_answers_are_printed_by_their_commands(workplace):
+    """Of the first seven; what the eighth says is derived."""
+    answers = re.findall(r"<details>.*?```sh\n(.*?)```\n(.*?)</details>", README, re.DOTALL)
+    figures, _ = 0, [run(block, workplace) for block in BLOCKS]  # in order: they share files
+    for block, words in answers[:7]:
+        printed = run(block, workplace).stdout
+        for figure in re.findall(r"\d+\.\d\d+|\d{3,}", words):
+            assert figure in printed or figure in README[: README.index(block)], figure
+            figures += 1
+    assert len(answers) == 8 and figures > 10
+
+
+@pytest.mark.skipif("EXPERIMENTS" not in os.environ, reason="it takes minutes: EXPERIMENTS=1")
+def test_tables_of_the_readme_are_those_of_the_experiments(capsys):
+    assert experiments.main([]) == 0
+    tables = re.split(r"\n(?=\d\. )", capsys.readouterr().out.strip())
+    assert len(tables) == 10 and all(table.strip() in README for table in tables[1:])
+
+
 def test_the_jump_of_the_readme_is_that_of_the_experiment(capsys):
     experiments.jump(None)
     printed = capsys.readouterr().out.strip()
