@@ -153,6 +153,13 @@ def test_figures_in_the_answers_are_printed_by_their_commands(workplace):
     assert len(answers) == 8 and figures > 10
 
 
+def test_trades_of_the_market_in_one_page_are_those_of_the_sample():
+    tape, _ = backtest.load_tape(feed.Recording(marketmaker.SAMPLE))
+    a_second = tape.trade_size / 7200
+    words = f"Some {len(a_second) / 7200:.0f} trades a second, {a_second.sum():.1f} BTC in all"
+    assert words in " ".join(README.split())
+
+
 @pytest.mark.skipif("EXPERIMENTS" not in os.environ, reason="it takes minutes: EXPERIMENTS=1")
 def test_tables_of_the_readme_are_those_of_the_experiments(capsys):
     assert experiments.main([]) == 0
