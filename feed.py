@@ -91,6 +91,8 @@ class Instrument:
     min_order = cached_property(lambda self: max(self.lot_size, float(self.min_qty)))  # base coin
     digits = cached_property(lambda self: max(0, -self.tick.normalize().as_tuple().exponent))
     base_coin = cached_property(lambda self: self.symbol.removesuffix("USDT"))
+    told = property(lambda self: dict(zip(  # as the start line of a recording has it
+        ("symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"), astuple(self))))
 
     def __post_init__(self) -> None:
         steps = self.tick_text, self.lot_text, self.min_qty or 1, self.min_notional or 1
@@ -736,9 +738,7 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
     source = LiveFeed(url, Parser(instrument, depth), clock_ns)
     source.connect()
     source.recorder = GrowingFile(record) if record else None
-    names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
-    steps = dict(zip(names, astuple(instrument)))
-    source.emit(control_line("start", **steps, depth=depth, **start))
+    source.emit(control_line("start", **instrument.told, depth=depth, **start))
     source.thread.start()  # from here on it goes on alone
     return source
 

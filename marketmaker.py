@@ -60,7 +60,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import websocket
 
 import feed
 import optimize as opt
@@ -838,7 +837,7 @@ class MarketMaker:
         """(level or None, quantity) by side around a mid in ticks, and the reasons given."""
         p, lot, tick_size = self.parameters, self.instrument.lot_size, self.instrument.tick_size
         wanted = dict.fromkeys(SIDES, (None, 0.0))
-        reasons = [distances.reason] if distances.reason else []
+        reasons = [feed.printable(distances.reason)] if distances.reason else []
         for side, name, bps in ((BID, "bid", distances.bid_bps), (ASK, "ask", distances.ask_bps)):
             # Rounded outward to the tick; post-only; and a price above 0.
             level = math.floor(side * mid - mid * bps * 1e-4 + 1e-9)
@@ -994,8 +993,8 @@ def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray]) -> None:
     gaps = (np.diff(seconds) > NS).nonzero()[0]
     seconds, mids = np.insert(seconds, gaps + 1, seconds[gaps] + NS), np.insert(mids, gaps + 1, NAN)
     draw_steps(ax, (seconds - maker.first_ns) / MINUTE_NS, mids, BLACK, "mid")
+    x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
     for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
-        x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
         draw_steps(ax, x, c[f"{name}_price"], color, f"our {name}", 0.4)
         ours = [fill for fill in maker.account.fills if fill.side == side]
         if ours:
@@ -1293,7 +1292,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
                 instrument, options.depth or feed.DEPTHS[0], options.url, options.record,
                 clock_ns, parameters=asdict(parameters),
             )  # fmt: skip
-        except (OSError, websocket.WebSocketException) as error:
+        except OSError as error:
             reason = f"{where} cannot be reached ({error})"
             if options.live or options.url or options.record or any(market):
                 raise UserError(f"{reason}: check the network, or give --replay FILE") from None

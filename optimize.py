@@ -370,7 +370,6 @@ def choose_distances(strategy: Callable, source: str, parameters: Parameters, ma
         failure = f"{source} quotes {answer}"
     except (Exception, SystemExit) as error:  # subtle: it may be anybody's code, and do anything
         failure = f"{source} failed: {type(error).__name__}: {error}"
-    failure = "".join(sign if sign.isprintable() else "?" for sign in failure[:200])
     # The last good answer, in bps, while it is young; then the default spread, shared evenly.
     if last_good is not None and last_good_age_s < parameters.fallback_max_age_s:
         return last_good._replace(source="last_good", reason=failure)

@@ -47,7 +47,6 @@ import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple
 from datetime import date
 from decimal import Decimal
 from itertools import chain, groupby
@@ -285,8 +284,7 @@ def convert(day: Day, book: Path, trades: Path, recording: Path, flags: argparse
     if not len(rows):
         raise UserError(f"{trades} holds no trade of {day.symbol} on {day.date}")
     midnight_ms = day.number * DAY_MS
-    names = "symbol", "category", "tick_size", "lot_size", "min_qty", "min_notional"
-    start = feed.control_line("start", **dict(zip(names, astuple(instrument))), depth=day.depth)
+    start = feed.control_line("start", **instrument.told, depth=day.depth)
     both = trade_messages(rows, day, counts), read_book(book, day, counts)
     by_time = heapq.merge(*both, key=lambda line: line[0])  # at equal times trades first
 
