@@ -161,25 +161,6 @@ def load_tape(recording: feed.Recording) -> tuple[Tape, Mapping[str, int]]:
     return tape, parser.counts
 
 
-def insert_notes(tape: Tape, notes: Sequence[tuple[int, dict]]) -> Tape:
-    """The tape with control messages (receive time in ns, fields), each before what comes then."""
-    if not notes:
-        return tape
-    times = np.array([time_ns for time_ns, _ in notes]).clip(min=tape.recv_ns[0])
-    at = tape.recv_ns.searchsorted(times).clip(min=1)  # none comes before the first message
-    # What is known after a control message is what was known before it; it has no rows.
-    before = dict.fromkeys(("kind", "recv_ns", "exch_ns", *feed.View._fields), at - 1)
-    columns = {}
-    for name, of in (before | dict.fromkeys(("first_row", "first_trade"), at)).items():
-        columns[name] = np.insert(getattr(tape, name), at, getattr(tape, name)[of])
-    places = at + np.arange(len(at))
-    columns["kind"][places] = feed.CONTROL
-    columns["recv_ns"][places], columns["exch_ns"][places] = times, 0
-    moved = {m + int((at <= m).sum()): note for m, note in tape.notes.items()}
-    moved |= {int(m): note for m, (_, note) in zip(places, notes)}
-    return replace(tape, **columns, notes=moved)
-
-
 # ---- A run -------------------------------------------------------------------------
 
 HORIZONS_S = np.array([0.1, 1, 10, 60])  # of markouts
@@ -264,10 +245,12 @@ def play(setting: Setting, notes: Sequence[tuple[int, dict]] = (), log: Any = No
     # Follow tape by tape, and look up where the mid went after the fills of each.
     fills, markouts = maker.account.fills, []
     for tape in data.tapes:
-        of_tape = [note for note in notes if note[0] <= tape.recv_ns[-1]]
-        notes, before = notes[len(of_tape) :], len(fills)
+        before = len(fills)
         with contextlib.suppress(StopIteration):
-            maker.follow(insert_notes(tape, of_tape))
+            for message in tape.messages():
+                while maker.messages and notes and notes[0][0] <= message.recv_ns:
+                    maker.hear(feed.Message(feed.CONTROL, notes[0][0], note=notes.pop(0)[1]))
+                maker.hear(message)
         markouts.append(measure_markouts(fills[before:], tape, data.instrument.tick_size))
         if stop and stop.is_set:
             break

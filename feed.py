@@ -144,7 +144,7 @@ def fetch_instrument(symbol: str, category: str) -> Instrument:
 
 # ---- Messages and tapes ------------------------------------------------------------
 
-# The first three kinds can be taken together in slices. One above TICKER is handled alone.
+# Kinds of messages; those above TICKER change the rules.
 DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = range(7)
 NO_LEVEL = -(2**62)  # the best level of an empty side; its worst is -NO_LEVEL
 Ints = Floats = Flags = np.ndarray  # int64, float64, int8
@@ -210,16 +210,27 @@ class Tape:
     trade_size: Floats
     trade_is_rpi: Flags  # retail price improvement: it met orders that the book does not show
     notes: dict[int, dict[str, Any]]  # by message
-    best = View.best  # the best level of a side after each message
     is_book = cached_property(lambda self: (self.kind == DELTA) | (self.kind == SNAPSHOT))
-    last_book = cached_property(lambda self: np.maximum.accumulate(  # up to each message; -1: none
-        np.where(self.is_book, np.arange(len(self)), -1)))  # fmt: skip
     mid_ticks = cached_property(lambda self: np.where(  # after each message; nan: a fault, as above
         (np.minimum(self.best_bid, self.best_ask) > NO_LEVEL) & (self.best_bid < -self.best_ask),
         (self.best_bid - self.best_ask) / 2, math.nan))  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    def messages(self) -> Iterator[Message]:
+        """The messages again, one after the other."""
+        heads = [getattr(self, name) for name in COLUMNS][:9]
+        trades = self.trade_ns, self.trade_level, self.trade_size, self.trade_is_rpi
+        for start in range(0, len(self), 4096):  # so many at a time become Python's own numbers
+            part = slice(start, start + 4096)
+            rows, hits = (first[start : start + 4097].tolist() for first in (self.first_row, self.first_trade))
+            values = zip(*(column[part].tolist() for column in heads))
+            for m, (kind, recv_ns, exch_ns, *view) in enumerate(values):
+                r, t = slice(rows[m], rows[m + 1]), slice(hits[m], hits[m + 1])
+                yield Message(kind, recv_ns, exch_ns, (self.level[r], self.size[r]),
+                              [*zip(*(column[t].tolist() for column in trades))] if kind == TRADES else (),
+                              self.notes.get(start + m, {}), View(*view))
 
 
 CODES = {"Ints": "q", "Floats": "d", "Flags": "b"}  # of the arrays that grow into columns
@@ -271,16 +282,16 @@ class Book:
                 worst[i] = held.item(0) if len(held) else -NO_LEVEL
         self.view = View(*best, *worst, *self.view[4:])
 
-    def apply(self, tape: Tape, start: int, stop: int) -> None:
-        """Apply messages start..stop-1: the view is the tape's; clear() comes before a SNAPSHOT."""
-        if start >= stop:
-            return
-        first, last = tape.first_row.item(start), tape.first_row.item(stop)
-        self.sizes[tape.level[first:last]] = tape.size[first:last]
-        self.view = View(*(getattr(tape, name).item(stop - 1) for name in View._fields))
-        book = tape.last_book.item(stop - 1)
-        if book >= start:
-            self.exch_ns = tape.exch_ns.item(book)
+    def apply(self, message: Message) -> None:
+        """What a message shows; what is known after it, it says itself."""
+        if message.kind == SNAPSHOT:
+            self.clear()
+        if message.kind in (DELTA, SNAPSHOT):
+            levels, sizes = message.rows
+            self.sizes[levels] = sizes
+            self.exch_ns = message.exch_ns
+        if message.kind <= SNAPSHOT:
+            self.view = message.view
 
     def shown(self, side: int, level: int) -> float:
         """Base coin resting at a level; inf where the feed does not show it."""

@@ -1,15 +1,14 @@
 """From market to quote: state, decision, paper fills, display. No order is ever sent.
 
-Live, in a replay and in a backtest the loop is the same (`follow`): hear messages until something
-is due; decide; go on. Messages come as columns (a tape), in slices that end at a decision. Where
-a slice ends changes nothing.
+Live, in a replay and in a backtest the loop is the same: hear a message, and decide if it is time
+to. Nothing else is ever asked for the time, so the same messages make the same decisions.
 
 A decision is made at the first message that is due, with that message applied; its time is
 the message's recv_ns. The next is due one optimization interval later, or as soon as the mid is
 requote_move_bps away from where it was. Due at once are a loss, the snapshot that ends it, new
 parameters, a guard that trips or clears (they are judged at every whole second), and a book gone
 silent: that one at the instant at which it is so for too long. A fill is not; the next decision
-sees it. No decision reads a clock.
+sees it.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
@@ -72,7 +71,6 @@ DECIMALS = 12  # of quantities: no lot is finer
 DEFAULTS = asdict(Parameters())
 WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # of 1 s before the first quote
-LOOK_AHEAD = 512  # messages, for the next one that is due
 LATE_NS = 10 * NS  # no trade is heard of later than this
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
@@ -104,18 +102,12 @@ class Market:
     grid_mid: float = NAN  # USDT, at the last whole second; nan after a hole: no return spans it
     returns_bps: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # of 1 s
     turnovers: deque = field(default_factory=partial(deque, maxlen=WINDOW_S))  # M USDT a s
-    trades: deque = field(default_factory=deque)  # (exch_ns, level hit, size) of the last minute
+    trades: deque = field(default_factory=deque)  # of the last minute, as in Message
 
     @property
     def depth_musd(self) -> float:
         """Mean of the depths near the mid, million USDT."""
         return sum(self.depths.values()) / 2 * self.mid_price * 1e-6
-
-    def recent_trades(self, tick_size: float) -> list[tuple[int, int, float, float]]:
-        """(exchange time, taker's side, USDT, base coin) of the last minute, as received."""
-        newest_ns = max((time_ns for time_ns, _, _ in self.trades), default=0)
-        return [(time_ns, ASK if level > 0 else BID, abs(level) * tick_size, size)
-                for time_ns, level, size in self.trades if time_ns > newest_ns - MINUTE_NS]
 
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
                        tick_size: float, half_life_s: float) -> None:  # fmt: skip
@@ -209,12 +201,12 @@ class Account:
         self.spread_captured += fill.side * (fill.mid_price - fill.price) * fill.qty
         self.turnover += fill.qty * fill.price
         self.fills.append(fill)
-        self.note(fill.recv_ns)
+        self.note(fill.recv_ns, self.mid_price)
 
-    def note(self, time_ns: int) -> None:
-        """A point of the pictures: every whole second, every fill and the end."""
-        self.path.extend((time_ns, self.inventory, self.spread_captured, self.revaluation,
-                          self.fees_paid, self.equity))  # fmt: skip
+    def note(self, time_ns: int, mid_price: float) -> None:
+        """A point of the pictures: every whole second, fill and loss of the mid (nan)."""
+        self.path.extend((time_ns, mid_price, self.inventory, self.spread_captured,
+                          self.revaluation, self.fees_paid, self.equity))  # fmt: skip
 
 
 # ---- What is decided ---------------------------------------------------------------
@@ -301,11 +293,6 @@ class History:
 # ---- Paper exchange ----------------------------------------------------------------
 
 
-def first_place(holds: np.ndarray, start: int, stop: int) -> int:
-    """start + the first place where it holds; stop where it never does."""
-    return start + int(holds.argmax()) if holds.any() else stop
-
-
 def floor_to_lot(qty: float, lot_size: float) -> float:
     """The largest multiple of the lot that is not above qty: 0.012 for 0.0129 and 0.001."""
     return round(math.floor(qty / lot_size + 1e-9) * lot_size, DECIMALS)
@@ -323,7 +310,6 @@ class Order:
     left: float  # of it, not yet filled
     arrival_ns: int  # exchange time
     cancel_ns: int = NEVER
-    is_taker: bool = False  # it takes whatever price there is, level by level
     has_arrived: bool = False
     queue_ahead: float = INF  # base coin; inf where nothing can be seen
     queue_at_arrival: float = INF
@@ -348,10 +334,9 @@ class PaperExchange:
     back_ns: int = 0  # our clock; above 0: cut off until then, we and the exchange hear of nothing
     orders: list[Order] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
-    reach: dict = field(default_factory=dict)  # of the tape, by side: see `begin`
-    trade_ns: int = 0  # exchange time of the last trade that was met
-    recv_ns: int = 0  # of the message that is matched
-    mid_price: float = NAN  # just before that message
+    trade_ns: int = 0  # exchange time of the last trade
+    recv_ns: int = 0  # of the message that is met
+    before: feed.View = feed.View()  # of the market, just before that message
 
     def __post_init__(self) -> None:
         self.book, p = self.market.book, self.parameters
@@ -376,105 +361,48 @@ class PaperExchange:
         return True
 
     def flatten(self, time_ns: int) -> None:
-        """Send a taker order that closes the inventory, unless one is under way."""
-        is_under_way = any(order.is_taker for order in self.orders)
-        if self.account.inventory and time_ns >= self.back_ns and not is_under_way:
-            arrival_ns = time_ns + self.latency_ns
-            # Its side and size are known on arrival: see `_walk_the_book`.
-            self.orders.append(Order(0, 0, 0.0, 0.0, arrival_ns, is_taker=True))
-
-    def refuse(self, order: Order, why: str) -> None:
-        """The exchange does not take the order, or, by a late row, should not have."""
-        self.counts[f"refused: {why}"] += 1
-        self.orders.remove(order)
-
-    # -- slices of messages
-
-    def begin(self, tape: Tape) -> None:
-        """A tape is to come. reach[side][m]: an order of this side at that level or a better
-        one (a higher level) is touched by message m, by its trades or the opposite best.
+        """Close the inventory as a taker, level by level, as far as the book goes. A concession
+        to simplicity: at once, without the latency of an order; slightly optimistic.
         """
-        is_event, has_trades = tape.exch_ns > 0, np.diff(tape.first_trade) > 0
-        for side in SIDES:
-            reach = self.reach[side] = np.where(is_event, -tape.best(-side), -NO_LEVEL)
-            hit = np.where(tape.trade_level * side > 0, tape.trade_level, -NO_LEVEL)
-            nearest = np.minimum.reduceat(hit, tape.first_trade[:-1][has_trades])
-            reach[has_trades] = np.minimum(reach[has_trades], nearest)
+        self.recv_ns, self.before, inventory = time_ns, self.book.view, self.account.inventory
+        side, left, exch_ns = ASK if inventory > 0 else BID, abs(inventory), time_ns - self.offset_ns
+        order = Order(side, 0, left, left, exch_ns, queue_ahead=0.0, queue_at_arrival=0.0)
+        for level, size in zip(*map(np.ndarray.tolist, self.book.levels(-side))):
+            order.level = -level
+            self._fill(order, min(order.left, size), exch_ns, "taker")
 
-    def match(self, tape: Tape, start: int, stop: int) -> None:
-        """Messages start..stop-1: those that matter meet our orders, all change the book."""
-        while start < stop:
-            # The next that matters: a snapshot, or one after the arrival of an order.
-            m = start if tape.kind[start] == feed.SNAPSHOT else stop
-            for arrival_ns in {order.arrival_ns for order in self.orders if not order.has_arrived}:
-                m = first_place(tape.exch_ns[start:m] > arrival_ns, start, m)
-            for order in [order for order in self.orders if order.has_arrived]:
-                # Or one that reaches an order; or, unless its queue can change no more, that has
-                # a row at its price, or opens the window as far as that.
-                side, level = order.side, order.level
-                m = first_place(self.reach[side][start:m] <= level, start, m)
-                if not order.queue_ahead and self.book.exch_ns > order.arrival_ns:
-                    continue
-                first, last = tape.first_row.item(start), tape.first_row.item(m)
-                row = first_place(tape.level[first:last] == level, first, last)
-                m = int(tape.first_row.searchsorted(row, "right")) - 1 if row < last else m
-                if level < self.book.view.worst(side):
-                    worst = tape.worst_bid if side == BID else tape.worst_ask
-                    m = first_place(worst[start:m] <= level, start, m)
-            self.book.apply(tape, start, m)
-            if m < stop:
-                self._meet(tape, m)
-            start = m + 1
-
-    def _shown(self, order: Order) -> float:
-        """The size displayed at our price; inf where nothing can be seen."""
-        if self.peer_rules:
-            return self.book.sizes.item(order.level)
-        return self.book.shown(order.side, order.level)
-
-    def _is_reached(self, order: Order) -> bool:
-        """Whether the opposite side's best is at or beyond our price."""
-        return -self.book.view.best(-order.side) <= order.level
-
-    # -- one message and our orders
-
-    def _meet(self, tape: Tape, m: int) -> None:
-        """Trades meet the book as it stood just before message m, book rows just after."""
-        kind, exch_ns = tape.kind.item(m), tape.exch_ns.item(m)
-        self.recv_ns = tape.recv_ns.item(m)
-        self.mid_price = self.book.view.mid_ticks * self.instrument.tick_size
+    def meet(self, message: feed.Message) -> None:
+        """Trades meet the book as it stood just before their message, book rows just after."""
+        exch_ns, book = message.exch_ns, self.book
+        self.recv_ns, self.before = message.recv_ns, book.view
 
         # A cancelled order is kept as long as a trade or a row of before its end may still
         # come: until both streams have gone past it, at most LATE_NS.
-        late_ns = self.recv_ns - self.offset_ns - LATE_NS
-        passed_ns = max(min(self.trade_ns, self.book.exch_ns), late_ns)
+        late_ns = message.recv_ns - self.offset_ns - LATE_NS
+        passed_ns = max(min(self.trade_ns, book.exch_ns), late_ns)
         self.orders = [order for order in self.orders if order.cancel_ns >= passed_ns]
 
         # Who has arrived meets the book as it stands. He is refused where he would take.
         limit = self.parameters.max_inventory + self.instrument.lot_size / 2
         for order in [o for o in self.orders if not o.has_arrived and o.arrival_ns < exch_ns]:
             order.has_arrived = True
-            if order.is_taker:
-                self._walk_the_book(order)
-            elif self._is_reached(order):
-                self.refuse(order, "would take")
+            if self._is_reached(order):
+                self._refuse(order, "would take")
             elif order.side * self.account.inventory + order.qty > limit:
-                self.refuse(order, "inventory limit")
+                self._refuse(order, "inventory limit")
             else:
                 order.queue_ahead = order.queue_at_arrival = self._shown(order)
 
         # A message of trades: each meets the orders as those before it left them.
-        if kind == feed.TRADES:
-            for t in range(tape.first_trade.item(m), tape.first_trade.item(m + 1)):
-                if tape.trade_ns.item(t) >= late_ns:
-                    self._meet_trade(tape, t)
+        for trade_ns, level, size, is_rpi in message.trades:
+            if trade_ns >= late_ns:
+                self._meet_trade(trade_ns, level, size, is_rpi)
             self.trade_ns = exch_ns
-            return
 
         # A message of the book: a smaller size shortens our queue; does it reach our price?
-        if kind == feed.SNAPSHOT:
-            self.book.clear()
-        self.book.apply(tape, m, m + 1)
+        book.apply(message)
+        if message.kind not in (feed.DELTA, feed.SNAPSHOT):
+            return
         for order in [o for o in self.orders if o.has_arrived]:
             shown, is_late = self._shown(order), exch_ns <= order.arrival_ns
             if is_late and shown < INF:
@@ -484,15 +412,13 @@ class PaperExchange:
             elif exch_ns <= order.cancel_ns:
                 order.queue_ahead = min(order.queue_ahead, shown)
             if self._is_reached(order) and is_late:
-                self.refuse(order, "would take")
+                self._refuse(order, "would take")
             elif self._is_reached(order) and exch_ns <= order.cancel_ns:
                 self._fill(order, order.left, exch_ns, "book")
 
-    def _meet_trade(self, tape: Tape, t: int) -> None:
+    def _meet_trade(self, exch_ns: int, level: int, size: float, is_rpi: bool) -> None:
         """A trade through our price fills us; at our price, the fill model says how much."""
-        exch_ns, level = tape.trade_ns.item(t), tape.trade_level.item(t)
-        size = tape.trade_size.item(t)
-        model = "through" if tape.trade_is_rpi[t] else self.parameters.fill_model
+        model = "through" if is_rpi else self.parameters.fill_model
         for order in self.orders:
             is_hit = order.side * level > 0 and level <= order.level
             stands = order.has_arrived and order.arrival_ns < exch_ns <= order.cancel_ns
@@ -504,8 +430,6 @@ class PaperExchange:
             elif model == "queue" and (self.peer_rules or exch_ns > self.book.exch_ns):
                 # subtle: only a trade that the size shown does not know of yet. It meets the
                 # queue ahead first, then us.
-                if self.book.exch_ns <= order.cancel_ns:
-                    order.queue_ahead = min(order.queue_ahead, self._shown(order))
                 rest, lot = size - order.queue_ahead, self.instrument.lot_size
                 order.eaten += size
                 if rest >= lot / 2:
@@ -517,17 +441,20 @@ class PaperExchange:
                 order.queue_ahead = max(-rest, 0.0)
             return  # one order stands at a time, and a volume fills us once
 
-    def _walk_the_book(self, order: Order) -> None:
-        """The taker order closes the inventory, level by level, as far as the book goes."""
-        order.side = ASK if self.account.inventory > 0 else BID
-        order.left = abs(self.account.inventory)
-        order.queue_ahead = order.queue_at_arrival = 0.0
-        for level, size in zip(*map(np.ndarray.tolist, self.book.levels(-order.side))):
-            order.level = -level
-            if order.left >= self.instrument.lot_size / 2:
-                self._fill(order, min(order.left, size), order.arrival_ns, "taker")
-        if order in self.orders:
-            self.orders.remove(order)
+    def _shown(self, order: Order) -> float:
+        """The size displayed at our price; inf where nothing can be seen."""
+        if self.peer_rules:
+            return self.book.sizes.item(order.level)
+        return self.book.shown(order.side, order.level)
+
+    def _is_reached(self, order: Order) -> bool:
+        """Whether the opposite side's best is at or beyond our price."""
+        return -self.book.view.best(-order.side) <= order.level
+
+    def _refuse(self, order: Order, why: str) -> None:
+        """The exchange does not take the order, or, by a late row, should not have."""
+        self.counts[f"refused: {why}"] += 1
+        self.orders.remove(order)
 
     def _fill(self, order: Order, qty: float, exch_ns: int, rule: str) -> None:
         """A fill at the order's price, booked at the mid just before the message."""
@@ -538,14 +465,13 @@ class PaperExchange:
         if self.impact_bps and (depth := self.market.depths[side]) > 0:
             price *= 1 + side * self.impact_bps * 1e-4 * order.qty / depth
         fee = price * qty * (p.taker_fee_bps if rule == "taker" else p.maker_fee_bps) * 1e-4
-        account.mark(self.mid_price)
+        account.mark(self.before.mid_ticks * self.instrument.tick_size)
         account.settle(Fill(
             exch_ns, max(self.recv_ns, self.back_ns), side, price, qty, fee, account.mid_price,
             order.queue_ahead, order.queue_at_arrival, order.arrival_ns, rule,
         ))  # fmt: skip
         order.left = round(order.left - qty, DECIMALS)
-        if order.left <= 0:
-            self.orders.remove(order)
+        self.orders = [order for order in self.orders if order.left > 0]
 
 
 # ---- The market maker ---------------------------------------------------------------
@@ -573,8 +499,6 @@ class MarketMaker:
         self.due_ns = 0  # the next decision
         self.mid_ticks = NAN  # at the last one; the mid a requote_move away makes the next
         self.second_ns = 0  # the next whole second of receive time
-        self.heard = 0  # the first message of the tape not yet heard
-        self.seconds, self.mids = array("q"), array("d")  # whole seconds, and the mid at each, USDT
         self.traded: list[float] = []  # turnovers heard of in this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
         self.unheard_ns = 0  # for how long quotes stood while the connection was lost
@@ -583,97 +507,54 @@ class MarketMaker:
         if log is not None:
             log.write(",".join(LOGGED) + "\n")
 
-    def take(self, *messages: feed.Message) -> None:
-        """Messages as they come."""
-        if messages:
-            self.follow(feed.build_tape(messages))
-
-    def follow(self, tape: Tape) -> None:
-        """Hear messages until something is due; decide; go on."""
-        self.heard = 0
-        self.messages += len(tape)
-        self.exchange.begin(tape)
-        # Snapshots, losses and control lines change the rules; the end of the tape ends all.
-        changes = np.append((tape.kind > feed.TICKER).nonzero()[0], len(tape))
-        m = 0
-        while m < len(tape):
-            # What is due next: a decision, a whole second, or the end of our patience with a
-            # silent book. Which message is as late as that, or changes the rules, or is of
-            # the book and ends a silence?
-            due_ns = min(self.due_ns, self.second_ns, self.silent_ns() + 1)
-            stop = min(changes.item(changes.searchsorted(m)), m + LOOK_AHEAD)
-            if self.is_stale:
-                stop = first_place(tape.kind[m:stop] == feed.DELTA, m, stop)
-            stop = m + int(tape.recv_ns[m:stop].searchsorted(due_ns))
+    def hear(self, message: feed.Message) -> None:
+        """What time brings before a message; the message itself; a decision, if one is due."""
+        market, kind, now_ns = self.market, message.kind, message.recv_ns
+        self.messages += 1
+        self.pass_time(now_ns)
+        # Our orders meet it, and the book shows it.
+        self.exchange.meet(message)
+        market.trades.extend(message.trades)
+        self.traded += [abs(level) * size for _, level, size, _ in message.trades]
+        if kind == feed.TICKER:
+            market.ticker_recv_ns = now_ns
+        elif kind in (feed.DELTA, feed.SNAPSHOT):
+            market.book_recv_ns, market.lag_ns = now_ns, now_ns - message.exch_ns
+        # Does it change the rules, or is it time, or has the mid moved?
+        if kind > feed.TICKER:
+            is_due = self._change_rules(message)
+        else:
+            moved_ticks = abs(market.book.view.mid_ticks - self.mid_ticks)  # nan: not known
             band_ticks = self.mid_ticks * self.parameters.requote_move_bps * 1e-4
-            has_moved = np.abs(tape.mid_ticks[m:stop] - self.mid_ticks) >= band_ticks
-            m = first_place(has_moved, m, stop)
-            is_move = m < stop
-            self._hear(tape, m)
-            if m == len(tape):
-                break
-            kind, now_ns = tape.kind.item(m), tape.recv_ns.item(m)
-            if now_ns >= due_ns or kind > feed.TICKER:
-                self.pass_time(now_ns)
-
-            # It changes the rules, or it decides, itself included; or only time has passed,
-            # and it is looked at again with a later due_ns.
             ends_silence = self.is_stale and kind == feed.DELTA
-            if kind > feed.TICKER:
-                self._change_rules(tape, m, now_ns)
-                m += 1
-            elif ends_silence or is_move or now_ns >= self.due_ns:
-                self._hear(tape, m + 1)
-                self.decide(now_ns)
-                m += 1
-        self.last_ns = max(self.last_ns, tape.recv_ns.item(-1))
+            is_due = now_ns >= self.due_ns or moved_ticks >= band_ticks or ends_silence
+        if is_due:
+            self.decide(now_ns)
 
-    def _hear(self, tape: Tape, stop: int) -> None:
-        """Messages before `stop` have come: our orders meet them, and the book shows them."""
-        market, start, trades = self.market, self.heard, self.market.trades
-        first, last = tape.first_trade.item(start), tape.first_trade.item(stop)
-        columns = tape.trade_ns, tape.trade_level, tape.trade_size
-        heard = [*zip(*(column[first:last].tolist() for column in columns))]
-        self.traded += [abs(level) * size for _, level, size in heard]
-        trades.extend(heard)
-        while heard and trades[0][0] < heard[-1][0] - MINUTE_NS - LATE_NS:
-            trades.popleft()
-        self.exchange.match(tape, start, stop)
-        self.heard = stop
-        book = tape.last_book.item(stop - 1) if stop else -1
-        if book >= 0:
-            market.book_recv_ns = tape.recv_ns.item(book)
-            market.lag_ns = market.book_recv_ns - tape.exch_ns.item(book)
-        for ticker in (tape.kind[start:stop] == feed.TICKER).nonzero()[0][-1:].tolist():
-            market.ticker_recv_ns = tape.recv_ns.item(start + ticker)
-
-    def _change_rules(self, tape: Tape, m: int, now_ns: int) -> None:
-        """A snapshot, a loss, or a control line: never part of a slice."""
-        self._hear(tape, m + 1)
-        market, note, is_due = self.market, tape.notes.get(m, {}), True
-        if tape.kind[m] == feed.SNAPSHOT:  # from here on the book can be trusted
+    def _change_rules(self, message: feed.Message) -> bool:
+        """A snapshot, a loss, or a control line: whether it calls for a decision."""
+        market, note, now_ns = self.market, message.note, message.recv_ns
+        if message.kind == feed.SNAPSHOT:  # from here on the book can be trusted
             is_due = market.lost or self.is_stale or now_ns >= self.due_ns
             market.lost, market.usual_lag_ns = "", market.lag_ns
-        elif tape.kind[m] == feed.LOST and not market.lost:
+            return bool(is_due)
+        if message.kind == feed.LOST and not market.lost:
             market.lost = note["reason"]
             market.grid_mid = NAN
             # Until the cancels arrive the quotes stand, and what they meet is never heard.
             end_ns = min(max((o.cancel_ns for o in self.exchange.orders), default=0),
                          now_ns + self.exchange.latency_ns)  # fmt: skip
             self.unheard_ns += max(end_ns - market.book.exch_ns, 0)
-            # At what price a taker order would trade, nobody can say: it is sent again later.
-            self.exchange.orders = [o for o in self.exchange.orders if not o.is_taker]
         elif note.get("event") == "params":
-            is_due = self._change_parameters(note)
+            return self._change_parameters(note)
         elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
             market.grid_mid = NAN
             self.exchange.back_ns = note["back_ns"]
         elif note.get("event") == "back":
             self.exchange.back_ns = 0
         else:
-            return
-        if is_due:
-            self.decide(now_ns)
+            return False
+        return True
 
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
         """Parameters of a control line, unless they are unsound; whether they are in force."""
@@ -733,16 +614,15 @@ class MarketMaker:
 
     def _pass_second(self, second_ns: int) -> None:
         """The mid after the last message before this second is a point of the grid."""
-        view = self.market.book.view
+        market, tick_size, half_life_s = self.market, self.instrument.tick_size, self.parameters.half_life_s
+        mid_price = market.book.view.mid_ticks * tick_size
         self._mark()
-        tick_size, mid_price = self.instrument.tick_size, view.mid_ticks * self.instrument.tick_size
-        turnover_musd = math.fsum(self.traded) * tick_size * 1e-6  # subtle: exact in any order
+        self.account.note(second_ns, mid_price)
+        turnover_musd = math.fsum(self.traded) * tick_size * 1e-6
         self.traded.clear()
-        self.seconds.append(second_ns)
-        self.mids.append(mid_price)
-        self.account.note(second_ns)
-        half_life_s = self.parameters.half_life_s
-        self.market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
+        while market.trades and market.trades[0][0] < second_ns - MINUTE_NS:
+            market.trades.popleft()
+        market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
         if self._guard(second_ns) != self.last_guard:
             self.due_ns = second_ns  # the next message decides
 
@@ -794,6 +674,8 @@ class MarketMaker:
         self.is_stale = time_ns >= self.stale_ns()
         if self.is_stale:
             market.grid_mid = NAN
+        if self.silent_ns() == NEVER:  # nothing is measured
+            account.note(time_ns, NAN)
 
         # What to quote: distances from the mid, then levels and quantities.
         source, distances, wanted = "none", None, dict.fromkeys(SIDES, (None, 0.0))
@@ -858,7 +740,7 @@ class MarketMaker:
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
         self._mark()
-        self.account.note(self.last_ns)
+        self.account.note(self.last_ns, NAN)
         names = "mid_price", "inventory", "cash", "equity", "fees_paid"
         account = {name: getattr(self.account, name) for name in names}
         self.history.add(self.decision._replace(time_ns=self.last_ns, **account))
@@ -1116,7 +998,7 @@ class Session:
         maker = self.maker
         try:
             for messages in bursts:
-                maker.take(*messages)
+                [maker.hear(message) for message in messages]
                 self.look()
         finally:
             if self.source:
@@ -1173,8 +1055,8 @@ class Session:
             if self.source:
                 self.source.emit(feed.control_line("params", **note))
             else:  # a file is a slower exchange: the edit comes at the receive time of now
-                note, view = {"event": "params", **note}, maker.market.book.view
-                maker.take(feed.Message(feed.CONTROL, maker.last_ns, note=note, view=view))
+                note = {"event": "params", **note}
+                maker.hear(feed.Message(feed.CONTROL, maker.last_ns, note=note))
             changed = {name: v for name, v in asdict(p).items() if v != before[name]}
             notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
         except (ValueError, TypeError) as error:
