@@ -220,17 +220,16 @@ class Tape:
 
     def messages(self) -> Iterator[Message]:
         """The messages again, one after the other."""
-        heads = [getattr(self, name) for name in COLUMNS][:9]
-        trades = self.trade_ns, self.trade_level, self.trade_size, self.trade_is_rpi
-        for start in range(0, len(self), 4096):  # so many at a time become Python's own numbers
-            part = slice(start, start + 4096)
-            rows, hits = (first[start : start + 4097].tolist() for first in (self.first_row, self.first_trade))
-            values = zip(*(column[part].tolist() for column in heads))
-            for m, (kind, recv_ns, exch_ns, *view) in enumerate(values):
-                r, t = slice(rows[m], rows[m + 1]), slice(hits[m], hits[m + 1])
-                yield Message(kind, recv_ns, exch_ns, (self.level[r], self.size[r]),
-                              [*zip(*(column[t].tolist() for column in trades))] if kind == TRADES else (),
-                              self.notes.get(start + m, {}), View(*view))
+        of_trades = self.trade_ns, self.trade_level, self.trade_size, self.trade_is_rpi
+        for start in range(0, len(self), 4096):  # a part at a time, as Python's own numbers
+            part, firsts = slice(start, start + 4096), slice(start, start + 4097)
+            heads = zip(*(getattr(self, name)[part].tolist() for name in [*COLUMNS][:9]))
+            rows, trades = self.first_row[firsts].tolist(), self.first_trade[firsts].tolist()
+            for m, (kind, recv_ns, exch_ns, *view) in enumerate(heads):
+                row, trade = slice(*rows[m : m + 2]), slice(*trades[m : m + 2])
+                hits = [*zip(*(column[trade].tolist() for column in of_trades))]
+                yield Message(kind, recv_ns, exch_ns, (self.level[row], self.size[row]), hits,
+                              self.notes.get(start + m, {}), View(*view))  # fmt: skip
 
 
 CODES = {"Ints": "q", "Floats": "d", "Flags": "b"}  # of the arrays that grow into columns

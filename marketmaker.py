@@ -62,7 +62,7 @@ import numpy as np
 
 import feed
 import optimize as opt
-from feed import ASK, BID, MS, NEVER, NO_LEVEL, NS, SIDES, Tape, UserError, clock_text
+from feed import ASK, BID, MS, NEVER, NS, SIDES, UserError, clock_text
 from optimize import INF, Distances, Parameters
 
 NAN = math.nan  # not known, or none
@@ -364,9 +364,10 @@ class PaperExchange:
         """Close the inventory as a taker, level by level, as far as the book goes. A concession
         to simplicity: at once, without the latency of an order; slightly optimistic.
         """
-        self.recv_ns, self.before, inventory = time_ns, self.book.view, self.account.inventory
-        side, left, exch_ns = ASK if inventory > 0 else BID, abs(inventory), time_ns - self.offset_ns
-        order = Order(side, 0, left, left, exch_ns, queue_ahead=0.0, queue_at_arrival=0.0)
+        self.recv_ns, self.before = time_ns, self.book.view
+        exch_ns, inventory = time_ns - self.offset_ns, self.account.inventory
+        side, qty = ASK if inventory > 0 else BID, abs(inventory)
+        order = Order(side, 0, qty, qty, exch_ns, queue_ahead=0.0, queue_at_arrival=0.0)
         for level, size in zip(*map(np.ndarray.tolist, self.book.levels(-side))):
             order.level = -level
             self._fill(order, min(order.left, size), exch_ns, "taker")
@@ -502,6 +503,7 @@ class MarketMaker:
         self.traded: list[float] = []  # turnovers heard of in this second, ticks x base coin
         self.first_ns = self.last_ns = self.messages = 0
         self.unheard_ns = 0  # for how long quotes stood while the connection was lost
+        self.notice = ""  # what became of the newest edit of the parameters
         self.sources: Counter[str] = Counter()  # of decisions
         self.reasons: Counter[str] = Counter()
         if log is not None:
@@ -514,8 +516,11 @@ class MarketMaker:
         self.pass_time(now_ns)
         # Our orders meet it, and the book shows it.
         self.exchange.meet(message)
-        market.trades.extend(message.trades)
-        self.traded += [abs(level) * size for _, level, size, _ in message.trades]
+        for trade in message.trades:
+            market.trades.append(trade)
+            self.traded.append(abs(trade[1]) * trade[2])
+        while market.trades and market.trades[0][0] < message.exch_ns - MINUTE_NS:
+            market.trades.popleft()
         if kind == feed.TICKER:
             market.ticker_recv_ns = now_ns
         elif kind in (feed.DELTA, feed.SNAPSHOT):
@@ -557,35 +562,33 @@ class MarketMaker:
         return True
 
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
-        """Parameters of a control line, unless they are unsound; whether they are in force."""
+        """Parameters of a control line; whether they are sound, and so in force. Those under
+        "overrides" are the user's, and replace all that he gave before.
+        """
+        recorded = {**self.recorded, **note.get("parameters", {})}
+        overrides = {**note.get("overrides", self.overrides)}
+        changes, before = DEFAULTS | recorded | overrides, self.parameters
         try:
-            recorded, overrides, p = self.merge(note)
+            p = opt.change_parameters(before, changes, self.instrument.min_order, running=True)
+            self.check_value(p)
         except (ValueError, TypeError) as error:
-            logging.warning("parameters in the recording are refused: %s", error)
+            self.notice = feed.printable(f"parameters refused: {error}")
+            logging.warning(self.notice)
             return False
+        changed = {n: value for n, value in vars(p).items() if value != getattr(before, n)}
+        self.notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
         self.recorded, self.overrides = recorded, overrides
-        if p.min_half_spread_bps > self.parameters.min_half_spread_bps:
+        if p.min_half_spread_bps > before.min_half_spread_bps:
             self.last_good = (-NEVER, None)  # it may be nearer than the edge of now
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
         return True
 
-    def merge(self, note: Mapping[str, Any]) -> tuple[dict, dict, Parameters]:
-        """What a control line makes of ours; ValueError or TypeError if that is unsound. Those
-        under "overrides" are the user's, and replace all that he gave before.
-        """
-        recorded = {**self.recorded, **note.get("parameters", {})}
-        overrides = {**note.get("overrides", self.overrides)}
-        changes, min_order = DEFAULTS | recorded | overrides, self.instrument.min_order
-        p = opt.change_parameters(self.parameters, changes, min_order, running=True)
-        return recorded, overrides, self.check_value(p)
-
-    def check_value(self, p: Parameters) -> Parameters:
-        """The same; UserError if the exchange would refuse order_qty at the mid as too small."""
+    def check_value(self, p: Parameters) -> None:
+        """UserError if the exchange would refuse order_qty at the mid as too small."""
         least, value = self.instrument.min_notional, p.order_qty * self.account.mid_price
         if value < least:  # nan: nothing is known yet
             worth = f"order_qty = {coins(p.order_qty)} is worth {value:.2f} USDT"
             raise UserError(f"{worth}, it must be at least {least:g}: raise --order-qty")
-        return p
 
     def stale_ns(self) -> int:
         """From when on the book is stale, if no message of it comes before."""
@@ -614,14 +617,13 @@ class MarketMaker:
 
     def _pass_second(self, second_ns: int) -> None:
         """The mid after the last message before this second is a point of the grid."""
-        market, tick_size, half_life_s = self.market, self.instrument.tick_size, self.parameters.half_life_s
-        mid_price = market.book.view.mid_ticks * tick_size
         self._mark()
+        market, tick_size = self.market, self.instrument.tick_size
+        mid_price = market.book.view.mid_ticks * tick_size
         self.account.note(second_ns, mid_price)
         turnover_musd = math.fsum(self.traded) * tick_size * 1e-6
         self.traded.clear()
-        while market.trades and market.trades[0][0] < second_ns - MINUTE_NS:
-            market.trades.popleft()
+        half_life_s = self.parameters.half_life_s
         market.measure_second(second_ns, mid_price, turnover_musd, tick_size, half_life_s)
         if self._guard(second_ns) != self.last_guard:
             self.due_ns = second_ns  # the next message decides
@@ -789,8 +791,9 @@ def describe_market(maker: MarketMaker) -> str:
         text = f"{VERBS[fill.side]} {coins(fill.qty)} at {fill.price:,.{n}f}, markout so far "
         bps = 1e4 * fill.side * (maker.account.mid_price / fill.price - 1)
         fills.append(f"{text}{bps:+.2f} bps")
-    recent = market.recent_trades(maker.instrument.tick_size)[-3:]
-    trades = ", ".join(f"{VERBS[side]} {coins(size)}" for _, side, _, size in recent)
+    recent = [*market.trades][-3:]
+    trades = ", ".join(f"{VERBS[ASK if level > 0 else BID]} {coins(size)}"
+                       for _, level, size, _ in recent)  # fmt: skip
     for time_ns, *_ in recent[-1:]:
         trades += f", {(maker.last_ns - maker.exchange.offset_ns - time_ns) / NS:.1f} s ago"
     is_old = maker.last_ns - market.ticker_recv_ns > MINUTE_NS
@@ -1043,26 +1046,19 @@ class Session:
         self.printing = self.printer.submit(print, text, end="", flush=True)
 
     def read_edits(self) -> None:
-        """A sound edit of --params becomes a message of the session; another gives a notice."""
-        maker, before, given = self.maker, asdict(self.maker.parameters), None
+        """An edit of --params becomes a message of the session; the market maker judges it."""
+        maker = self.maker
         try:
             given = given_parameters(self.options)
-            if given == self.given:
-                return
+        except UserError as error:
+            given, self.notice = None, f"edit refused: {error}"
+        if given not in (None, self.given) and self.source:
             # What is taken out of the file goes back to what it was without it.
-            note = {"parameters": DEFAULTS | given} if self.source else {"overrides": given}
-            _, _, p = maker.merge(note)
-            if self.source:
-                self.source.emit(feed.control_line("params", **note))
-            else:  # a file is a slower exchange: the edit comes at the receive time of now
-                note = {"event": "params", **note}
-                maker.hear(feed.Message(feed.CONTROL, maker.last_ns, note=note))
-            changed = {name: v for name, v in asdict(p).items() if v != before[name]}
-            notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
-        except (ValueError, TypeError) as error:
-            notice = f"edit of {self.options.params} refused: {error}"
-        self.given, self.notice = given, feed.printable(notice)
-        self.notice_end_s = time.monotonic() + 10.0
+            self.source.emit(feed.control_line("params", parameters=DEFAULTS | given))
+        elif given not in (None, self.given):  # a replay's edit comes at the receive time of now
+            note = {"event": "params", "overrides": given}
+            maker.hear(feed.Message(feed.CONTROL, maker.last_ns, note=note))
+        self.given = given
 
     def describe_feed(self) -> str:
         """What was received, how the connection is, and what went wrong."""

@@ -172,7 +172,8 @@ def play(recording: feed.Recording, tape: feed.Tape, strategy: Any) -> marketmak
     instrument = recording.parser.instrument
     parameters = marketmaker.choose_parameters({"fill_model": "queue"}, recording.start, instrument)
     maker = marketmaker.MarketMaker(parameters, instrument, strategy=strategy)
-    maker.follow(tape)
+    for message in tape.messages():
+        maker.hear(message)
     maker.finish()
     return maker
 

@@ -80,7 +80,8 @@ def time_live(url: str) -> float | None:
     first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()  # the sample's own time
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
     for messages in live_bursts(url, maker, lambda: first_ns + time.monotonic_ns()):
-        maker.take(*messages)
+        for message in messages:
+            maker.hear(message)
         began = began or time.perf_counter()
         if maker.messages >= MESSAGES:
             return time.perf_counter() - began
@@ -117,7 +118,8 @@ def measure_latency() -> None:
     with served(SAMPLE) as url:
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
         for messages in live_bursts(url, maker, time.time_ns):
-            maker.take(*messages)
+            for message in messages:
+            maker.hear(message)
             if time.monotonic() > end:
                 break
     low, high = (statistics.quantiles(waits, n=100)[k] for k in (49, 98))
@@ -154,7 +156,8 @@ def play(path: Path) -> dict:
     tape, _ = backtest.load_tape(feed.Recording(path))
     maker = MarketMaker(Parameters(), feed.Instrument())
     began = time.perf_counter()
-    maker.follow(tape)
+    for message in tape.messages():
+        maker.hear(message)
     elapsed, rows = time.perf_counter() - began, len(tape.level) + len(tape.trade_level)
     return dict(seconds=elapsed, rows=rows, decisions=sum(maker.sources.values()),
                 fills=len(maker.account.fills), peak_mb=peak_mb())  # fmt: skip

@@ -47,7 +47,7 @@ class Session:
             if message.kind in (SNAPSHOT, LOST):
                 self.is_trusted = message.kind == SNAPSHOT
                 self.book.clear()
-            self.book.apply(feed.build_tape([message]), 0, 1)
+            self.book.apply(message)
             self.messages.append(message)
 
     def reaches(self, condition) -> bool:

@@ -8,7 +8,6 @@ import csv
 import io
 import math
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ import pytest
 
 from market import ASKS, BIDS, COIN, MID, START_MS  # isort: skip
 from market import beats, busy_market, calm, control, delta, lost, messages  # isort: skip
-from market import ns, params, rough_session, snapshot, ticker, trades, write  # isort: skip
+from market import ns, params, snapshot, ticker, trades, write  # isort: skip
 
 import feed
 import marketmaker
@@ -40,16 +39,16 @@ class Maker(MarketMaker):
         super().__init__(parameters, coin, log, None, strategy, **exchange or {})
         self.parser = feed.Parser(COIN)
 
-    def hear(self, *lines) -> None:
+    def tell(self, *lines) -> None:
         """A note, which only a backtest sends, stands in an end line: see MOMENTS."""
-        heard = messages(lines, self.parser)
-        self.take(*(m._replace(note=m.note.get("note", m.note)) for m in heard))
+        for message in messages(lines, self.parser):
+            self.hear(message._replace(note=message.note.get("note", message.note)))
 
 
 def warm(bids=BIDS, asks=ASKS, **values) -> Maker:
     """A market maker that has seen a flat market for 12 s, and quotes."""
     maker = Maker(**values)
-    maker.hear(snapshot(500, bids, asks), *beats(1500, 12_500))
+    maker.tell(snapshot(500, bids, asks), *beats(1500, 12_500))
     return maker
 
 
@@ -174,7 +173,7 @@ def test_in_a_random_market_orders_fill_by_these_rules(seed, edge_bps, model, pe
 
     maker.exchange.send = note
     for message in stream:
-        maker.take(message)
+        maker.hear(message)
     account, fills = maker.account, maker.account.fills
     assert len(fills) > 20  # otherwise this shows nothing
     found = [(f.time_ns, f.side, f.price, f.qty, f.rule) for f in fills]
@@ -210,19 +209,15 @@ def order(ms, x, qty=1.0) -> tuple:
     return ms, x, qty
 
 
-def play(steps: list, side: int, alone: bool, **values) -> Maker:
-    """The maker after a story in which nobody else decides. An order arrives 100 ms later.
-    Lines between two orders are heard as one tape, or each alone.
-    """
-    maker, lines = Maker(stale_after_s=60, **values), [snapshot(0)]
+def play(steps: list, side: int, **values) -> Maker:
+    """The maker after a story in which nobody else decides. An order arrives 100 ms later."""
+    maker = Maker(stale_after_s=60, **values)
     maker.decide, maker.due_ns = lambda time_ns: None, NEVER
-    for step in [*steps, None]:
+    maker.tell(snapshot(0))
+    for step in steps:
         if callable(step):
-            lines.append(step(side))
-        if alone or not callable(step):
-            maker.hear(*lines)
-            lines = []
-        if isinstance(step, tuple):
+            maker.tell(step(side))
+        else:
             ms, x, qty = step
             level = None if x is None else side * MID + x
             maker.exchange.send(side, level, qty, ns(ms))
@@ -289,12 +284,11 @@ STORIES = {
 
 
 @pytest.mark.parametrize("side", [BID, ASK], ids=["bid", "ask"])
-@pytest.mark.parametrize("alone", [False, True], ids=["in slices", "alone"])
 @pytest.mark.parametrize("name", STORIES)
-def test_story(name, alone, side):
+def test_story(name, side):
     steps, fills, models, refused, options = STORIES[name]
     for model in models:
-        maker = play(steps, side, alone, fill_model=model, **options)
+        maker = play(steps, side, fill_model=model, **options)
         assert fills == [
             (f.time_ns / MS - START_MS, f.side * (f.price / COIN.tick_size - MID), f.qty)
             for f in maker.account.fills
@@ -303,42 +297,7 @@ def test_story(name, alone, side):
         assert refusals == [f"refused: {refused}"] * bool(refused)
 
 
-# ---- 3. Slices do not matter -------------------------------------------------------
-
-
-def run(bursts: list[list[Message]], **values) -> tuple[Maker, list[str]]:
-    """The maker after the bursts; its log and all that later decisions depend on, in words."""
-    log = io.StringIO()
-    maker = Maker(log, **BUSY | values)
-    for burst in bursts:
-        maker.take(*burst)
-    market = vars(maker.market) | {"book": maker.market.book.view}
-    market["trades"] = maker.market.recent_trades(COIN.tick_size)
-    orders = [(o.side, o.level, o.left, o.arrival_ns) for o in maker.exchange.orders]
-    memory = maker.account, market, orders, maker.exchange.counts, maker.decision, maker.due_ns
-    return maker, [*log.getvalue().splitlines(), *map(repr, memory)]
-
-
-@pytest.mark.parametrize("draw, seed, pace_bps", [
-    (busy_market, 4, 0.1), (busy_market, 5, 0.1), (rough_session, 0, 0.1), (rough_session, 1, 2.0),
-])  # fmt: skip
-@pytest.mark.parametrize("model", FILL_MODELS)
-def test_slices_give_to_the_bit_what_single_messages_give(draw, seed, pace_bps, model):
-    stream, rng = messages(draw(seed)), random.Random(seed)
-    values = dict(fill_model=model, stale_after_s=2.0, requote_move_bps=pace_bps)
-    maker, alone = run([[message] for message in stream], **values)
-    assert len(maker.account.fills) > 10 and maker.messages == len(stream)
-    assert run([stream], **values)[1] == alone
-    cuts = sorted(rng.randrange(len(stream)) for _ in range(rng.choice([9, 99, 999])))
-    bursts = [stream[start:stop] for start, stop in zip([0, *cuts], [*cuts, None])]
-    assert run(bursts, **values)[1] == alone
-    if draw == rough_session:
-        reasons = {"far from mark price", "drawdown limit", WARMING}
-        reasons |= {f"book {fault}" for fault in ("lost", "crossed", "one-sided", "stale")}
-        assert reasons <= set(maker.reasons) and maker.parameters.alpha == 2
-
-
-# ---- 4. Accounting -----------------------------------------------------------------
+# ---- 3. Accounting -----------------------------------------------------------------
 
 
 def test_four_fills_by_pencil_and_paper():
@@ -357,12 +316,13 @@ def test_four_fills_by_pencil_and_paper():
     assert (len(a.fills), a.turnover) == (4, 2 * 99 + 3 * 105 + 2 * 100 + 97)
 
 
-# ---- 5. What is measured -----------------------------------------------------------
+# ---- 4. What is measured -----------------------------------------------------------
 
 
 def test_measures_are_those_of_a_plain_reckoning_on_the_grid_of_whole_seconds():
     stream, maker = messages(busy_market(1, 85, spells=())), Maker(half_life_s=20)
-    maker.take(*stream)
+    for message in stream:
+        maker.hear(message)
     first, last = stream[0].recv_ns // NS + 1, stream[-1].recv_ns // NS
     seconds = range(first, last + 1)
     grid = [[m.view.mid_ticks for m in stream if m.recv_ns < s * NS][-1] for s in seconds]
@@ -381,12 +341,12 @@ def test_measures_are_those_of_a_plain_reckoning_on_the_grid_of_whole_seconds():
 def test_after_a_loss_the_first_whole_second_quotes_and_no_return_runs_across_the_hole():
     maker = warm()
     maker.market.ema_volatility = 0.75
-    maker.hear(lost(12_900), snapshot(20_300, {7: 1}, {8: 1}))
+    maker.tell(lost(12_900), snapshot(20_300, {7: 1}, {8: 1}))
     assert maker.decision.reason == "warming up"
     assert maker.unheard_ns == 500 * MS  # from the last book to the cancel's arrival at 13,000
-    maker.hear(delta(21_300))
+    maker.tell(delta(21_300))
     assert maker.decision.source == "lp" and maker.market.ema_volatility == 0.75
-    maker.hear(delta(22_300))  # renewed at 22, last at 12: 10 s of a half-life of 30
+    maker.tell(delta(22_300))  # renewed at 22, last at 12: 10 s of a half-life of 30
     assert maker.market.volatility == 0 and len(maker.market.returns_bps) == 12
     assert maker.market.ema_volatility == pytest.approx(0.75 * 0.5 ** (10 / 30), rel=1e-12)
 
@@ -394,21 +354,22 @@ def test_after_a_loss_the_first_whole_second_quotes_and_no_return_runs_across_th
 def test_no_return_is_measured_while_the_book_is_crossed_nor_across_that():
     maker = warm()
     assert len(maker.market.returns_bps) == 11
-    maker.hear(delta(13_000, {1: 1}), *beats(14_000, 15_000), delta(15_300, {1: 0, 5: 1}, {7: 1}))
-    maker.hear(delta(15_400, {}, {1: 0, 2: 0, 3: 0}), *beats(16_500, 17_500))
+    maker.tell(delta(13_000, {1: 1}), *beats(14_000, 15_000), delta(15_300, {1: 0, 5: 1}, {7: 1}))
+    maker.tell(delta(15_400, {}, {1: 0, 2: 0, 3: 0}), *beats(16_500, 17_500))
     assert len(maker.market.returns_bps) == 13 and not any(maker.market.returns_bps)
 
 
 def test_recent_trades_are_those_of_the_last_minute_with_time_side_price_and_size():
     maker = warm()
-    maker.hear(trades(13_000, (BID, 3, 1)), trades(20_000, (ASK, -2, 2), (BID, 1, 0.5)))
-    maker.take(*messages([trades(79_000, (BID, 1, 4))], maker.parser))
-    assert maker.market.recent_trades(COIN.tick_size) == [
-        (ns(20_000), -1, 49_999, 2), (ns(20_000), 1, 50_000.5, 0.5), (ns(79_000), 1, 50_000.5, 4),
+    maker.tell(trades(13_000, (BID, 3, 1)), trades(20_000, (ASK, -2, 2), (BID, 1, 0.5)))
+    maker.tell(trades(79_000, (BID, 1, 4)))
+    assert [*maker.market.trades] == [  # a taker who buys hits an ask, whose level is negative
+        (ns(20_000), MID - 2, 2, False), (ns(20_000), -MID - 1, 0.5, False),
+        (ns(79_000), -MID - 1, 4, False),
     ]  # fmt: skip
 
 
-# ---- 6. When a decision is made, and what forbids a quote --------------------------
+# ---- 5. When a decision is made, and what forbids a quote --------------------------
 
 BEST = "49999.5"  # the mids of seconds 1 to 10 are 9 returns, and 10 are asked for
 WARM_UP = [(500, WARMING, BEST), (5500, WARMING, BEST), (10_500, WARMING, BEST), (11_500, "", BEST)]
@@ -449,13 +410,11 @@ MOMENTS = {  # what follows 12 s of a flat market, and (ms, reason, best bid) of
 }
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["in slices", "alone"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_moment(moment, alone):
+def test_moment(moment):
     (lines, expected), log = MOMENTS[moment], io.StringIO()
     maker = warm(log=log)
-    for burst in ([line] for line in lines) if alone else [lines]:
-        maker.hear(*burst)
+    maker.tell(*lines)
     rows = decisions(log)
     found = [(row["ms"], row["reason"], row["best_bid"]) for row in rows]
     assert found == WARM_UP + expected
@@ -468,7 +427,7 @@ def test_moment(moment, alone):
 def test_time_alone_notices_a_silent_book_and_walks_no_seconds_of_which_nothing_is_known():
     log = io.StringIO()
     maker = warm(log=log)
-    maker.hear(delta(12_500, {5: 1}))
+    maker.tell(delta(12_500, {5: 1}))
     for ms in (*range(12_500, 19_000, 70), 10**12):
         maker.pass_time(ns(ms))
     rows = [(row["ms"], row["reason"]) for row in decisions(log)[-2:]]
@@ -478,48 +437,42 @@ def test_time_alone_notices_a_silent_book_and_walks_no_seconds_of_which_nothing_
 
 def test_a_mark_price_older_than_a_minute_guards_nothing():
     maker = warm()
-    maker.hear(ticker(13_000, 50_300), *beats(14_000, 73_000))
+    maker.tell(ticker(13_000, 50_300), *beats(14_000, 73_000))
     assert maker.decision.reason == "far from mark price"
-    maker.hear(delta(74_000))
+    maker.tell(delta(74_000))
     assert maker.decision.reason == ""
 
 
-@pytest.mark.parametrize("is_lost", [False, True], ids=["at once", "after a loss on the way"])
-def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good(is_lost):
+def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good():
     maker = warm(max_drawdown_usdt=104, maker_fee_bps=0, taker_fee_bps=10)
     maker.exchange.send(BID, MID - 2, 1.0, ns(12_500))
-    maker.hear(trades(12_700, (ASK, -3, 1)), params(12_710, alpha=2))  # bought 1 at 49,999
-    fallen = {-210: 0.5, -212: 0.25, -220: 9}, {-208: 3}  # the mid by 104.5, equity from 1
-    maker.hear(snapshot(12_750, *fallen))
+    maker.tell(trades(12_700, (ASK, -3, 1)), params(12_710, alpha=2))  # bought 1 at 49,999
+    maker.tell(snapshot(12_750, {-210: 0.5, -212: 0.25}, {-208: 3}))  # the mid by 104.5, from 1
     assert not maker.is_stopped
-    maker.hear(delta(13_200))  # decides, as a whole second has passed
-    assert maker.decision.reason == "drawdown limit" and maker.account.inventory == 1
-    if is_lost:
-        maker.hear(delta(13_250, {-209: 9}), lost(13_260), snapshot(20_000, *fallen))
-    maker.hear(delta(20_200, {-210: 8}))  # the order arrived before, when there were 0.5
+    maker.tell(delta(13_200))  # decides, as a whole second has passed
+    assert maker.decision.reason == "drawdown limit" and maker.account.inventory == 0.25
+    maker.tell(delta(13_300, {-220: 9}), *beats(14_300, 40_300))  # the rest, when it decides next
     sold = [(f.rule, f.side, f.price, f.qty) for f in maker.account.fills[1:]]
-    levels = (49_895, 0.5), (49_894, 0.25), (49_890, 0.25)
+    levels = (49_895, 0.5), (49_894, 0.25), (49_895, 0.25)
     assert sold == [("taker", ASK, *level) for level in levels]
-    proceeds = 0.5 * 49_895 + 0.25 * 49_894 + 0.25 * 49_890
+    proceeds = 0.75 * 49_895 + 0.25 * 49_894
     assert maker.account.cash == pytest.approx(-49_999 + proceeds * (1 - 10e-4), abs=1e-9)
-    maker.hear(*beats(21_300, 40_300))
-    assert maker.decision.reason == "drawdown limit" and len(maker.account.fills) == 4
-    assert maker.account.inventory == 0
+    assert maker.decision.reason == "drawdown limit" and maker.account.inventory == 0
     assert all(order.cancel_ns < NEVER for order in maker.exchange.orders)
 
 
 def test_the_peak_of_the_equity_is_its_highest_mark_at_whole_seconds_too():
     maker = warm(max_drawdown_usdt=2.5)
     maker.account.inventory, maker.account.cash = 1.0, 4 - 50_000.0
-    maker.hear(delta(12_600, {5: 1}, {1: 0, 2: 0, 3: 0, 7: 1}))  # by 3 USDT: equity 7
-    maker.hear(delta(13_200, {5: 0}, {7: 0, 1: 1}))  # and back
-    maker.hear(delta(13_900))
+    maker.tell(delta(12_600, {5: 1}, {1: 0, 2: 0, 3: 0, 7: 1}))  # by 3 USDT: equity 7
+    maker.tell(delta(13_200, {5: 0}, {7: 0, 1: 1}))  # and back
+    maker.tell(delta(13_900))
     assert maker.account.peak_equity == 7 and not maker.is_stopped
-    maker.hear(delta(14_100))
+    maker.tell(delta(14_100))
     assert maker.is_stopped and maker.account.equity == 4
 
 
-# ---- 7. The quote ------------------------------------------------------------------
+# ---- 6. The quote ------------------------------------------------------------------
 
 
 def quote_at(maker: Maker, inventory: float) -> tuple[float, float]:
@@ -551,7 +504,7 @@ def test_a_quote_worked_by_hand(bids, asks, values, quote):
 def test_an_order_of_too_little_value_is_refused_at_the_first_book_and_not_sent_later():
     dear = replace(COIN, min_notional=20_000.0)  # USDT: 0.4 coins and a little
     with pytest.raises(feed.UserError, match="order_qty = 0.375 is worth 18750.00 USDT, .* 20000"):
-        Maker(coin=dear, order_qty=0.375).hear(ticker(100), snapshot(500))
+        Maker(coin=dear, order_qty=0.375).tell(ticker(100), snapshot(500))
     maker = warm({-1: 4}, {1: 14}, coin=dear, max_depth_share=0.1)  # the bid is cut to 0.375
     assert (maker.decision.reason, maker.decision.ask_qty) == ("no bid: book too thin for a lot", 1)
 
@@ -582,20 +535,20 @@ def test_every_rung_of_the_fallback_says_its_name_and_why():
     maker = warm(strategy=lp, default_spread_bps=20, fallback_max_age_s=3)
     _, _, bid, ask = quote()
     faults.append(ValueError("out of order"))
-    maker.hear(delta(13_000, {-1: 0, 19: 1}, {1: 0, 2: 0, 3: 0, 21: 1}), params(13_100, alpha=2))
+    maker.tell(delta(13_000, {-1: 0, 19: 1}, {1: 0, 2: 0, 3: 0, 21: 1}), params(13_100, alpha=2))
     near = partial(pytest.approx, abs=0.5)  # the same distances, from a mid 10 USDT higher
     assert quote() == ("last_good", why, near(bid + 10), near(ask + 10))
-    maker.hear(*beats(14_000, 15_400), params(15_501, alpha=3))  # it is now 3.001 s old
+    maker.tell(*beats(14_000, 15_400), params(15_501, alpha=3))  # it is now 3.001 s old
     assert quote() == ("default", why, 49_959.5, 50_060.5)
     faults.clear()
-    maker.hear(params(15_600, alpha=2))
+    maker.tell(params(15_600, alpha=2))
     assert maker.sources == dict(none=3, lp=2, last_good=2, default=1) and maker.reasons[why] == 3
     faults.append(ValueError("out of order"))
-    maker.hear(params(15_700, min_half_spread_bps=5))  # the last good is nearer
+    maker.tell(params(15_700, min_half_spread_bps=5))  # the last good is nearer
     assert quote() == ("default", why, 49_959.5, 50_060.5)
 
 
-# ---- 8. The log --------------------------------------------------------------------
+# ---- 7. The log --------------------------------------------------------------------
 
 HEADER = (
     "time_ns, mid_price, best_bid, best_ask, bid_price, bid_qty, ask_price, ask_qty, "
@@ -608,7 +561,7 @@ def test_the_log_has_the_columns_of_the_design_and_a_row_for_every_decision():
     log, makers = io.StringIO(), []
     maker = Maker(log)
     maker.on_decision = makers.append
-    maker.hear(ticker(100), snapshot(300), lost(400, "they, say"))  # at 100 nothing is known yet
+    maker.tell(ticker(100), snapshot(300), lost(400, "they, say"))  # at 100 nothing is known yet
     header, before, first, gone = list(csv.reader(io.StringIO(log.getvalue())))
     assert header == HEADER.split(", ") and makers == [maker] * 3
     account = ["0", "0.00000000", "0.00000000"]
@@ -631,7 +584,7 @@ def test_the_log_reads_back_as_the_decision():
     assert [*map(coins, (1e-8, 123456789.12345678, 0.1 + 0.2, 14.0, 0.0, -5e-4))] == texts
 
 
-# ---- 9. Sessions -------------------------------------------------------------------
+# ---- 8. Sessions -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -721,7 +674,7 @@ def test_an_edit_of_params_in_a_replay_obeys_flag_file_recording_default_in_this
     path.write_text('{"alpha": 2, "gamma": 2, "zeta": 2}')
     maker.overrides = marketmaker.given_parameters(options)
     session = Session(options, maker, "REPLAY", maker.parser, maker.overrides)
-    maker.hear(params(13_000, gamma=1, zeta=3, delta=5))
+    maker.tell(params(13_000, gamma=1, zeta=3, delta=5))
     for text, notice, *expected in (
         (path.read_text(), "", 4, 2, 2, 5),
         ('{"alpha": 1, "gamma": 3}', "changed: gamma 3, zeta 3", 4, 3, 3, 5),
@@ -751,7 +704,7 @@ def test_the_screen_and_the_plain_lines_hold_the_key_facts(is_terminal, columns,
         monkeypatch.setenv(name, str(value))
     maker = warm()
     maker.exchange.send(BID, MID - 2, 1.0, ns(12_500))
-    maker.hear(trades(12_700, (ASK, -3, 1)), ticker(12_700, 50_001.25), *beats(13_000, 17_700))
+    maker.tell(trades(12_700, (ASK, -3, 1)), ticker(12_700, 50_001.25), *beats(13_000, 17_700))
     options, stream, taking = build_arguments().parse_args([]), io.StringIO(), threading.Event()
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     monkeypatch.setattr(stream, "flush", partial(taking.wait, 9))  # the terminal takes nothing yet
@@ -779,10 +732,3 @@ def test_a_stdout_that_fails_costs_no_decision_and_is_told_at_the_end(recording)
         ended = subprocess.run([*command, "--speed", "max"], stdout=full, stderr=-1, text=True)
     assert ended.returncode == 2 and ended.stderr == "error: [Errno 28] No space left on device\n"
     assert Path("log.csv").read_text() == Path("whole.csv").read_text()
-
-
-def test_a_burst_of_a_replay_is_bounded_in_rows_and_trades(recording, monkeypatch):
-    monkeypatch.setattr(marketmaker, "BURST", 9)
-    bursts = marketmaker.replayed_messages(feed.Recording(Path("short.gz")), math.inf, math.inf)
-    bursts = [[1 + len(m.rows[0]) + len(m.trades) for m in burst] for burst in bursts]
-    assert len(bursts) > 2 and all(sum(burst[:-1]) <= 9 for burst in bursts)

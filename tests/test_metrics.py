@@ -95,7 +95,7 @@ def test_taker_fills_are_in_the_account_and_in_no_markout():
     fees = dict(maker_fee_bps=0.0, taker_fee_bps=10.0)
     result = play_fixed(calm(30_500, trades(12_000, (ASK, -5, 1)), fall),
                         max_drawdown_usdt=3.0, **fees)  # fmt: skip
-    assert result.traded[1:] == [(13_600, -20, -0.5), (13_600, -22, -0.25), (13_600, -30, -0.25)]
+    assert result.traded[1:] == [(13_500, -20, -0.5), (13_500, -22, -0.25), (13_500, -30, -0.25)]
     m, proceeds = result.metrics, 0.5 * 49_990 + 0.25 * 49_989 + 0.25 * 49_985
     assert m["net_usdt"] == near(proceeds * (1 - 10e-4) - 49_998)
     assert m["spread_captured_usdt"] == near(2 - 0.5 * 0.5 - 0.25 * 1.5 - 0.25 * 5.5)
