@@ -405,17 +405,18 @@ class PaperExchange:
         if message.kind not in (feed.DELTA, feed.SNAPSHOT):
             return
         for order in [o for o in self.orders if o.has_arrived]:
-            shown, is_late = self._shown(order), exch_ns <= order.arrival_ns
-            if is_late and shown < INF:
+            shown, is_reached = self._shown(order), self._is_reached(order)
+            if order.arrival_ns < exch_ns <= order.cancel_ns:
+                order.queue_ahead = min(order.queue_ahead, shown)
+                if is_reached:
+                    self._fill(order, order.left, exch_ns, "book")
+            elif exch_ns <= order.arrival_ns:
                 # subtle: heard after the arrival, but of before it. It tells better what stood
                 # there when we came, so the queue starts anew from it.
-                order.queue_ahead = max(shown - order.eaten, 0.0)
-            elif exch_ns <= order.cancel_ns:
-                order.queue_ahead = min(order.queue_ahead, shown)
-            if self._is_reached(order) and is_late:
-                self._refuse(order, "would take")
-            elif self._is_reached(order) and exch_ns <= order.cancel_ns:
-                self._fill(order, order.left, exch_ns, "book")
+                if shown < INF:
+                    order.queue_ahead = max(shown - order.eaten, 0.0)
+                if is_reached:
+                    self._refuse(order, "would take")
 
     def _meet_trade(self, exch_ns: int, level: int, size: float, is_rpi: bool) -> None:
         """A trade through our price fills us; at our price, the fill model says how much."""

@@ -119,7 +119,7 @@ def measure_latency() -> None:
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
         for messages in live_bursts(url, maker, time.time_ns):
             for message in messages:
-            maker.hear(message)
+                maker.hear(message)
             if time.monotonic() > end:
                 break
     low, high = (statistics.quantiles(waits, n=100)[k] for k in (49, 98))

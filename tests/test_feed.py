@@ -169,9 +169,10 @@ def test_a_tape_gives_its_messages_back(parser):
     stream = market.messages(market.rough_session(0))
     again = [*feed.build_tape(stream).messages()]
     for one, other in zip(stream, again, strict=True):
-        np.testing.assert_equal(one._replace(rows=(), trades=()), other._replace(rows=(), trades=()))
         assert [*map(list, one.rows)] == [*map(list, other.rows)]
         assert [*one.trades] == other.trades
+        one, other = (m._replace(rows=(), trades=()) for m in (one, other))
+        np.testing.assert_equal(one, other)
 
 
 def test_a_tape_keeps_rows_trades_and_notes_apart_and_a_trade_hits_the_level_of_its_maker(parser):
