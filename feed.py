@@ -14,8 +14,8 @@ is when the matching engine acted (`cts` of the book, `T` of a trade). Prices ar
 sizes are base coin (BTC). A level is side x price tick, with the side +1 for bids and -1 for asks:
 651142 is a bid at this tick, -651143 an ask. On both sides the larger level is the better price.
 
-A line, stamped when received -> Parser -> Message -> Tape (messages as columns) -> Book. What comes
-after the stamp depends on the lines alone, so the replay of a recorded session is that session.
+A line, stamped when received -> Parser -> Message -> Book. What comes after the stamp depends on
+the lines alone, so the replay of a recorded session is that session. (A Tape keeps messages.)
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """Messages in the order received, as columns: what happens between two moments is a slice."""
+    """The messages of a recording as columns: to keep, and for questions on all of them at once."""
 
     kind: Flags  # of each message
     recv_ns: Ints
