@@ -536,14 +536,16 @@ def check_file(path: Path, most_bytes: float = math.inf) -> None:
         raise UserError(f"{path}: {'huge or no regular file' if path.exists() else 'No such file'}")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning."""
+def read_lines(path: Path, tell: Callable[[float], Any] = bool) -> Iterator[tuple[int, str]]:
+    """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning. The
+    share of the file's bytes that is read is told."""
     check_file(path)
     number = first_ns = last_ns = 0
     try:
         with open(path, "rb") as raw:
             file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
             while line := file.readline(8 * MAX_MESSAGE):  # escaped, a message may be 6 times it
+                tell(raw.tell() / path.stat().st_size)
                 if not line.endswith(b"\n"):  # it is the last, cut off
                     raise EOFError
                 number += 1
@@ -590,7 +592,28 @@ class Recording:
 
     def messages(self) -> Iterator[Message]:
         """The messages of the file, as the live feed gave them."""
-        return filter(None, (self.parser.parse(*line) for line in read_lines(self.path)))
+        lines = read_lines(self.path, partial(setattr, self, "share_read"))
+        return filter(None, (self.parser.parse(*line) for line in lines))
+
+
+TICK_S = 0.1  # how long nobody looks around at most
+
+
+def replayed_messages(recording: Recording, speed: float,
+                      duration_s: float) -> Iterator[Message | None]:  # fmt: skip
+    """Its messages at a multiple of their own pace (inf: no waiting); None: none is due, look
+    around. Ctrl-C ends it.
+    """
+    stop, began_s, first_ns = StopSignal(), time.monotonic(), 0
+    for message in recording.messages():
+        first_ns = first_ns or message.recv_ns
+        elapsed_s = (message.recv_ns - first_ns) / NS
+        while (wait_s := began_s + elapsed_s / speed - time.monotonic()) > 0 and not stop.is_set:
+            yield None
+            time.sleep(min(wait_s, TICK_S))
+        if elapsed_s > duration_s or stop.is_set:
+            return
+        yield message
 
 
 # ---- Live feed ---------------------------------------------------------------------
@@ -727,7 +750,8 @@ class LiveFeed:
             except (websocket.WebSocketException, OSError) as error:
                 # Tell the loss. Wait: longer each time, and for a main thread that is behind.
                 reason = printable(self.cut_reason or str(error) or type(error).__name__)
-                self.parser.problem = f"connection: {reason}"
+                if not self.stopping.is_set():
+                    self.parser.problem = f"connection: {reason}"
                 if self.ws is not None and not self.stopping.is_set():
                     self.emit(control_line("lost", reason=reason))
                     self.ws.shutdown()
@@ -751,6 +775,24 @@ def open_feed(instrument: Instrument, depth: int, url: str | None = None,
     source.emit(control_line("start", **instrument.told, depth=depth, **start))
     source.thread.start()  # from here on it goes on alone
     return source
+
+
+def live_messages(source: LiveFeed, duration_s: float) -> Iterator[Message | None]:
+    """Messages as they come; None: none came, look around. At the end of the time, or at Ctrl-C,
+    the feed stops first, then what it received is given.
+    """
+    stop, end_ns = StopSignal(), source.clock_ns() + duration_s * NS
+    while not (stop.is_set or source.fatal) and source.clock_ns() < end_ns:
+        try:
+            yield source.queue.get(timeout=TICK_S)
+        except queue.Empty:
+            yield None
+    source.stop()
+    source.emit(control_line("end"))
+    while not source.queue.empty():
+        yield source.queue.get()
+    if source.fatal:
+        raise UserError(source.fatal)
 
 
 # ---- Command line: record, info ----------------------------------------------------

@@ -42,7 +42,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import runpy
 import shutil
@@ -51,7 +50,7 @@ import textwrap
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -74,10 +73,7 @@ WARMUP_RETURNS = 10  # of 1 s before the first quote
 LATE_NS = 10 * NS  # no trade is heard of later than this
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
-BURST = 20_000  # rows and trades of a replay that are taken at once, if none is early
 MAX_PARAMS = 1 << 20  # bytes of --params
-GATHER_S = 0.001  # after a message, so that a burst makes one tape and few changes of thread
-TICK_S = 0.1  # how long the main thread waits for a message before it looks around
 
 
 # ---- What is known of the market ---------------------------------------------------
@@ -752,7 +748,6 @@ class MarketMaker:
 # ---- Display -----------------------------------------------------------------------
 
 VERBS = {BID: "bought", ASK: "sold"}
-BELOW = "\n" + " " * 15  # the next line, right of the label
 
 
 def count(n: int, what: str) -> str:
@@ -760,83 +755,73 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-def dash_unknown(text: str) -> str:
-    """The text with a dash for every number that is not known."""
-    return re.sub(r"\b(nan|inf)\b", "-", text)
-
-
-def describe_account(maker: MarketMaker) -> str:
-    """Inventory and result."""
-    a, coin, limit = maker.account, maker.instrument.base_coin, maker.parameters.max_inventory
-    return f"""\
-Inventory      {"+" * (a.inventory > 0)}{coins(a.inventory)} {coin} of at most {coins(limit)}   \
-{count(len(a.fills), "fill")}
-Result, USDT   gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}
-               gross = spread captured {a.spread_captured:+.2f} + revaluation {a.revaluation:+.2f}
-"""
-
-
-def describe_market(maker: MarketMaker) -> str:
-    """What we quote and why, what filled, what is known of the market: as of the last decision,
-    but queues, markouts, last and mark price of now. A mark of a minute ago guards nothing.
+def describe(maker: MarketMaker) -> list[tuple[str, str]]:
+    """(label, text), a line each, what matters most first: as of the last decision, but account,
+    queues, markouts, last and mark price of now. A mark of a minute ago guards nothing.
     """
-    d, p, market, n = maker.decision, maker.parameters, maker.market, maker.instrument.digits
-    view, coin = market.book.view, maker.instrument.base_coin
+    a, d, p, market = maker.account, maker.decision, maker.parameters, maker.market
+    n, coin, view = maker.instrument.digits, maker.instrument.base_coin, market.book.view
     queues = {o.side: o.queue_ahead for o in maker.exchange.orders if o.cancel_ns == NEVER}
-    quotes, fills, margin = [], [], "-"
+    quotes, margin = [], "-"
     for side, name, price, qty in ((BID, "bid", *d[4:6]), (ASK, "ask", *d[6:8])):
         away_bps, ahead = 1e4 * abs(price / d.mid_price - 1), coins(queues.get(side, NAN))
         text = f"{name} {price:,.{n}f} x {coins(qty)}, {away_bps:.2f} bps away, {ahead} ahead"
         quotes.append(text if qty else f"no {name}")
-    for fill in maker.account.fills[-3:]:
-        text = f"{VERBS[fill.side]} {coins(fill.qty)} at {fill.price:,.{n}f}, markout so far "
-        bps = 1e4 * fill.side * (maker.account.mid_price / fill.price - 1)
-        fills.append(f"{text}{bps:+.2f} bps")
+    fills = [f"{VERBS[fill.side]} {coins(fill.qty)} at {fill.price:,.{n}f}, markout so far "
+             f"{1e4 * fill.side * (a.mid_price / fill.price - 1):+.2f} bps"
+             for fill in a.fills[-3:]]  # fmt: skip
     recent = [*market.trades][-3:]
-    trades = ", ".join(f"{VERBS[ASK if level > 0 else BID]} {coins(size)}"
-                       for _, level, size, _ in recent)  # fmt: skip
+    trades = [f"{VERBS[ASK if level > 0 else BID]} {coins(size)}" for _, level, size, _ in recent]
     for time_ns, *_ in recent[-1:]:
-        trades += f", {(maker.last_ns - maker.exchange.offset_ns - time_ns) / NS:.1f} s ago"
+        trades.append(f"{(maker.last_ns - maker.exchange.offset_ns - time_ns) / NS:.1f} s ago")
     is_old = maker.last_ns - market.ticker_recv_ns > MINUTE_NS
     mark = "over a minute old" if is_old else f"{view.mark_price:,.{n}f}"
     if d.distances and (solution := d.distances.solution):
         more = solution.inventory_price * p.order_qty / p.max_inventory
         margin = f"cost, 1 % more spread: {solution.spread_price / solution.cost:+.1f} %   "
         margin += f"one order more bought: {100 * more / solution.cost:+.1f} %"
-    return f"""\
-Our quote      {BELOW.join(quotes)}
-Last fills     {BELOW.join(fills) or "none"}
-Market         bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   \
-last {view.last_price:,.{n}f}   mark {mark}
-               depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps
-               volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), \
-liquidity {d.liquidity:.2f} M USDT/bp
-               last trades {trades or "none"}
-Base spread    {d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + \
-liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}
-               no quote nearer than {p.min_half_spread_bps:g}; \
-a round trip: {2 * p.maker_fee_bps:g}, twice the maker fee
-Parameters     {opt.in_words(opt.differing(p)) or "all at their defaults"}
-At the margin  {margin}
-"""
+    return [
+        ("Inventory", f"{'+' * (a.inventory > 0)}{coins(a.inventory)} {coin} of at most "
+                      f"{coins(p.max_inventory)}   {count(len(a.fills), 'fill')}"),
+        ("Result, USDT", f"gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}"),
+        ("", f"gross = spread captured {a.spread_captured:+.2f} + "
+             f"revaluation {a.revaluation:+.2f}"),
+        *zip(("Our quote", ""), quotes),
+        *zip(("Last fills", "", ""), fills or ["none"]),
+        ("Market", f"bid {d.best_bid:,.{n}f}   ask {d.best_ask:,.{n}f}   "
+                   f"last {view.last_price:,.{n}f}   mark {mark}"),
+        ("", f"depth {d.bid_depth:.2f} / {d.ask_depth:.2f} {coin} within {p.depth_band_bps:g} bps"),
+        ("", f"volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), "
+             f"liquidity {d.liquidity:.2f} M USDT/bp"),
+        ("", f"last trades {', '.join(trades) or 'none'}"),
+        ("Base spread", f"{d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + "
+                        f"liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}"),
+        ("", f"no quote nearer than {p.min_half_spread_bps:g}; "
+             f"a round trip: {2 * p.maker_fee_bps:g}, twice the maker fee"),
+        ("Parameters", opt.in_words(opt.differing(p)) or "all at their defaults"),
+        ("At the margin", margin),
+    ]  # fmt: skip
 
 
-def summarize(maker: MarketMaker) -> str:
-    """What there is to say at the end."""
-    span = f"{clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC   "
+def summarize(maker: MarketMaker) -> list[tuple[str, str]]:
+    """What there is to say at the end, in the same form."""
+    span = f"{clock_text(maker.first_ns)} to {clock_text(maker.last_ns)} UTC"
     decisions, reasons, orders = (
         "   ".join(f"{n} {what}" for what, n in counts.items() if what) or "none"
         for counts in (maker.sources, maker.reasons, maker.exchange.counts)
     )
-    return f"""\
-Span           {span if maker.messages else ""}{count(maker.messages, "message")}
-Decisions      {decisions}
-Reasons        {reasons}
-Orders         {orders}
-{describe_account(maker)}\
-               turnover {maker.account.turnover:,.0f}
-Unheard        quotes stood {maker.unheard_ns / NS:.1f} s while the connection was lost
-"""
+    return [
+        ("Span", f"{span}   {count(maker.messages, 'message')}"),
+        ("Decisions", decisions), ("Reasons", reasons), ("Orders", orders),
+        *describe(maker)[:3],  # inventory and result
+        ("", f"turnover {maker.account.turnover:,.0f}"),
+        ("Unheard", f"quotes stood {maker.unheard_ns / NS:.1f} s while the connection was lost"),
+    ]  # fmt: skip
+
+
+def table(rows: Iterable[tuple[str, str]], width: int = 15) -> str:
+    """The texts right of their labels, which are cut before the texts are."""
+    return "".join(f"{label[: width - 1]:<{width}}{text}\n" for label, text in rows)
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -942,15 +927,15 @@ def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path, s
 
 def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
     """What the user set: the flags, before the values in FILE.json of --params."""
-    path, flags = options.params, {name: getattr(options, name) for name in opt.FIELDS}
+    path, values = options.params, {}
     try:
         if path:
             feed.check_file(path, MAX_PARAMS)
-        values = {**json.loads(path.read_text("utf-8-sig"))} if path else {}
+            values = {**json.loads(path.read_text("utf-8-sig"))}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         rule = 'it must hold one JSON object such as {"alpha": 2}'
         raise UserError(f"--params {path}: {error}: {rule}") from None
-    return values | {name: value for name, value in flags.items() if value is not None}
+    return values | {n: v for n, v in vars(options).items() if n in opt.FIELDS and v is not None}
 
 
 def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
@@ -983,223 +968,173 @@ def choose_parameters(given: Mapping[str, Any], start: Mapping[str, Any],
 
 
 class Session:
-    """One run as its user sees it: screen, files, edits of --params. A replay has no source."""
+    """One run as its user sees it: screen, files, edits of --params."""
 
     def __init__(self, options: argparse.Namespace, maker: MarketMaker, title: str,
-                 parser: feed.Parser, given: Mapping[str, Any],
-                 source: feed.LiveFeed | None = None) -> None:  # fmt: skip
+                 given: Mapping[str, Any], source: feed.LiveFeed | feed.Recording) -> None:
         self.options, self.maker, self.title = options, maker, title
-        self.parser, self.given, self.source = parser, given, source  # given: as last read
-        self.files = [file for file in (maker.log, source and source.recorder) if file]
-        self.next_look_s = self.next_show_s = self.notice_end_s = 0.0
-        self.notice = ""
-        self.printer = ThreadPoolExecutor(1)  # a terminal that takes nothing holds up no decision
+        self.given, self.source = given, source  # given: parameters, as last read
+        self.is_live = isinstance(source, feed.LiveFeed)
+        self.files = [file for file in (maker.log, self.is_live and source.recorder) if file]
+        self.began_s, self.next_look_s, self.next_show_s = time.monotonic(), 0.0, 0.0
+        self.notice, self.notice_end_s = "", 0.0
         self.is_screen = bool(sys.stdout and sys.stdout.isatty() and os.getenv("TERM") != "dumb")
-        self.print("" if self.is_screen else f"{title}\n")
+        # A terminal that takes nothing holds up no decision. What fails is told at the end.
+        self.printer = ThreadPoolExecutor(1)
+        self.print = partial(self.printer.submit, print, end="", flush=True)
+        self.printing = self.print("" if self.is_screen else f"{title}\n")
 
-    def run(self, bursts: Iterator[list[feed.Message]]) -> None:
+    def run(self, messages: Iterable[feed.Message | None]) -> None:
         """Take every message, and look around in between; at the end close all files."""
-        maker = self.maker
         try:
-            for messages in bursts:
-                [maker.hear(message) for message in messages]
+            for message in messages:
+                if message:
+                    self.maker.hear(message)
                 self.look()
         finally:
-            if self.source:
+            if self.is_live:
                 self.source.stop()
             for file in self.files:
                 file.close()
-        maker.finish()
+        self.maker.finish()
         self.notice = "ENDED"
-        failures = [file.failure for file in self.files if file.failure]
-        screen = self.draw() if self.is_screen else ""
-        self.print(screen + "\n".join([self.title, summarize(maker), *failures]))
+        summary = table(summarize(self.maker) + self.describe_feed())
+        self.print(f"{self.draw()}{self.title}\n{summary}")
         self.printer.shutdown()
-        if self.options.plot and maker.messages:
-            rows = plot_rows(maker, maker.history.columns())
-            words = opt.in_words(opt.differing(maker.parameters)) or "parameters at their defaults"
-            title = f"{self.title}   {maker.strategy_name}, {words}\n"
-            title += f"minutes since {clock_text(maker.first_ns)} UTC"
-            draw_figure(rows, title, self.options.plot, shared=len(rows))
-        if failures:
+        if failures := [file.failure for file in self.files if file.failure]:
             raise UserError("; ".join(failures))
 
     def look(self) -> None:
         """A few times a second: the feed, the parameter file, the screen."""
-        now_s, market = time.monotonic(), self.maker.market
+        now_s, maker, source = time.monotonic(), self.maker, self.source
         if now_s < self.next_look_s:
             return
-        self.next_look_s = now_s + TICK_S
+        self.next_look_s = now_s + feed.TICK_S
+        if self.is_live:
+            source.tend()
+            fault = maker.market.book.view.fault
+            if fault and not maker.market.lost:  # it heals by a new snapshot only
+                source.cut(f"resync: {fault}")
+            with source.lock:  # nothing is stamped meanwhile
+                if source.queue.empty():
+                    maker.pass_time(source.clock_ns())
         if self.options.params and self.options.speed != INF:
             self.read_edits()
-        if self.source:
-            self.source.tend()
-            if market.book.view.fault and not market.lost:  # it heals by a new snapshot only
-                self.source.cut(f"resync: {market.book.view.fault}")
-        if now_s > self.notice_end_s:
-            self.notice = ""
+        if maker.notice or now_s > self.notice_end_s:
+            self.notice, self.notice_end_s = maker.notice, now_s + 10.0
+            maker.notice = ""
         if now_s >= self.next_show_s and self.printing.done():
             self.next_show_s = now_s + (0.25 if self.is_screen else 1.0)
-            self.print(self.draw())
-
-    def print(self, text: str) -> None:
-        """Out of the way. What fails is kept by stdout, and told at the end."""
-        self.printing = self.printer.submit(print, text, end="", flush=True)
+            self.printing = self.print(self.draw())
 
     def read_edits(self) -> None:
         """An edit of --params becomes a message of the session; the market maker judges it."""
-        maker = self.maker
+        maker, before = self.maker, self.given
         try:
-            given = given_parameters(self.options)
+            self.given = given_parameters(self.options)
         except UserError as error:
-            given, self.notice = None, f"edit refused: {error}"
-        if given not in (None, self.given) and self.source:
-            # What is taken out of the file goes back to what it was without it.
-            self.source.emit(feed.control_line("params", parameters=DEFAULTS | given))
-        elif given not in (None, self.given):  # a replay's edit comes at the receive time of now
-            note = {"event": "params", "overrides": given}
+            self.given, maker.notice = None, feed.printable(f"edit refused: {error}")
+        if self.given in (None, before):
+            return
+        if self.is_live:  # what is taken out of the file goes back to what it was without it
+            self.source.emit(feed.control_line("params", parameters=DEFAULTS | self.given))
+        else:  # a replay's edit comes at the receive time of now
+            note = {"event": "params", "overrides": self.given}
             maker.hear(feed.Message(feed.CONTROL, maker.last_ns, note=note))
-        self.given = given
 
-    def describe_feed(self) -> str:
+    def describe_feed(self) -> list[tuple[str, str]]:
         """What was received, how the connection is, and what went wrong."""
-        maker, counts, source = self.maker, self.parser.counts, self.source
+        maker, parser, source = self.maker, self.source.parser, self.source
         lag_ns = maker.market.lag_ns - maker.exchange.offset_ns
-        text = f"{count(maker.messages, 'message')}   {count(counts['gaps'], 'gap')}   "
-        text += f"{counts['malformed']} malformed   lag {lag_ns / MS:.0f} ms"
-        text += "" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms"
-        if source:
+        text = f"{count(maker.messages, 'message')}   {count(parser.counts['gaps'], 'gap')}   "
+        text += f"{parser.counts['malformed']} malformed   lag {lag_ns / MS:.0f} ms"
+        lines = [text + ("" if 0 <= lag_ns <= MAX_LAG_NS else ": see --clock-offset-ms")]
+        if self.is_live:
             age_s = (source.clock_ns() - source.last_frame_ns) / NS
-            lost = "ended" if source.stopping.is_set() else "NOT CONNECTED"
-            connection = f"last frame {age_s:.1f} s ago" if source.ws else lost
-            text += f"{BELOW}{connection}   {count(source.reconnects, 'reconnect')}"
-        silent = [name for name, _ in self.parser.topics.values() if not counts[name]]
-        text += f"{BELOW}none of {', '.join(silent)}" if silent else ""
-        problems = [file.failure for file in self.files if file.failure] + [self.parser.problem]
-        return f"Feed           {text}" + f"{BELOW}last problem: {problems[0]}" * bool(problems[0])
+            connection = f"last frame {age_s:.1f} s ago" if source.ws else "NOT CONNECTED"
+            lines.append(f"{connection}   {count(source.reconnects, 'reconnect')}")
+        if silent := [name for name, _ in parser.topics.values() if not parser.counts[name]]:
+            lines.append(f"none of {', '.join(silent)}")
+        problems = [*(file.failure for file in self.files), parser.problem]
+        lines += [f"last problem: {problem}" for problem in problems if problem]
+        return [*zip(["Feed", *[""] * len(lines)], lines)]
 
     def draw(self) -> str:
         """A frame in place of the last, what matters most first: a window may be small. Where
         there is no terminal to draw on, only a line, and each notice once.
         """
-        maker, d, digits = self.maker, self.maker.decision, self.maker.instrument.digits
-        status = f"{clock_text(maker.last_ns)}   " if maker.messages else ""
-        status += f"mid {d.mid_price:,.{digits + 1}f}   net {maker.account.equity:+.2f}   "
-        status = dash_unknown(f"{status}source {d.source}   {d.reason}   {maker.market.lost}")
-        if not self.is_screen:
-            notice, self.notice = self.notice, ""
-            return f"{status}   {notice}\n"
-        notice = self.notice or "paper trading: no order is ever sent; Ctrl-C ends it"
+        maker, d = self.maker, self.maker.decision
+        words = [clock_text(maker.last_ns), f"mid {d.mid_price:,.{maker.instrument.digits + 1}f}",
+                 f"net {maker.account.equity:+.2f}", f"source {d.source}", d.reason,
+                 maker.market.lost]  # fmt: skip
+        if not self.is_live:
+            elapsed_s = (maker.last_ns - maker.first_ns) / NS
+            share = max(self.source.share_read, elapsed_s / self.options.duration)
+            left_s = (time.monotonic() - self.began_s) * (1 / share - 1)
+            words.append(f"{100 * share:.0f} %, {left_s / 60:.0f} min left")
+        text, notice = "   ".join(filter(None, words)) + "\n", self.notice
         columns, rows = shutil.get_terminal_size((80, 24))
-        text = describe_account(maker) + describe_market(maker) + self.describe_feed()
-        if columns < 80:  # labels are cut before numbers
-            text = re.sub(r"(?m)^(.{6}).{9}", r"\1 ", text)
-        text = f"{self.title}\n{notice}\n{status}\n{dash_unknown(text)}"
-        lines = [f"{line[:columns]}\x1b[K\n" for line in text.splitlines()[: rows - 1]]
-        return f"\x1b[H{''.join(lines)}\x1b[J"
-
-
-def live_messages(session: Session, source: feed.LiveFeed) -> Iterator[list[feed.Message]]:
-    """Messages as they come. At the end the feed stops first, then the rest is drained."""
-    stop, end_ns = feed.StopSignal(), source.clock_ns() + session.options.duration * NS
-    while not stop.is_set and source.clock_ns() < end_ns and not source.fatal:
-        try:
-            burst = [source.queue.get(timeout=TICK_S)]
-            yield burst + [source.queue.get() for _ in range(source.queue.qsize())]
-            time.sleep(GATHER_S)
-        except queue.Empty:
-            with source.lock:  # nothing is stamped meanwhile
-                if source.queue.empty():
-                    session.maker.pass_time(source.clock_ns())
-            yield []
-    source.stop()
-    source.emit(feed.control_line("end"))
-    yield [source.queue.get() for _ in range(source.queue.qsize())]
-    if source.fatal:
-        raise UserError(source.fatal)
-
-
-def replayed_messages(recording: feed.Recording, speed: float,
-                      duration_s: float) -> Iterator[list[feed.Message]]:  # fmt: skip
-    """The messages of a recording at a multiple of their own pace (inf: no waiting)."""
-    stop, began_s, first_ns, burst, rows = feed.StopSignal(), time.monotonic(), 0, [], 0
-    for message in recording.messages():
-        first_ns = first_ns or message.recv_ns
-        elapsed_s = (message.recv_ns - first_ns) / NS
-        while (wait_s := began_s + elapsed_s / speed - time.monotonic()) > 0 and not stop.is_set:
-            yield burst
-            burst = []
-            time.sleep(min(wait_s, TICK_S))
-        if elapsed_s > duration_s or stop.is_set:
-            break
-        burst.append(message)
-        rows += 1 + len(message.rows[0]) + len(message.trades)
-        if rows > BURST:
-            yield burst
-            burst, rows = [], 0
-    yield burst
+        if self.is_screen:
+            text += table(describe(maker) + self.describe_feed(), 15 if columns >= 80 else 7)
+        text = re.sub(r"\b(nan|inf)\b", "-", text)  # not known
+        if not self.is_screen:
+            self.notice = ""
+            return f"{text[:-1]}   {notice}\n"
+        notice = notice or "paper trading: no order is ever sent; Ctrl-C ends it"
+        lines = [self.title, notice, *text.splitlines()][: rows - 1]
+        return "\x1b[H" + "".join(f"{line[:columns]}\x1b[K\n" for line in lines) + "\x1b[J"
 
 
 def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) -> None:
     """Paper trading on a recording or on the live feed."""
     # What can be said at once, also of flags that would do nothing.
-    replay, plot, log = options.replay, options.plot, options.log
-    for is_wrong, what in (
-        (replay and (options.record or options.url),
-         "--record and --url are of the live feed: leave out --replay"),
-        (options.speed and not replay, "--speed is of a replay: give --replay FILE"),
-        (plot and (plot.suffix != ".png" or not plot.absolute().parent.is_dir()),
-         f"--plot {plot} cannot be written: choose a .png in a folder"),
-        (log and log.exists(), f"{log} exists and is not overwritten: choose another name"),
-        (log and (log == options.record or not log.absolute().parent.is_dir()),
-         f"--log {log} cannot be written: choose a name of its own in a folder"),
-    ):  # fmt: skip
-        if is_wrong:
-            raise UserError(what)
+    path, speed, label, log = options.replay, options.speed or 1.0, "REPLAY", options.log
+    if path and (options.record or options.url):
+        raise UserError("--record and --url are of the live feed: leave out --replay")
+    if options.speed and not path:
+        raise UserError("--speed is of a replay: give --replay FILE")
+    if log and (log.exists() or log == options.record or not log.absolute().parent.is_dir()):
+        raise UserError(f"--log {log} cannot be written: choose a new name in a folder")
     load_strategy(options.strategy)  # raises what is wrong with it
-    given, steps = given_parameters(options), (options.tick_size, options.lot_size)
-    source, path, speed, label = None, options.replay, options.speed or 1.0, "REPLAY"
+    market, steps = (options.symbol, options.category), (options.tick_size, options.lot_size)
+    given, overrides, start, source = given_parameters(options), {}, {}, None
 
     # The live feed; without a network the bundled sample, unless live data are asked for.
     if not path:
-        where, market = options.url or "Bybit", (options.symbol, options.category)
         instrument = feed.find_instrument(*market, *steps, ask=not options.url)
-        start, overrides = {}, {}
         parameters = choose_parameters(given, start, instrument)
+        where, depth = options.url or "Bybit", options.depth or feed.DEPTHS[0]
         try:
-            source = feed.open_feed(
-                instrument, options.depth or feed.DEPTHS[0], options.url, options.record,
-                clock_ns, parameters=asdict(parameters),
-            )  # fmt: skip
+            source = feed.open_feed(instrument, depth, options.url, options.record, clock_ns,
+                                    parameters=asdict(parameters))  # fmt: skip
+            messages = feed.live_messages(source, options.duration)
+            label = f"LIVE from {where}"
         except OSError as error:
             reason = f"{where} cannot be reached ({error})"
             if options.live or options.url or options.record or any(market):
                 raise UserError(f"{reason}: check the network, or give --replay FILE") from None
             print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
             path, speed, label = SAMPLE, SAMPLE_SPEED, "OFFLINE REPLAY"
-        else:
-            parser, label = source.parser, f"LIVE from {where}"
 
     # A recording; what the user gave, its control lines do not change.
     if not source:
-        recording = feed.Recording(path, *steps, options.depth, options.symbol, options.category)
-        parser, overrides, start = recording.parser, given, recording.start
-        parameters = choose_parameters(given, start, parser.instrument)
+        source = feed.Recording(path, *steps, options.depth, *market)
+        overrides, start, instrument = given, source.start, source.parser.instrument
+        parameters = choose_parameters(given, start, instrument)
+        messages = feed.replayed_messages(source, speed, options.duration)
         pace = "" if speed == INF else f" at {speed:g} x"
-        label += f"{pace} of {'SYNTHETIC data' if recording.is_synthetic else path.name}"
+        label += f"{pace} of {'SYNTHETIC data' if source.is_synthetic else path.name}"
 
     # From here on both are the same.
-    log = feed.GrowingFile(options.log) if options.log else None
-    maker = MarketMaker(parameters, parser.instrument, log, overrides, options.strategy)
+    maker = MarketMaker(parameters, instrument, log and feed.GrowingFile(log), overrides,
+                        options.strategy)  # fmt: skip
     maker.recorded |= start.get("parameters", {})
-    title = f"{parser.instrument.symbol} {parser.instrument.category}   {label}"
+    title = f"{instrument.symbol} {instrument.category}   {label}"
     if options.params and speed == INF:
         title += "   --params is read once at --speed max"
-    session = Session(options, maker, title, parser, given, source)
-    session.run(live_messages(session, source) if source
-                else replayed_messages(recording, speed, options.duration))  # fmt: skip
+    Session(options, maker, title, given, source).run(messages)
     if not maker.market.book_recv_ns and not feed.StopSignal.came:
-        raise UserError(f"no book of {parser.instrument.symbol} came: check --symbol, --depth")
+        raise UserError(f"no book of {instrument.symbol} came: check --symbol, --depth")
 
 
 # ---- Command line ------------------------------------------------------------------
@@ -1215,12 +1150,11 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
         help="parameters; read again when edited, live or in a replay")  # fmt: skip
     for name, parameter in opt.FIELDS.items():
         flag, rule = "--" + name.replace("_", "-"), parameter.metadata
-        default = f"(default {'off' if parameter.default is None else parameter.default})"
-        if "choices" in rule:
-            add(flag, choices=rule["choices"], help=f"{rule['help']} {default}")
-        else:
-            span = f"{rule['low']:g} to {rule['high']:g}"
-            add(flag, type=float, metavar="X", help=f"{rule['help']}, {span} {default}")
+        choices = "|".join(rule.get("choices", ()))
+        span = "" if choices else f", {rule['low']:g} to {rule['high']:g}"
+        default = "off" if parameter.default is None else parameter.default
+        add(flag, type=str if choices else float, metavar=choices or "X",
+            help=f"{rule['help']}{span} (default {default})")  # fmt: skip
 
 
 def build_arguments() -> argparse.ArgumentParser:
@@ -1234,7 +1168,6 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--duration", type=feed.positive, default=INF, metavar="SECONDS", help="of receive time")
     add("--record", type=Path, metavar="FILE", help="record the live session")
     add("--log", type=Path, metavar="FILE", help="every decision as CSV")
-    add("--plot", type=Path, metavar="FILE.png", help="a picture at the end")
     add("--strategy", default="lp", metavar="NAME|FILE.py", help=STRATEGY_HELP)
     feed.add_market_flags(parser)
     add("--url", help="another WebSocket address than Bybit's")
