@@ -748,6 +748,7 @@ class MarketMaker:
 # ---- Display -----------------------------------------------------------------------
 
 VERBS = {BID: "bought", ASK: "sold"}
+dash_unknown = partial(re.sub, r"\b(nan|inf)\b", "-")  # for every number that is not known
 
 
 def count(n: int, what: str) -> str:
@@ -820,8 +821,8 @@ def summarize(maker: MarketMaker) -> list[tuple[str, str]]:
 
 
 def table(rows: Iterable[tuple[str, str]], width: int = 15) -> str:
-    """The texts right of their labels, which are cut before the texts are."""
-    return "".join(f"{label[: width - 1]:<{width}}{text}\n" for label, text in rows)
+    """Lines: the texts right of their labels, which are cut before the texts are."""
+    return dash_unknown("".join(f"{label[: width - 1]:<{width}}{text}\n" for label, text in rows))
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -957,8 +958,7 @@ def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
                         "a Python file with quote(parameters, market, q)") from None  # fmt: skip
 
 
-def choose_parameters(given: Mapping[str, Any], start: Mapping[str, Any],
-                      instrument: feed.Instrument) -> Parameters:  # fmt: skip
+def choose_parameters(given: dict, start: dict, instrument: feed.Instrument) -> Parameters:
     """The user's parameters before those of a recording's start line before the defaults."""
     try:
         values = {**start.get("parameters", {}), **given}
@@ -971,7 +971,7 @@ class Session:
     """One run as its user sees it: screen, files, edits of --params."""
 
     def __init__(self, options: argparse.Namespace, maker: MarketMaker, title: str,
-                 given: Mapping[str, Any], source: feed.LiveFeed | feed.Recording) -> None:
+                 given: dict[str, Any], source: feed.LiveFeed | feed.Recording) -> None:
         self.options, self.maker, self.title = options, maker, title
         self.given, self.source = given, source  # given: parameters, as last read
         self.is_live = isinstance(source, feed.LiveFeed)
@@ -1072,16 +1072,14 @@ class Session:
             share = max(self.source.share_read, elapsed_s / self.options.duration)
             left_s = (time.monotonic() - self.began_s) * (1 / share - 1)
             words.append(f"{100 * share:.0f} %, {left_s / 60:.0f} min left")
-        text, notice = "   ".join(filter(None, words)) + "\n", self.notice
-        columns, rows = shutil.get_terminal_size((80, 24))
-        if self.is_screen:
-            text += table(describe(maker) + self.describe_feed(), 15 if columns >= 80 else 7)
-        text = re.sub(r"\b(nan|inf)\b", "-", text)  # not known
+        status = dash_unknown("   ".join(filter(None, words)))
         if not self.is_screen:
-            self.notice = ""
-            return f"{text[:-1]}   {notice}\n"
-        notice = notice or "paper trading: no order is ever sent; Ctrl-C ends it"
-        lines = [self.title, notice, *text.splitlines()][: rows - 1]
+            notice, self.notice = self.notice, ""
+            return f"{status}   {notice}\n"
+        notice = self.notice or "paper trading: no order is ever sent; Ctrl-C ends it"
+        columns, rows = shutil.get_terminal_size((80, 24))
+        facts = table(describe(maker) + self.describe_feed(), 15 if columns >= 80 else 7)
+        lines = [self.title, notice, status, *facts.splitlines()][: rows - 1]
         return "\x1b[H" + "".join(f"{line[:columns]}\x1b[K\n" for line in lines) + "\x1b[J"
 
 
@@ -1094,7 +1092,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     if options.speed and not path:
         raise UserError("--speed is of a replay: give --replay FILE")
     if log and (log.exists() or log == options.record or not log.absolute().parent.is_dir()):
-        raise UserError(f"--log {log} cannot be written: choose a new name in a folder")
+        raise UserError(f"--log {log} cannot be written: choose a new name in a folder there is")
     load_strategy(options.strategy)  # raises what is wrong with it
     market, steps = (options.symbol, options.category), (options.tick_size, options.lot_size)
     given, overrides, start, source = given_parameters(options), {}, {}, None
@@ -1130,8 +1128,6 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
                         options.strategy)  # fmt: skip
     maker.recorded |= start.get("parameters", {})
     title = f"{instrument.symbol} {instrument.category}   {label}"
-    if options.params and speed == INF:
-        title += "   --params is read once at --speed max"
     Session(options, maker, title, given, source).run(messages)
     if not maker.market.book_recv_ns and not feed.StopSignal.came:
         raise UserError(f"no book of {instrument.symbol} came: check --symbol, --depth")
@@ -1147,7 +1143,7 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
     """--params, and a flag for every parameter, with unit and range; unset means the default."""
     add = parser.add_argument_group("parameters").add_argument
     add("--params", type=Path, metavar="FILE.json",
-        help="parameters; read again when edited, live or in a replay")  # fmt: skip
+        help="parameters; read again when edited, but at --speed max")  # fmt: skip
     for name, parameter in opt.FIELDS.items():
         flag, rule = "--" + name.replace("_", "-"), parameter.metadata
         choices = "|".join(rule.get("choices", ()))

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace as Bag
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
@@ -62,14 +61,12 @@ def time_bare(url: str) -> float:
     return elapsed
 
 
-def live_bursts(
-    url: str, maker: MarketMaker, clock_ns: Callable[[], int]
-) -> Iterator[list[feed.Message]]:
+def heard(url: str, maker: MarketMaker, clock_ns: Callable[[], int]) -> Iterator[None]:
     """The program's own loop through feed thread and queue, without display and files."""
     source = feed.open_feed(feed.Instrument(), 200, url, None, clock_ns)
-    session = Bag(maker=maker, options=Bag(duration=600), look=lambda: None)
     try:
-        yield from marketmaker.live_messages(session, source)
+        for message in filter(None, feed.live_messages(source, 600)):
+            yield maker.hear(message)
     finally:
         source.stop()
 
@@ -79,9 +76,7 @@ def time_live(url: str) -> float | None:
     maker, began = MarketMaker(Parameters(), feed.Instrument()), 0.0
     first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()  # the sample's own time
     feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
-    for messages in live_bursts(url, maker, lambda: first_ns + time.monotonic_ns()):
-        for message in messages:
-            maker.hear(message)
+    for _ in heard(url, maker, lambda: first_ns + time.monotonic_ns()):
         began = began or time.perf_counter()
         if maker.messages >= MESSAGES:
             return time.perf_counter() - began
@@ -117,9 +112,7 @@ def measure_latency() -> None:
     maker.on_decision = note
     with served(SAMPLE) as url:
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
-        for messages in live_bursts(url, maker, time.time_ns):
-            for message in messages:
-                maker.hear(message)
+        for _ in heard(url, maker, time.time_ns):
             if time.monotonic() > end:
                 break
     low, high = (statistics.quantiles(waits, n=100)[k] for k in (49, 98))

@@ -11,9 +11,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -595,21 +597,27 @@ def recording(tmp_path, monkeypatch) -> None:
     write(Path("short.gz"), calm(20_500, hit, mark), **LIMITS)
 
 
+def source_of(maker: Maker) -> SimpleNamespace:
+    """As much of a recording as a session asks for."""
+    return SimpleNamespace(parser=maker.parser, share_read=0.25)
+
+
 def replay(*flags: str) -> int:
     return main(["--replay", "short.gz", "--speed", "max", *flags])
 
 
-def test_a_replay_ends_with_a_summary_a_log_and_a_picture(recording, capsys):
-    assert replay("--log", "log.csv", "--plot", "plot.png") == 0
+def test_a_replay_ends_with_a_summary_and_a_log(recording, capsys):
+    assert replay("--log", "log.csv") == 0
     out, err = capsys.readouterr()
     written = Path("log.csv").read_text()
     last = decisions(io.StringIO(written))[-1]
     assert (last["ms"], last["source"], last["inventory"]) == (16_500, "lp", "1")
-    for fact in ("REPLAY of short.gz", "24 messages", "+1 COIN", "1 fill\n", "net -6.00"):
+    facts = "REPLAY of short.gz, 24 messages, +1 COIN, 1 fill\n, net -6.00, 100 %, ENDED, 0 gaps"
+    for fact in facts.split(", "):
         assert fact in out, fact
-    assert err == "" and Path("plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert err == ""
     assert replay("--log", "log.csv") == 2 and Path("log.csv").read_text() == written
-    assert "log.csv exists and is not overwritten" in capsys.readouterr().err
+    assert "--log log.csv cannot be written: choose a new name" in capsys.readouterr().err
     assert replay("--log", "again.csv") == 0 and Path("again.csv").read_text() == written
     assert replay("--duration", "3.05") == 0
     assert "5 messages" in capsys.readouterr().out  # the start and four of the book
@@ -622,7 +630,6 @@ FAULTS = """\
 --params list.json: --params, JSON object
 --record x.gz: --record, leave out --replay
 --tick-size 0.3: multiple of the tick 0.3, --tick-size
---plot none/x.png: none/x.png, cannot be written
 --strategy absent.py: --strategy absent.py, No such file, lp
 --strategy list.json: --strategy list.json, 'quote', quote(parameters
 --log none/x.csv: none/x.csv, cannot be written
@@ -673,7 +680,7 @@ def test_an_edit_of_params_in_a_replay_obeys_flag_file_recording_default_in_this
     options = build_arguments().parse_args(["--params", str(path), "--alpha", "4"])
     path.write_text('{"alpha": 2, "gamma": 2, "zeta": 2}')
     maker.overrides = marketmaker.given_parameters(options)
-    session = Session(options, maker, "REPLAY", maker.parser, maker.overrides)
+    session = Session(options, maker, "REPLAY", maker.overrides, source_of(maker))
     maker.tell(params(13_000, gamma=1, zeta=3, delta=5))
     for text, notice, *expected in (
         (path.read_text(), "", 4, 2, 2, 5),
@@ -685,16 +692,17 @@ def test_an_edit_of_params_in_a_replay_obeys_flag_file_recording_default_in_this
         path.write_text(text)
         session.read_edits()
         p = maker.parameters
-        assert [p.alpha, p.gamma, p.zeta, p.delta] == expected and notice in session.notice
+        assert [p.alpha, p.gamma, p.zeta, p.delta] == expected and notice in maker.notice
     assert maker.decision.time_ns == ns(13_000) and maker.sources["lp"] == 4
 
 
 FACTS = {  # by whether there is a terminal, and how wide and high
     (True, 80, 24): "COINUSDT linear   REPLAY, no order is ever sent, bid 49 999.5, mark 50 001.2, "
     "0 gaps, 1 fill, bought 1 at 49 999.0, markout so far +0.20 bps, Base spread, source lp, "
-    "+1 COIN, net -9.00, gross +1.00, bps away, - ahead",
+    "+1 COIN, net -9.00, gross +1.00, bps away, - ahead, 25 %",
     (True, 40, 12): "Invent +1 COIN, Result gross +1.00, Our qu bid 49 99",
-    (False, 80, 24): "COINUSDT linear   REPLAY, 2023-11-14 22:13:37, 50 000.00, lp, net -9.00",
+    (False, 80, 24): "COINUSDT linear   REPLAY, 2023-11-14 22:13:37, 50 000.00, lp, net -9.00, "
+    "25 %, min left",
 }
 
 
@@ -709,7 +717,7 @@ def test_the_screen_and_the_plain_lines_hold_the_key_facts(is_terminal, columns,
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     monkeypatch.setattr(stream, "flush", partial(taking.wait, 9))  # the terminal takes nothing yet
     monkeypatch.setattr(sys, "stdout", stream)
-    session = Session(options, maker, "COINUSDT linear   REPLAY", maker.parser, {})
+    session = Session(options, maker, "COINUSDT linear   REPLAY", {}, source_of(maker))
     session.look()
     assert session.next_show_s == 0  # a frame is left out, and nobody waits
     taking.set()
@@ -732,3 +740,12 @@ def test_a_stdout_that_fails_costs_no_decision_and_is_told_at_the_end(recording)
         ended = subprocess.run([*command, "--speed", "max"], stdout=full, stderr=-1, text=True)
     assert ended.returncode == 2 and ended.stderr == "error: [Errno 28] No space left on device\n"
     assert Path("log.csv").read_text() == Path("whole.csv").read_text()
+
+
+def test_a_replay_keeps_the_pace_looks_around_while_it_waits_and_knows_how_far_it_is(recording):
+    source, began_s = feed.Recording(Path("short.gz")), time.monotonic()
+    found = [*feed.replayed_messages(source, 50.0, 5.0)]
+    assert 0.09 < time.monotonic() - began_s < 2  # s for 4 or 5 of the market's
+    heard = [message for message in found if message]
+    assert heard[0].note["event"] == "start" and ns(4_000) < heard[-1].recv_ns <= ns(5_500)
+    assert found.count(None) >= len(heard) - 1 and 0 < source.share_read <= 1

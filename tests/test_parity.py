@@ -145,5 +145,7 @@ def test_a_full_disk_stops_the_recording_and_not_the_quoting(
     with LoopbackExchange(lines, clock_ns=clock_ns) as exchange:
         flags = ["--live", "--url", exchange.url, "--record", str(tmp_path / "r.gz")]
         assert marketmaker.main([*flags, "--duration", "60"], clock_ns) == 2
-    assert all("r.gz stopped: No space left on device" in text for text in capsys.readouterr())
+    out, err = capsys.readouterr()
+    assert all("r.gz stopped: No space left on device" in text for text in (out, err))
+    assert "0 malformed" in out and "stopping" not in out
     assert makers[0].sources["lp"] > 5
