@@ -536,16 +536,18 @@ def check_file(path: Path, most_bytes: float = math.inf) -> None:
         raise UserError(f"{path}: {'huge or no regular file' if path.exists() else 'No such file'}")
 
 
-def read_lines(path: Path, tell: Callable[[float], Any] = bool) -> Iterator[tuple[int, str]]:
-    """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning. The
-    share of the file's bytes that is read is told."""
+def read_lines(path: Path, tell: Callable[[float], Any] | None = None) -> Iterator[tuple[int, str]]:
+    """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning.
+    `tell` hears which share of the file's bytes is read."""
     check_file(path)
+    size = path.stat().st_size
     number = first_ns = last_ns = 0
     try:
         with open(path, "rb") as raw:
             file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
             while line := file.readline(8 * MAX_MESSAGE):  # escaped, a message may be 6 times it
-                tell(raw.tell() / path.stat().st_size)
+                if tell:
+                    tell(raw.tell() / size)
                 if not line.endswith(b"\n"):  # it is the last, cut off
                     raise EOFError
                 number += 1
