@@ -1278,23 +1278,23 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
         if is_wrong:
             raise UserError(what)
     load_strategy(options.strategy)  # raises what is wrong with it
-    given, steps = given_parameters(options), (options.tick_size, options.lot_size)
+    given = given_parameters(options)
     source, path, speed, label = None, options.replay, options.speed or 1.0, "REPLAY"
 
     # The live feed; without a network the bundled sample, unless live data are asked for.
     if not path:
-        where, market = options.url or "Bybit", (options.symbol, options.category)
-        instrument = feed.find_instrument(*market, *steps, ask=not options.url)
+        where = options.url or "Bybit"
+        instrument = feed.find_instrument(vars(options), ask=not options.url)
         start, overrides = {}, {}
         parameters = choose_parameters(given, start, instrument)
         try:
-            source = feed.open_feed(
+            source = feed.LiveFeed(
                 instrument, options.depth or feed.DEPTHS[0], options.url, options.record,
                 clock_ns, parameters=asdict(parameters),
             )  # fmt: skip
         except OSError as error:
             reason = f"{where} cannot be reached ({error})"
-            if options.live or options.url or options.record or any(market):
+            if options.live or options.url or options.record or options.symbol or options.category:
                 raise UserError(f"{reason}: check the network, or give --replay FILE") from None
             print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
             path, speed, label = SAMPLE, SAMPLE_SPEED, "OFFLINE REPLAY"
@@ -1303,7 +1303,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
 
     # A recording; what the user gave, its control lines do not change.
     if not source:
-        recording = feed.Recording(path, *steps, options.depth, options.symbol, options.category)
+        recording = feed.Recording(path, vars(options))
         parser, overrides, start = recording.parser, given, recording.start
         parameters = choose_parameters(given, start, parser.instrument)
         pace = "" if speed == INF else f" at {speed:g} x"

@@ -66,7 +66,7 @@ def live_bursts(
     url: str, maker: MarketMaker, clock_ns: Callable[[], int]
 ) -> Iterator[list[feed.Message]]:
     """The program's own loop through feed thread and queue, without display and files."""
-    source = feed.open_feed(feed.Instrument(), 200, url, None, clock_ns)
+    source = feed.LiveFeed(feed.Instrument(), 200, url, None, clock_ns)
     session = Bag(maker=maker, options=Bag(duration=600), look=lambda: None)
     try:
         yield from marketmaker.live_messages(session, source)
@@ -78,7 +78,7 @@ def time_live(url: str) -> float | None:
     """Seconds for the same MESSAGES through feed thread, queue and market maker."""
     maker, began = MarketMaker(Parameters(), feed.Instrument()), 0.0
     first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()  # the sample's own time
-    feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
+    feed.MAX_WAITING = 10**12  # as in a burst: the queue may grow
     for messages in live_bursts(url, maker, lambda: first_ns + time.monotonic_ns()):
         maker.take(*messages)
         began = began or time.perf_counter()
