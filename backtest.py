@@ -59,7 +59,7 @@ MINUTE_NS = 60 * NS
 CACHE = Path(__file__).parent / "data" / "cache"  # of tapes; may be deleted at any time
 CACHE_VERSION = 3  # of a tape's columns; what another version wrote is not read
 Stamp = tuple[str, int, int, int]  # of a file: path, size, times of its last changes in ns
-Steps = tuple[Any, ...]  # tick, lot, depth, symbol, category; None: as the data tell
+Steps = tuple[tuple[str, Any], ...]  # flags of the market by name; None: as the data tell
 
 
 # ---- History: recordings as tapes, kept in a cache ---------------------------------
@@ -97,7 +97,7 @@ class Data:
 @lru_cache(maxsize=1)
 def open_data(stamps: tuple[Stamp, ...], steps: Steps) -> Data:
     """Open recordings in this state, once in a process. UserError if they do not go together."""
-    recordings = [feed.Recording(Path(path), *steps) for path, *_ in stamps]
+    recordings = [feed.Recording(Path(path), dict(steps)) for path, *_ in stamps]
     first, tapes, counts = recordings[0], [], Counter[str]()
     instrument = first.parser.instrument
     for recording, stamp in zip(recordings, stamps):
@@ -1129,10 +1129,10 @@ def list_recordings(path: Path) -> list[Path]:
 
 def make_setting(options: argparse.Namespace, *files: Path) -> Setting:
     """What the flags say of parameters and frictions; of these files, or all of --data."""
+    of_market = "symbol", "category", "depth", "tick_size", "lot_size"
     setting = Setting(
         stamps=tuple(map(stamp_file, files or options.data)),
-        steps=(options.tick_size, options.lot_size, options.depth, options.symbol,
-               options.category),
+        steps=tuple((name, getattr(options, name)) for name in of_market),
         given=mm.given_parameters(options),
         strategy=options.strategy[0],
         exchange={name: getattr(options, name) for name in FRICTIONLESS},

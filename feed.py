@@ -35,7 +35,7 @@ import urllib.request
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from decimal import Decimal
 from functools import cached_property, lru_cache, partial
@@ -54,7 +54,7 @@ CONNECT_S, RECV_S, STOP_S = 10.0, 1.0, 2.0  # patience: connecting, receiving, e
 PING_S, FLUSH_S = 5.0, 0.5  # an idle socket may be cut after 10 s; lines are on disk after so long
 WATCHDOG_S, BOOK_WATCHDOG_S = 10.0, 60.0  # without any frame, without a book: reconnect
 BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min allowed
-MAX_QUEUED = 50_000  # messages waiting for the main thread; more = book lost
+MAX_WAITING = 64_000_000  # bytes for the main thread, a message its text and 1000; more: book lost
 MAX_HANDSHAKE, MAX_MESSAGE = 1 << 16, 4 << 20  # bytes; a snapshot of 1000 levels has 60 kB
 MAX_ROWS, MAX_TICK = 5_000, 8_000_000  # of a side, or trades, in a message; 800,000 USDT at 0.1
 LEAST, MOST = 1e-12, 1e15  # of steps, sizes (base coin) and prices (USDT)
@@ -106,40 +106,32 @@ BUILT_IN = {("BTCUSDT", "linear"): Instrument(min_notional=5.0),  # in 2025
             ("BTCUSDT", "spot"): Instrument("BTCUSDT", "spot", "0.1", "0.000001", 0.000011, 5.0)}
 
 
-def find_instrument(symbol: str | None, category: str | None, tick_text: str | None,
-                    lot_text: str | None, ask: bool = False) -> Instrument:  # fmt: skip
-    """The steps given before those that Bybit tells, if asked, before the built-in ones."""
-    market, why = (symbol or "BTCUSDT", category or "linear"), ""
-    base = BUILT_IN.get(market)
-    if tick_text and lot_text:
+def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
+    """As told by flags or a start line; what they leave open is Bybit's, if asked, or built in."""
+    market = printable(told.get("symbol") or "BTCUSDT"), printable(told.get("category") or "linear")
+    given = {"tick_text": told.get("tick_size"), "lot_text": told.get("lot_size"),
+             "min_qty": told.get("min_qty"), "min_notional": told.get("min_notional")}  # fmt: skip
+    base, why = BUILT_IN.get(market), ""
+    if given["tick_text"] and given["lot_text"]:
         base = base or Instrument(*market, min_qty=0.0)
     elif ask:
+        url = "https://api.bybit.com/v5/market/instruments-info?symbol={}&category={}"
+        request, body = urllib.request.Request(url.format(*market), headers=USER_AGENT), b""
         try:
-            base = fetch_instrument(*market)
-        except OSError as error:
-            why = f", and Bybit does not tell ({printable(error)})"
-    if base is None:
-        raise UserError(f"{' '.join(market)} is not known{why}: give --tick-size and --lot-size")
-    return replace(base, tick_text=tick_text or base.tick_text, lot_text=lot_text or base.lot_text)
-
-
-def fetch_instrument(symbol: str, category: str) -> Instrument:
-    """Ask Bybit's public REST endpoint. OSError when it does not tell, with what it said."""
-    url = f"https://api.bybit.com/v5/market/instruments-info?category={category}&symbol={symbol}"
-    request, body = urllib.request.Request(url, headers=USER_AGENT), b""  # TLS is verified
-    try:
-        with urllib.request.urlopen(request, timeout=CONNECT_S) as response:
-            body = response.read(MAX_MESSAGE)
-        answer = json.loads(body)
-        if answer["retCode"] != 10001:  # no such symbol
-            (entry,) = answer["result"]["list"]
+            with urllib.request.urlopen(request, timeout=CONNECT_S) as response:  # TLS is verified
+                body = response.read(MAX_MESSAGE)
+            (entry,) = json.loads(body)["result"]["list"]
             tick_text, lot = entry["priceFilter"]["tickSize"], entry["lotSizeFilter"].get
             lot_text = lot("qtyStep") or lot("basePrecision")  # of linear, of spot; as below
             least = lot("minOrderQty") or lot_text, lot("minNotionalValue") or lot("minOrderAmt", 0)
-            return Instrument(symbol, category, tick_text, lot_text, *map(float, least))
-    except Exception as error:
-        raise OSError(body.decode("utf-8", "replace") or str(error)) from None
-    raise UserError(f"Bybit knows no {symbol}: check --symbol and --category")
+            base = Instrument(*market, tick_text, lot_text, *map(float, least))
+        except Exception as error:  # an answer without steps has a reason
+            reason = printable(body.decode("utf-8", "replace") or error)
+            why = f", and Bybit does not tell ({reason})"
+    if base is None:
+        raise UserError(f"{' '.join(market)} is not known{why}: check --symbol and --category, or "
+                        "give --tick-size and --lot-size")  # fmt: skip
+    return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
 # ---- Messages and tapes ------------------------------------------------------------
@@ -368,17 +360,15 @@ class Parser:
                 if line["event"] in ("start", "params", "end"):
                     return Message(CONTROL, recv_ns, note=line, view=self.book.view)
                 line = DECODER.decode(line["text"])  # raw; no other event has a text
-            topic = line.get("topic")  # the market's; of the answers to us only a refusal matters
-            if topic in self.topics:
-                name, parse = self.topics[topic]
-                self.counts[name] += 1
-                return parse(recv_ns, line)
-            answer = "ignored" if topic is not None else "pongs"
-            if topic is None and "pong" not in (line.get("ret_msg"), line.get("op")):
-                answer = "acks" if must_be(bool, line["success"]) else "refusals"
-            self.counts[answer] += 1
-            is_no = answer == "refusals"
-            return self._tell(REFUSED, recv_ns, line.get("ret_msg")) if is_no else None
+            topic = line.get("topic")
+            name, parse = self.topics.get(topic, ("ignored", None))
+            if topic is None:  # an answer to us; only a refusal matters
+                name = "pongs" if "pong" in (line.get("ret_msg"), line.get("op")) else "acks"
+                if name == "acks" and not must_be(bool, line["success"]):
+                    self.counts["refusals"] += 1
+                    return self._tell(REFUSED, recv_ns, line.get("ret_msg"))
+            self.counts[name] += 1
+            return parse(recv_ns, line) if parse else None
         except MALFORMED as error:
             reason = f"malformed message: {type(error).__name__}: {error}"
             if not str(topic).startswith("orderbook."):
@@ -407,14 +397,13 @@ class Parser:
         exch_ns = exchange_time(line["cts"] if "cts" in line else line["ts"], recv_ns)
         # It begins a book anew (with u = 1 they restarted), or must carry the u after our last.
         kind = {"snapshot": SNAPSHOT, "delta": SNAPSHOT if u == 1 else DELTA}[line["type"]]
-        if kind == DELTA:
-            if self.last_u is None:
-                return self._lose(recv_ns, "before snapshot", "delta before a snapshot")
-            if u <= self.last_u:
-                self.counts["repeated"] += 1
-                return None
-            if u > self.last_u + 1:
-                return self._lose(recv_ns, "gaps", f"gap in u: {u} after {self.last_u}")
+        if kind == DELTA and self.last_u is None:
+            return self._lose(recv_ns, "before snapshot", "delta before a snapshot")
+        if kind == DELTA and u <= self.last_u:
+            self.counts["repeated"] += 1
+            return None
+        if kind == DELTA and u > self.last_u + 1:
+            return self._lose(recv_ns, "gaps", f"gap in u: {u} after {self.last_u}")
         # Every row is judged before the first one changes our book.
         levels, sizes = array("q"), array("d")
         for side, rows in ((BID, data["b"]), (ASK, data["a"])):
@@ -445,11 +434,10 @@ class Parser:
     def _parse_ticker(self, recv_ns: int, line: dict) -> Message:
         """Linear deltas carry the changed fields only; spot has no mark price."""
         exchange_time(line["ts"], recv_ns)
-        prices = {}
-        for theirs, ours in (("lastPrice", "last_price"), ("markPrice", "mark_price")):
-            text = line["data"].get(theirs)
-            if text not in (None, ""):
-                prices[ours] = must_be(float, size_of(text), LEAST, MOST)
+        told = (("last_price", "lastPrice"), ("mark_price", "markPrice"))
+        texts = {ours: line["data"].get(theirs) for ours, theirs in told}
+        prices = {ours: must_be(float, size_of(text), LEAST, MOST)
+                  for ours, text in texts.items() if text not in (None, "")}  # fmt: skip
         self.book.view = self.book.view._replace(**prices)
         return Message(TICKER, recv_ns, view=self.book.view)
 
@@ -469,11 +457,9 @@ def control_line(event: str, **fields: Any) -> str:
 
 def sound_line(payload: bytes) -> str:
     """The text of a received message, escaped if it could not stand on a line as it is."""
-    with contextlib.suppress(UnicodeDecodeError):
-        text = payload.decode()
-        if "\n" not in text and "\\" not in text and '"local"' not in text:
-            return text
-    return control_line("raw", text=payload.decode("utf-8", "surrogateescape"))
+    text = payload.decode("utf-8", "surrogateescape")
+    is_sound = text.isprintable() and "\\" not in text and '"local"' not in text
+    return text if is_sound else control_line("raw", text=text)
 
 
 class GrowingFile:
@@ -481,7 +467,7 @@ class GrowingFile:
     It ends with a whole one. A failing disk stops it and nothing else."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.failure, self.size = path, "", 0  # bytes
+        self.path, self.failure = path, ""
         self.lines: list[tuple[float, str]] = []  # not yet on disk, with the time of coming, s
         try:
             self.file = open(path, "xb", buffering=0)  # x: it is never overwritten
@@ -490,15 +476,14 @@ class GrowingFile:
 
     def write(self, text: str | bytes) -> None:
         """Put lines on disk now, all of them or none."""
-        data = text.encode() if isinstance(text, str) else text
+        data, size = text.encode() if isinstance(text, str) else text, self.file.tell()
         try:
             while data and not self.failure:  # a disk may take a part
                 data = data[self.file.write(data) :]
-            self.size = self.file.tell()
         except OSError as error:
             self.failure = f"{self.path} stopped: {error.strerror or error}"
             with contextlib.suppress(OSError):
-                self.file.truncate(self.size)
+                self.file.truncate(size)
 
     def record(self, recv_ns: int, text: str) -> None:
         """Take one line; it is on disk after FLUSH_S if flush is called now and then."""
@@ -567,9 +552,7 @@ def read_lines(path: Path, tell: Callable[[float], Any] | None = None) -> Iterat
 class Recording:
     """A recording and the parser that fits it: by the flags, its start line, its early topics."""
 
-    def __init__(self, path: Path, tick_text: str | None = None, lot_text: str | None = None,
-                 depth: int | None = None, symbol: str | None = None,
-                 category: str | None = None) -> None:  # fmt: skip
+    def __init__(self, path: Path, flags: Mapping[str, Any] = {}) -> None:
         self.path, self.start, depths = path, {}, {}  # the start line's fields; depths by symbol
         for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?
             with contextlib.suppress(*MALFORMED):
@@ -579,17 +562,17 @@ class Recording:
                 elif line.get("topic", "").startswith("orderbook."):
                     _, levels, name = line["topic"].split(".")
                     depths.setdefault(name, set()).add(int(levels))
+        symbol = flags.get("symbol")
         here = symbol if symbol in depths else next(iter(depths), symbol)
-        told = self.start.get("symbol", here), self.start.get("category", category)
-        has = {"--symbol": told[:1], "--category": told[1:], "--depth": depths.get(here, ())}
-        for given, (flag, held) in zip((symbol, category, depth), has.items()):
-            if given and given not in held:
-                raise UserError(f"{path} has {printable([*held])}, not {given}: leave out {flag}")
-        steps = tick_text or self.start.get("tick_size"), lot_text or self.start.get("lot_size")
-        depth = depth or self.start.get("depth") or max(depths.get(here, DEPTHS[:1]))  # the deepest
-        instrument = find_instrument(*(its and printable(its) for its in told), *steps)
-        least = self.start.get("min_qty", instrument.min_qty), self.start.get("min_notional", 0.0)
-        self.parser = Parser(replace(instrument, min_qty=least[0], min_notional=least[1]), depth)
+        held = depths.get(here, DEPTHS[:1])  # of them the deepest is played
+        told = {"symbol": here, "category": flags.get("category"), "depth": max(held)} | self.start
+        has = {"symbol": [told["symbol"]], "category": [told["category"]], "depth": held}
+        for name, values in has.items():
+            if flags.get(name) and flags[name] not in values:
+                words = f"{printable([*values])}, not {flags[name]}"
+                raise UserError(f"{path} has {words}: leave out --{name}")
+        told |= {name: flag for name, flag in flags.items() if flag is not None}
+        self.parser = Parser(find_instrument(told), told["depth"])
         self.is_synthetic = bool(self.start.get("synthetic"))
 
     def messages(self) -> Iterator[Message]:
@@ -650,14 +633,23 @@ class BoundedSocket(websocket.WebSocket):
 class LiveFeed:
     """A thread that receives, stamps, records, parses and enqueues. Call tend() now and then."""
 
-    def __init__(self, url: str, parser: Parser, clock_ns: Callable[[], int] | None = None) -> None:
+    def __init__(self, instrument: Instrument, depth: int, url: str | None = None,
+                 record: Path | None = None, clock_ns: Callable[[], int] | None = None,
+                 **start: Any) -> None:  # fmt: skip
+        """Connect and go on alone; `start` are fields of its first line. Raises as connect does."""
+        self.url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
         self.clock_ns, self.offset_ns = clock_ns or self.read_clock, 0  # wall - monotonic time
-        self.url, self.parser, self.recorder = url, parser, None
+        self.parser, self.recorder = Parser(instrument, depth), None
         self.queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.waiting = 0  # bytes since the main thread had taken all
         self.lock, self.stopping = threading.Lock(), threading.Event()
-        self.thread = threading.Thread(target=self._run, name="feed", daemon=True)
         self.ws, self.reconnects = None, -1  # while connected; the first connection is none
         self.cut_reason = self.fatal = ""  # why another thread cut it, why the thread has ended
+        self.connect()
+        self.recorder = GrowingFile(record) if record else None
+        self.emit(control_line("start", **instrument.told, depth=depth, **start))
+        self.thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self.thread.start()
 
     def read_clock(self) -> int:
         """ns since the epoch, by the clock that never decreases. A sleep is a loss."""
@@ -674,6 +666,7 @@ class LiveFeed:
             if self.recorder:
                 self.recorder.record(recv_ns, text)
             if message := self.parser.parse(recv_ns, text):
+                self.waiting = 0 if self.queue.empty() else self.waiting + len(text) + 1000
                 self.queue.put(message)
             return message
 
@@ -696,14 +689,11 @@ class LiveFeed:
         with self.lock:
             if self.recorder:
                 self.recorder.flush(FLUSH_S)
-        now_ns, parser = self.clock_ns(), self.parser
+        now_ns = self.clock_ns()
         if now_ns - self.last_frame_ns > WATCHDOG_S * NS:
             self.cut(f"nothing received for {WATCHDOG_S:g} s")
         elif now_ns - self.last_book_ns > BOOK_WATCHDOG_S * NS:
             self.cut(f"no book message for {BOOK_WATCHDOG_S:g} s")
-        elif parser.counts["book"] > 600:  # messages, of a minute or two: who has not spoken?
-            silent = [name for name, _ in parser.topics.values() if not parser.counts[name]]
-            parser.problem = f"no {' and no '.join(silent)} yet" if silent else parser.problem
 
     def connect(self) -> None:
         """Connect and subscribe. OSError, whatever is there in place of the exchange."""
@@ -723,12 +713,12 @@ class LiveFeed:
         wait_s = BACKOFF_S[0]
         while not self.stopping.is_set():
             try:
+                # Between two messages: does the main thread keep up, is a ping due?
+                if self.waiting > MAX_WAITING and not self.queue.empty():
+                    raise ConnectionError(f"{MAX_WAITING / 1e6:g} MB wait: we cannot keep up")
                 if self.ws is None:
                     self.connect()
                     continue
-                # Between two messages: does the main thread keep up, is a ping due?
-                if self.queue.qsize() > MAX_QUEUED:
-                    raise ConnectionError(f"{MAX_QUEUED} messages wait: we cannot keep up")
                 if self.clock_ns() - self.last_ping_ns >= PING_S * NS:
                     self.ws.send('{"op":"ping"}')
                     self.last_ping_ns = self.clock_ns()
@@ -750,7 +740,7 @@ class LiveFeed:
             except websocket.WebSocketTimeoutException:
                 continue  # subtle: what has come of a message is kept for the next try
             except (websocket.WebSocketException, OSError) as error:
-                # Tell the loss. Wait: longer each time, and for a main thread that is behind.
+                # Tell the loss. Wait, longer each time.
                 reason = printable(self.cut_reason or str(error) or type(error).__name__)
                 if not self.stopping.is_set():
                     self.parser.problem = f"connection: {reason}"
@@ -758,25 +748,11 @@ class LiveFeed:
                     self.emit(control_line("lost", reason=reason))
                     self.ws.shutdown()
                     self.ws = None
-                while not self.stopping.wait(wait_s) and self.queue.qsize() > MAX_QUEUED // 2:
-                    pass
+                self.stopping.wait(wait_s)
                 wait_s = min(2 * wait_s, BACKOFF_S[1])
             except Exception as error:  # a mistake of the user's, or of ours
                 self.fatal = str(error) if isinstance(error, UserError) else f"our fault: {error!r}"
                 return
-
-
-def open_feed(instrument: Instrument, depth: int, url: str | None = None,
-              record: Path | None = None, clock_ns: Callable[[], int] | None = None,
-              **start: Any) -> LiveFeed:  # fmt: skip
-    """A started feed; `start` are fields of its first line. It raises what connect raises."""
-    url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
-    source = LiveFeed(url, Parser(instrument, depth), clock_ns)
-    source.connect()
-    source.recorder = GrowingFile(record) if record else None
-    source.emit(control_line("start", **instrument.told, depth=depth, **start))
-    source.thread.start()  # from here on it goes on alone
-    return source
 
 
 def live_messages(source: LiveFeed, duration_s: float) -> Iterator[Message | None]:
@@ -802,9 +778,8 @@ def live_messages(source: LiveFeed, duration_s: float) -> Iterator[Message | Non
 
 def run_record(options: argparse.Namespace) -> None:
     """Record the live feed to a file, for --minutes or until Ctrl-C."""
-    steps = options.tick_size, options.lot_size
-    instrument = find_instrument(options.symbol, options.category, *steps, not options.url)
-    source = open_feed(instrument, options.depth or DEPTHS[0], options.url, options.file)
+    instrument = find_instrument(vars(options), ask=not options.url)
+    source = LiveFeed(instrument, options.depth or DEPTHS[0], options.url, options.file)
     recorder, stop, end_s = source.recorder, StopSignal(), time.monotonic() + 60 * options.minutes
     while time.monotonic() < end_s and not (stop.is_set or source.fatal or recorder.failure):
         time.sleep(FLUSH_S)
@@ -822,12 +797,12 @@ def run_info(options: argparse.Namespace) -> None:
     """Print what one wants to know of a recording."""
     if options.url or options.minutes < math.inf:
         raise UserError("--url and --minutes are for record: leave them out with info")
-    steps = options.tick_size, options.lot_size, options.depth
-    recording = Recording(options.file, *steps, options.symbol, options.category)
+    recording = Recording(options.file, vars(options))
     parser, book, depths = recording.parser, recording.parser.book, []
 
     def watch(message: Message) -> Message:
-        depths.append(book.depth(BID, 1.0) + book.depth(ASK, 1.0))
+        is_known = parser.last_u is not None  # from a snapshot to the next loss
+        depths.append(book.depth(BID, 1.0) + book.depth(ASK, 1.0) if is_known else math.nan)
         return message
 
     tape = build_tape(map(watch, recording.messages()))
@@ -836,11 +811,7 @@ def run_info(options: argparse.Namespace) -> None:
     kind, its = "SYNTHETIC" if recording.is_synthetic else "recorded", parser.instrument
     print(f"{options.file}: {its.symbol} {its.category}, {kind}")
     first_ns, last_ns = tape.recv_ns[[0, -1]].tolist()
-    # The book is known from a snapshot to the next loss.
-    turns = np.where(np.isin(tape.kind, (SNAPSHOT, LOST)), np.arange(len(tape)), 0)
-    is_known = tape.kind[np.maximum.accumulate(turns)] == SNAPSHOT
-    mid_ticks, is_book = np.where(is_known, tape.mid_ticks, math.nan), tape.is_book
-    has_mid = ~np.isnan(tape.mid_ticks)
+    is_known, is_book, has_mid = ~np.isnan(depths), tape.is_book, ~np.isnan(tape.mid_ticks)
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
     facts = [*parser.counts.items(), ("messages", len(tape)),
              ("snapshots", int((tape.kind == SNAPSHOT).sum())),
@@ -853,6 +824,7 @@ def run_info(options: argparse.Namespace) -> None:
     form = "median {1:g}, 1 % {0:g}, 99 % {2:g}".format
     facts += [(label, form(*np.percentile(values, [1, 50, 99])))
               for label, values in columns.items() if len(values)]  # fmt: skip
+    mid_ticks = np.where(is_known, tape.mid_ticks, math.nan)
     mids = mid_ticks[np.searchsorted(tape.recv_ns, np.arange(first_ns, last_ns, NS))]
     returns_bps = 1e4 * np.diff(np.log(mids))  # from second to second
     if np.isfinite(returns_bps).any():

@@ -1094,29 +1094,28 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     if log and (log.exists() or log == options.record or not log.absolute().parent.is_dir()):
         raise UserError(f"--log {log} cannot be written: choose a new name in a folder there is")
     load_strategy(options.strategy)  # raises what is wrong with it
-    market, steps = (options.symbol, options.category), (options.tick_size, options.lot_size)
     given, overrides, start, source = given_parameters(options), {}, {}, None
 
     # The live feed; without a network the bundled sample, unless live data are asked for.
     if not path:
-        instrument = feed.find_instrument(*market, *steps, ask=not options.url)
+        instrument = feed.find_instrument(vars(options), ask=not options.url)
         parameters = choose_parameters(given, start, instrument)
         where, depth = options.url or "Bybit", options.depth or feed.DEPTHS[0]
         try:
-            source = feed.open_feed(instrument, depth, options.url, options.record, clock_ns,
-                                    parameters=asdict(parameters))  # fmt: skip
+            source = feed.LiveFeed(instrument, depth, options.url, options.record, clock_ns,
+                                   parameters=asdict(parameters))  # fmt: skip
             messages = feed.live_messages(source, options.duration)
             label = f"LIVE from {where}"
         except OSError as error:
             reason = f"{where} cannot be reached ({error})"
-            if options.live or options.url or options.record or any(market):
+            if options.live or options.url or options.record or options.symbol or options.category:
                 raise UserError(f"{reason}: check the network, or give --replay FILE") from None
             print(f"{reason}: replaying the bundled synthetic sample instead", file=sys.stderr)
             path, speed, label = SAMPLE, SAMPLE_SPEED, "OFFLINE REPLAY"
 
     # A recording; what the user gave, its control lines do not change.
     if not source:
-        source = feed.Recording(path, *steps, options.depth, *market)
+        source = feed.Recording(path, vars(options))
         overrides, start, instrument = given, source.start, source.parser.instrument
         parameters = choose_parameters(given, start, instrument)
         messages = feed.replayed_messages(source, speed, options.duration)

@@ -275,7 +275,7 @@ def convert(day: Day, book: Path, trades: Path, recording: Path, flags: argparse
     # The first snapshot tells the tick. If one is given, the snapshot must stand on it.
     first_ms, text, tick = first_snapshot(book, day)
     tick = flags.tick_size or tick
-    instrument = feed.find_instrument(day.symbol, day.category, tick, flags.lot_size)
+    instrument = feed.find_instrument(vars(flags) | {"tick_size": tick})
     feed.Parser(instrument, day.depth).parse(first_ms * MS, text)
 
     # Merge by time. All trades are in memory, since old files begin with the last.
@@ -311,7 +311,7 @@ def run(flags: argparse.Namespace) -> None:
         raise UserError(f"--symbol {flags.symbol!r} must be letters and digits, as BTCUSDT")
     if not 0 <= latency_ms <= 60_000:
         raise UserError(f"--feed-latency-ms {latency_ms:g} must be from 0 to 60000")
-    feed.find_instrument(*market, flags.tick_size or "1", flags.lot_size)
+    feed.find_instrument(vars(flags) | {"tick_size": flags.tick_size or "1"})
     days = [parse_day(text, *market) for text in flags.days]
 
     for day in days:

@@ -22,7 +22,6 @@ import optimize as opt
 from feed import NS
 
 FOLDER = Path(__file__).resolve().parent
-STEPS = (None,) * 3  # tick, lot and depth: the recordings tell
 TICK, START_S = 0.1, 1_767_225_600  # USDT; where the sample's clock begins
 
 
@@ -69,7 +68,7 @@ def plot_inventory(ax: Any) -> None:
     """One path, with and without a lean."""
     for alpha, color in ((0.0, mm.RED), (1.0, mm.BLACK)):
         stamps = (backtest.stamp_file(experiments.PATHS[0]),)
-        setting = backtest.Setting(stamps, STEPS, {"alpha": alpha}, "lp", {})
+        setting = backtest.Setting(stamps, (), {"alpha": alpha}, "lp", {})
         c = backtest.play(setting).columns
         minutes = (c["time_ns"] - c["time_ns"][0]) / backtest.MINUTE_NS
         ax.step(minutes, c["inventory"], color, where="post", linewidth=0.9,
@@ -131,7 +130,7 @@ def main() -> int:
     draw([(2.6, [plot_inventory])], "Inventory control", FOLDER / "inventory.png")
 
     # The 27th fill of the sample, which the README follows by hand.
-    setting = backtest.Setting((backtest.stamp_file(mm.SAMPLE),), STEPS, {}, "lp", {})
+    setting = backtest.Setting((backtest.stamp_file(mm.SAMPLE),), (), {}, "lp", {})
     life = {"fill": backtest.play(setting).fills[26], "tape": setting.data.tapes[0]}
     rows = [(3.0, [partial(plot_life, **life)]), (2.0, [partial(plot_queue, **life)])]
     draw(rows, "The life of an order, SYNTHETIC sample", FOLDER / "timeline.png")

@@ -63,7 +63,7 @@ def time_bare(url: str) -> float:
 
 def heard(url: str, maker: MarketMaker, clock_ns: Callable[[], int]) -> Iterator[None]:
     """The program's own loop through feed thread and queue, without display and files."""
-    source = feed.open_feed(feed.Instrument(), 200, url, None, clock_ns)
+    source = feed.LiveFeed(feed.Instrument(), 200, url, None, clock_ns)
     try:
         for message in filter(None, feed.live_messages(source, 600)):
             yield maker.hear(message)
@@ -75,7 +75,7 @@ def time_live(url: str) -> float | None:
     """Seconds for the same MESSAGES through feed thread, queue and market maker."""
     maker, began = MarketMaker(Parameters(), feed.Instrument()), 0.0
     first_ns = next(feed.read_lines(SAMPLE))[0] - time.monotonic_ns()  # the sample's own time
-    feed.MAX_QUEUED = 10 * MESSAGES  # as in a burst: the queue may grow
+    feed.MAX_WAITING = 10**12  # as in a burst: the queue may grow
     for _ in heard(url, maker, lambda: first_ns + time.monotonic_ns()):
         began = began or time.perf_counter()
         if maker.messages >= MESSAGES:

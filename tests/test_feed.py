@@ -414,8 +414,9 @@ def record(path: Path, *texts: str, seconds=range(99)) -> Path:
 
 
 def test_any_message_stands_on_one_line_and_comes_back_as_it_was(tmp_path, parser):
-    plain = [b'{"a": 1}', '{"\u20ac":"\u2028"}'.encode(), b"", b"x\r", b"\x00 "]
-    awkward = [b"\xff\xfe", b'"local"', b"\r\n", b"\\", FIRST.replace(", ", ",\n").encode()]
+    plain = [b'{"a": 1}', '{"\u20ac":"\u4e94"}'.encode(), b""]
+    awkward = [b"\xff\xfe", b'"local"', b"\r\n", b"\\", "\u2028".encode(), b"\x00 "]
+    awkward.append(FIRST.replace(", ", ",\n").encode())
     texts = [feed.sound_line(payload) for payload in plain + awkward]
     ours = feed.control_line("params", gamma=0.7, text='"local"\n')
     path = record(tmp_path / "r.gz", *texts, ours)
@@ -502,14 +503,14 @@ def test_a_recordings_first_lines_say_what_it_holds_unless_a_flag_does(tmp_path)
     steps = dict(tick_size="0.25", lot_size="0.5", min_qty=0.75, min_notional=6.0)
     start = feed.control_line("start", symbol="ABCUSDT", category="spot", depth=200, **steps)
     path = record(tmp_path / "told.gz", start, book_text(1, topic="orderbook.200.ABCUSDT"))
-    for flags, expected in ((), ("0.25", "0.5")), (("0.5", "1"), ("0.5", "1")):
-        instrument = feed.Recording(path, *flags).parser.instrument
+    for flags, expected in ({}, ("0.25", "0.5")), ({"tick_size": "0.5"}, ("0.5", "0.5")):
+        instrument = feed.Recording(path, flags).parser.instrument
         assert instrument == Instrument("ABCUSDT", "spot", *expected, 0.75, 6.0)
     deep = book_text(50, *GOOD, kind="snapshot", topic="orderbook.1000.BTCUSDT")
     path = record(tmp_path / "two depths.gz", FIRST, deep, book_text(8))
     assert letters(feed.Recording(path).messages()) == "S"  # the deepest
-    assert letters(feed.Recording(path, depth=200).messages()) == "SD"
-    assert feed.Recording(path, category="spot").parser.instrument.category == "spot"
+    assert letters(feed.Recording(path, {"depth": 200}).messages()) == "SD"
+    assert feed.Recording(path, {"category": "spot"}).parser.instrument.category == "spot"
 
 
 # ---- Instruments and the command line ----------------------------------------------
@@ -546,7 +547,8 @@ def test_flags_precede_bybits_answer_and_that_a_table(monkeypatch, answer, symbo
 
     monkeypatch.setattr(feed.urllib.request, "urlopen", urlopen)
     try:
-        assert feed.find_instrument(*symbol, *steps, ask=True) == expected
+        told = dict(zip(("symbol", "category", "tick_size", "lot_size"), symbol + steps))
+        assert feed.find_instrument(told, ask=True) == expected
     except UserError as error:
         assert isinstance(expected, str) and re.match(f".*{expected}", str(error))
         assert str(error).isprintable() and len(str(error)) < 400

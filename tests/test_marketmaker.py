@@ -661,8 +661,8 @@ def test_without_a_network_the_sample_is_replayed_unless_live_data_are_asked_for
     def refuse(*args, **kwargs):
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(feed, "fetch_instrument", refuse)
-    monkeypatch.setattr(feed, "open_feed", refuse)
+    monkeypatch.setattr(feed.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(feed.LiveFeed, "connect", refuse)
     monkeypatch.chdir(tmp_path)
     status = main([*flags.split(), "--duration", "2", "--log", "log.csv"])
     out, err = capsys.readouterr()
