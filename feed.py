@@ -52,6 +52,7 @@ USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
 DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
 CONNECT_S, RECV_S, STOP_S = 10.0, 1.0, 2.0  # patience: connecting, receiving, ending the thread
 PING_S, FLUSH_S = 5.0, 0.5  # an idle socket may be cut after 10 s; lines are on disk after so long
+TICK_S = 0.1  # whoever waits for messages looks around as often
 WATCHDOG_S, BOOK_WATCHDOG_S = 10.0, 60.0  # without any frame, without a book: reconnect
 BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min allowed
 MAX_WAITING = 64_000_000  # bytes for the main thread, a message its text and 1000; more: book lost
@@ -521,7 +522,7 @@ def check_file(path: Path, most_bytes: float = math.inf) -> None:
         raise UserError(f"{path}: {'huge or no regular file' if path.exists() else 'No such file'}")
 
 
-def read_lines(path: Path, tell: Callable[[float], Any] | None = None) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, tell: Callable = lambda share: None) -> Iterator[tuple[int, str]]:
     """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning.
     `tell` hears which share of the file's bytes is read."""
     check_file(path)
@@ -531,8 +532,7 @@ def read_lines(path: Path, tell: Callable[[float], Any] | None = None) -> Iterat
         with open(path, "rb") as raw:
             file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
             while line := file.readline(8 * MAX_MESSAGE):  # escaped, a message may be 6 times it
-                if tell:
-                    tell(raw.tell() / size)
+                tell(raw.tell() / size)
                 if not line.endswith(b"\n"):  # it is the last, cut off
                     raise EOFError
                 number += 1
@@ -580,25 +580,20 @@ class Recording:
         lines = read_lines(self.path, partial(setattr, self, "share_read"))
         return filter(None, (self.parser.parse(*line) for line in lines))
 
-
-TICK_S = 0.1  # how long nobody looks around at most
-
-
-def replayed_messages(recording: Recording, speed: float,
-                      duration_s: float) -> Iterator[Message | None]:  # fmt: skip
-    """Its messages at a multiple of their own pace (inf: no waiting); None: none is due, look
-    around. Ctrl-C ends it.
-    """
-    stop, began_s, first_ns = StopSignal(), time.monotonic(), 0
-    for message in recording.messages():
-        first_ns = first_ns or message.recv_ns
-        elapsed_s = (message.recv_ns - first_ns) / NS
-        while (wait_s := began_s + elapsed_s / speed - time.monotonic()) > 0 and not stop.is_set:
-            yield None
-            time.sleep(min(wait_s, TICK_S))
-        if elapsed_s > duration_s or stop.is_set:
-            return
-        yield message
+    def replay(self, speed: float, duration_s: float) -> Iterator[Message | None]:
+        """The messages at a multiple of their own pace (inf: no waiting); None: none is due, look
+        around. Ctrl-C ends it."""
+        stop, began_s, first_ns = StopSignal(), time.monotonic(), 0
+        for message in self.messages():
+            first_ns = first_ns or message.recv_ns
+            elapsed_s = (message.recv_ns - first_ns) / NS
+            end_s = began_s + elapsed_s / speed
+            while (wait_s := end_s - time.monotonic()) > 0 and not stop.is_set:
+                yield None
+                time.sleep(min(wait_s, TICK_S))
+            if elapsed_s > duration_s or stop.is_set:
+                return
+            yield message
 
 
 # ---- Live feed ---------------------------------------------------------------------
@@ -754,23 +749,21 @@ class LiveFeed:
                 self.fatal = str(error) if isinstance(error, UserError) else f"our fault: {error!r}"
                 return
 
-
-def live_messages(source: LiveFeed, duration_s: float) -> Iterator[Message | None]:
-    """Messages as they come; None: none came, look around. At the end of the time, or at Ctrl-C,
-    the feed stops first, then what it received is given.
-    """
-    stop, end_ns = StopSignal(), source.clock_ns() + duration_s * NS
-    while not (stop.is_set or source.fatal) and source.clock_ns() < end_ns:
-        try:
-            yield source.queue.get(timeout=TICK_S)
-        except queue.Empty:
-            yield None
-    source.stop()
-    source.emit(control_line("end"))
-    while not source.queue.empty():
-        yield source.queue.get()
-    if source.fatal:
-        raise UserError(source.fatal)
+    def messages(self, duration_s: float) -> Iterator[Message | None]:
+        """Messages as they come; None: none came, look around. At the end of the time, or at
+        Ctrl-C, the thread ends first, then what it received is given."""
+        stop, end_ns = StopSignal(), self.clock_ns() + duration_s * NS
+        while not (stop.is_set or self.fatal) and self.clock_ns() < end_ns:
+            try:
+                yield self.queue.get(timeout=TICK_S)
+            except queue.Empty:
+                yield None
+        self.stop()
+        self.emit(control_line("end"))
+        while not self.queue.empty():
+            yield self.queue.get()
+        if self.fatal:
+            raise UserError(self.fatal)
 
 
 # ---- Command line: record, info ----------------------------------------------------

@@ -1092,7 +1092,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
     if options.speed and not path:
         raise UserError("--speed is of a replay: give --replay FILE")
     if log and (log.exists() or log == options.record or not log.absolute().parent.is_dir()):
-        raise UserError(f"--log {log} cannot be written: choose a new name in a folder there is")
+        raise UserError(f"--log {log} cannot be written: choose a new name in an existing folder")
     load_strategy(options.strategy)  # raises what is wrong with it
     given, overrides, start, source = given_parameters(options), {}, {}, None
 
@@ -1104,7 +1104,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
         try:
             source = feed.LiveFeed(instrument, depth, options.url, options.record, clock_ns,
                                    parameters=asdict(parameters))  # fmt: skip
-            messages = feed.live_messages(source, options.duration)
+            messages = source.messages(options.duration)
             label = f"LIVE from {where}"
         except OSError as error:
             reason = f"{where} cannot be reached ({error})"
@@ -1118,7 +1118,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
         source = feed.Recording(path, vars(options))
         overrides, start, instrument = given, source.start, source.parser.instrument
         parameters = choose_parameters(given, start, instrument)
-        messages = feed.replayed_messages(source, speed, options.duration)
+        messages = source.replay(speed, options.duration)
         pace = "" if speed == INF else f" at {speed:g} x"
         label += f"{pace} of {'SYNTHETIC data' if source.is_synthetic else path.name}"
 

@@ -65,7 +65,7 @@ def heard(url: str, maker: MarketMaker, clock_ns: Callable[[], int]) -> Iterator
     """The program's own loop through feed thread and queue, without display and files."""
     source = feed.LiveFeed(feed.Instrument(), 200, url, None, clock_ns)
     try:
-        for message in filter(None, feed.live_messages(source, 600)):
+        for message in filter(None, source.messages(600)):
             yield maker.hear(message)
     finally:
         source.stop()

@@ -744,7 +744,7 @@ def test_a_stdout_that_fails_costs_no_decision_and_is_told_at_the_end(recording)
 
 def test_a_replay_keeps_the_pace_looks_around_while_it_waits_and_knows_how_far_it_is(recording):
     source, began_s = feed.Recording(Path("short.gz")), time.monotonic()
-    found = [*feed.replayed_messages(source, 50.0, 5.0)]
+    found = [*source.replay(50.0, 5.0)]
     assert 0.09 < time.monotonic() - began_s < 2  # s for 4 or 5 of the market's
     heard = [message for message in found if message]
     assert heard[0].note["event"] == "start" and ns(4_000) < heard[-1].recv_ns <= ns(5_500)
