@@ -552,6 +552,8 @@ def read_lines(path: Path, tell: Callable = lambda share: None) -> Iterator[tupl
 class Recording:
     """A recording and the parser that fits it: by the flags, its start line, its early topics."""
 
+    share_read = 0.0  # of the file's bytes, by messages() so far
+
     def __init__(self, path: Path, flags: Mapping[str, Any] = {}) -> None:
         self.path, self.start, depths = path, {}, {}  # the start line's fields; depths by symbol
         for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?

@@ -928,15 +928,15 @@ def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path, s
 
 def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
     """What the user set: the flags, before the values in FILE.json of --params."""
-    path, values = options.params, {}
+    flags = {n: v for n, v in vars(options).items() if n in opt.FIELDS and v is not None}
+    if not options.params:
+        return flags
     try:
-        if path:
-            feed.check_file(path, MAX_PARAMS)
-            values = {**json.loads(path.read_text("utf-8-sig"))}
+        feed.check_file(options.params, MAX_PARAMS)
+        return {**json.loads(options.params.read_text("utf-8-sig")), **flags}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         rule = 'it must hold one JSON object such as {"alpha": 2}'
-        raise UserError(f"--params {path}: {error}: {rule}") from None
-    return values | {n: v for n, v in vars(options).items() if n in opt.FIELDS and v is not None}
+        raise UserError(f"--params {options.params}: {error}: {rule}") from None
 
 
 def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
@@ -1134,8 +1134,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
 
 # ---- Command line ------------------------------------------------------------------
 
-STRATEGY_HELP = "lp (the program, default), fixed (default_spread_bps), \
-or a file's quote(parameters, market, q)"
+STRATEGY_HELP = "lp (default), fixed (default_spread_bps), or a file's quote(parameters, market, q)"
 
 
 def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
