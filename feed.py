@@ -218,11 +218,12 @@ class Tape:
             part, firsts = slice(start, start + 4096), slice(start, start + 4097)
             heads = zip(*(getattr(self, name)[part].tolist() for name in [*COLUMNS][:9]))
             rows, trades = self.first_row[firsts].tolist(), self.first_trade[firsts].tolist()
+            hits = [*zip(*(column[trades[0] : trades[-1]].tolist() for column in of_trades))]
             for m, (kind, recv_ns, exch_ns, *view) in enumerate(heads):
-                row, trade = slice(*rows[m : m + 2]), slice(*trades[m : m + 2])
-                hits = [*zip(*(column[trade].tolist() for column in of_trades))]
-                yield Message(kind, recv_ns, exch_ns, (self.level[row], self.size[row]), hits,
-                              self.notes.get(start + m, {}), View(*view))  # fmt: skip
+                row = slice(rows[m], rows[m + 1])
+                trade = slice(trades[m] - trades[0], trades[m + 1] - trades[0])
+                yield Message(kind, recv_ns, exch_ns, (self.level[row], self.size[row]),
+                              hits[trade], self.notes.get(start + m, {}), View(*view))  # fmt: skip
 
 
 CODES = {"Ints": "q", "Floats": "d", "Flags": "b"}  # of the arrays that grow into columns
