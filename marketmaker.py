@@ -1292,7 +1292,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
                 instrument, options.depth or feed.DEPTHS[0], options.url, options.record,
                 clock_ns, parameters=asdict(parameters),
             )  # fmt: skip
-        except OSError as error:
+        except ConnectionError as error:
             reason = f"{where} cannot be reached ({error})"
             if options.live or options.url or options.record or options.symbol or options.category:
                 raise UserError(f"{reason}: check the network, or give --replay FILE") from None
