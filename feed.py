@@ -36,7 +36,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from decimal import Decimal
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -110,10 +110,8 @@ BUILT_IN = {("BTCUSDT", "linear"): Instrument(min_notional=5.0),  # in 2025
 def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
     """As told by flags or a start line; what they leave open is Bybit's, if asked, or built in."""
     market = printable(told.get("symbol") or "BTCUSDT"), printable(told.get("category") or "linear")
-    given = {"tick_text": told.get("tick_size"), "lot_text": told.get("lot_size"),
-             "min_qty": told.get("min_qty"), "min_notional": told.get("min_notional")}  # fmt: skip
     base, why = BUILT_IN.get(market), ""
-    if given["tick_text"] and given["lot_text"]:
+    if told.get("tick_size") and told.get("lot_size"):
         base = base or Instrument(*market, min_qty=0.0)
     elif ask:
         url = "https://api.bybit.com/v5/market/instruments-info?symbol={}&category={}"
@@ -132,7 +130,8 @@ def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
     if base is None:
         raise UserError(f"{' '.join(market)} is not known{why}: check --symbol and --category, or "
                         "give --tick-size and --lot-size")  # fmt: skip
-    return replace(base, **{name: value for name, value in given.items() if value is not None})
+    known = {name: told[name] for name in [*base.told][2:] if told.get(name) is not None}
+    return Instrument(*(base.told | known).values())
 
 
 # ---- Messages and tapes ------------------------------------------------------------
@@ -345,8 +344,7 @@ class Parser:
         self.sizes = remember(size_of)
         self.counts: Counter[str] = Counter()
         self.problem = ""  # the newest malformed message or gap, in words
-        self.last_u: int | None = None  # None: no book that can be vouched for
-        self.is_loss_told = False  # since the last book or connection
+        self.last_u: int | None = 0  # of the book; 0: none yet, None: lost, and told
         self.had_book = False  # ever: if not, a refusal or an odd price is the user's to mend
 
     def parse(self, recv_ns: int, text: str) -> Message | None:
@@ -357,7 +355,7 @@ class Parser:
             line = DECODER.decode(text)
             if line.get("op") == "local":
                 if line["event"] == "lost":  # the connection's: the next may tell its loss
-                    self.last_u, self.is_loss_told = None, False
+                    self.last_u = 0
                     return self._tell(LOST, recv_ns, line["reason"])
                 if line["event"] in ("start", "params", "end"):
                     return Message(CONTROL, recv_ns, note=line, view=self.book.view)
@@ -386,8 +384,8 @@ class Parser:
     def _lose(self, recv_ns: int, why: str, reason: str) -> Message | None:
         """From here to the next snapshot the book is worth nothing."""
         self.counts[why] += 1
+        is_news = self.last_u is not None
         self.last_u, self.problem = None, printable(reason)
-        is_news, self.is_loss_told = not self.is_loss_told, True
         self.counts["losses"] += is_news
         return self._tell(LOST, recv_ns, reason) if is_news else None
 
@@ -399,7 +397,7 @@ class Parser:
         exch_ns = exchange_time(line["cts"] if "cts" in line else line["ts"], recv_ns)
         # It begins a book anew (with u = 1 they restarted), or must carry the u after our last.
         kind = {"snapshot": SNAPSHOT, "delta": SNAPSHOT if u == 1 else DELTA}[line["type"]]
-        if kind == DELTA and self.last_u is None:
+        if kind == DELTA and not self.last_u:
             return self._lose(recv_ns, "before snapshot", "delta before a snapshot")
         if kind == DELTA and u <= self.last_u:
             self.counts["repeated"] += 1
@@ -414,7 +412,7 @@ class Parser:
             prices, texts = zip(*rows) if rows else ((), ())
             levels.extend(map(self.levels[side], prices))
             sizes.extend(map(self.sizes, texts))
-        self.last_u, self.is_loss_told, self.had_book = u, False, True
+        self.last_u, self.had_book = u, True
         if kind == SNAPSHOT:
             self.book.clear()
         self.book.show(levels, sizes, len(data["b"]))
@@ -471,10 +469,7 @@ class GrowingFile:
     def __init__(self, path: Path) -> None:
         self.path, self.failure = path, ""
         self.lines: list[tuple[float, str]] = []  # not yet on disk, with the time of coming, s
-        try:
-            self.file = open(path, "xb", buffering=0)  # x: it is never overwritten
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}: choose another") from None
+        self.file = open(path, "xb", buffering=0)  # x: it is never overwritten
 
     def write(self, text: str | bytes) -> None:
         """Put lines on disk now, all of them or none."""
@@ -570,10 +565,9 @@ class Recording:
         held = depths.get(here, DEPTHS[:1])  # of them the deepest is played
         told = {"symbol": here, "category": flags.get("category"), "depth": max(held)} | self.start
         has = {"symbol": [told["symbol"]], "category": [told["category"]], "depth": held}
-        for name, values in has.items():
-            if flags.get(name) and flags[name] not in values:
-                words = f"{printable([*values])}, not {flags[name]}"
-                raise UserError(f"{path} has {words}: leave out --{name}")
+        for name, its in has.items():
+            if (flag := flags.get(name)) and flag not in its:
+                raise UserError(f"{path} has {printable([*its])}, not {flag}: leave out --{name}")
         told |= {name: flag for name, flag in flags.items() if flag is not None}
         self.parser = Parser(find_instrument(told), told["depth"])
         self.is_synthetic = bool(self.start.get("synthetic"))
@@ -797,7 +791,7 @@ def run_info(options: argparse.Namespace) -> None:
     parser, book, depths = recording.parser, recording.parser.book, []
 
     def watch(message: Message) -> Message:
-        is_known = parser.last_u is not None  # from a snapshot to the next loss
+        is_known = bool(parser.last_u)  # from a snapshot to the next loss
         depths.append(book.depth(BID, 1.0) + book.depth(ASK, 1.0) if is_known else math.nan)
         return message
 

@@ -1106,7 +1106,7 @@ def run(options: argparse.Namespace, clock_ns: Callable[[], int] | None = None) 
                                    parameters=asdict(parameters))  # fmt: skip
             messages = source.messages(options.duration)
             label = f"LIVE from {where}"
-        except OSError as error:
+        except ConnectionError as error:
             reason = f"{where} cannot be reached ({error})"
             if options.live or options.url or options.record or options.symbol or options.category:
                 raise UserError(f"{reason}: check the network, or give --replay FILE") from None

@@ -353,5 +353,5 @@ def test_the_command_records_until_its_end_or_a_signal_and_says_what(run, number
     assert 20 < sum(BOOK in text for text in lines) < 2_000
     if not number:
         status, told, again = run("--minutes", "0.005")
-        assert re.fullmatch("error: .*new.gz cannot be written: File exists.*\n", told)
+        assert re.fullmatch("error: .*new.gz: File exists: check the path\n", told)
         assert status == 2 and again == lines

@@ -659,7 +659,7 @@ def test_without_a_network_the_sample_is_replayed_unless_live_data_are_asked_for
     flags, tmp_path, monkeypatch, capsys
 ):
     def refuse(*args, **kwargs):
-        raise OSError("network is unreachable")
+        raise ConnectionError("network is unreachable")
 
     monkeypatch.setattr(feed.urllib.request, "urlopen", refuse)
     monkeypatch.setattr(feed.LiveFeed, "connect", refuse)
