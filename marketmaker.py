@@ -1146,10 +1146,8 @@ class Session:
         self.next_look_s = now_s + TICK_S
         if self.options.params and self.options.speed != INF:
             self.read_edits()
-        if self.source:
-            self.source.tend()
-            if market.book.view.fault and not market.lost:  # it heals by a new snapshot only
-                self.source.cut(f"resync: {market.book.view.fault}")
+        if self.source and market.book.view.fault and not market.lost:
+            self.source.cut(f"resync: {market.book.view.fault}")  # a new snapshot only heals it
         if now_s > self.notice_end_s:
             self.notice = ""
         if now_s >= self.next_show_s and self.printing.done():
