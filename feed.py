@@ -57,6 +57,7 @@ WATCHDOG_S, BOOK_WATCHDOG_S = 10.0, 60.0  # without any frame, without a book: r
 BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min allowed
 MAX_WAITING = 64_000_000  # bytes for the main thread, a message its text and 1000; more: book lost
 MAX_HANDSHAKE, MAX_MESSAGE = 1 << 16, 4 << 20  # bytes; a snapshot of 1000 levels has 60 kB
+MAX_LINE = 8 * MAX_MESSAGE  # bytes of a recording's; escaped, a message may be 6 times as long
 MAX_ROWS, MAX_TICK = 5_000, 8_000_000  # of a side, or trades, in a message; 800,000 USDT at 0.1
 LEAST, MOST = 1e-12, 1e15  # of steps, sizes (base coin) and prices (USDT)
 
@@ -110,7 +111,7 @@ BUILT_IN = {("BTCUSDT", "linear"): Instrument(min_notional=5.0),  # in 2025
 def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
     """As told by flags or a start line; what they leave open is Bybit's, if asked, or built in."""
     market = printable(told.get("symbol") or "BTCUSDT"), printable(told.get("category") or "linear")
-    base, why = BUILT_IN.get(market), ""
+    base, why = BUILT_IN.get(market), " is not known"
     if told.get("tick_size") and told.get("lot_size"):
         base = base or Instrument(*market, min_qty=0.0)
     elif ask:
@@ -126,10 +127,9 @@ def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
             base = Instrument(*market, tick_text, lot_text, *map(float, least))
         except Exception as error:  # an answer without steps has a reason
             reason = printable(body.decode("utf-8", "replace") or error)
-            why = f", and Bybit does not tell ({reason})"
+            why += f", and Bybit does not tell ({reason})"
     if base is None:
-        raise UserError(f"{' '.join(market)} is not known{why}: check --symbol and --category, or "
-                        "give --tick-size and --lot-size")  # fmt: skip
+        raise UserError(f"{' '.join(market)}{why}: check --symbol or give --tick-size, --lot-size")
     known = {name: told[name] for name in [*base.told][2:] if told.get(name) is not None}
     return Instrument(*(base.told | known).values())
 
@@ -483,7 +483,7 @@ class GrowingFile:
                 self.file.truncate(size)
 
     def record(self, recv_ns: int, text: str) -> None:
-        """Take one line; it is on disk after FLUSH_S if flush is called now and then."""
+        """Take one line; it is on disk after FLUSH_S if flush is called meanwhile."""
         self.lines.append((time.monotonic(), f"{recv_ns} {text}\n"))
         self.flush(FLUSH_S)
 
@@ -527,16 +527,17 @@ def read_lines(path: Path, tell: Callable = lambda share: None) -> Iterator[tupl
     try:
         with open(path, "rb") as raw:
             file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
-            while line := file.readline(8 * MAX_MESSAGE):  # escaped, a message may be 6 times it
+            while line := file.readline(MAX_LINE):
                 tell(raw.tell() / size)
-                if not line.endswith(b"\n"):  # it is the last, cut off
+                if not line.endswith(b"\n") and len(line) < MAX_LINE:  # it is the last, cut off
                     raise EOFError
                 number += 1
                 stamp, _, text = line[:-1].decode("utf-8-sig", "replace").partition(" ")
-                recv_ns = int(stamp) if stamp.isdecimal() and len(stamp) < 20 else -1
+                is_sound = stamp.isdecimal() and len(stamp) < 20 and len(line) < MAX_LINE
+                recv_ns = int(stamp) if is_sound else -1
                 first_ns, last_ns = first_ns or recv_ns, max(last_ns, recv_ns)  # it never goes back
                 if not 0 <= recv_ns <= NEVER or abs(recv_ns - first_ns) > 366 * DAY_NS:
-                    raise UserError(f"{path}, line {number}: no receive time near the first one's")
+                    raise UserError(f"{path}, line {number}: endless, or no time near the first's")
                 yield last_ns, text
     except (EOFError, zlib.error, gzip.BadGzipFile):
         if number:
@@ -597,7 +598,7 @@ class Recording:
 
 
 class Bounded:
-    """A socket that shakes hands for CONNECT_S at most, and gives no more than `left` bytes."""
+    """A socket that gives no more than `left` bytes, until end_s: at first those of a handshake."""
 
     def __init__(self, sock: Any) -> None:
         self.sock, self.left, self.end_s = sock, MAX_HANDSHAKE, time.monotonic() + CONNECT_S
@@ -605,8 +606,7 @@ class Bounded:
     def recv(self, count: int) -> bytes:
         if self.left <= 0:
             raise ConnectionError("more bytes than a handshake or a message may have")
-        if self.end_s:
-            self.sock.settimeout(max(self.end_s - time.monotonic(), 0.001))
+        self.sock.settimeout(max(self.end_s - time.monotonic(), 0.001))
         received = self.sock.recv(count)
         self.left -= len(received)
         return received
@@ -623,7 +623,7 @@ class BoundedSocket(websocket.WebSocket):
 
 
 class LiveFeed:
-    """A thread that receives, stamps, records, parses and enqueues. Call tend() now and then."""
+    """A thread that receives, stamps, records, parses and enqueues."""
 
     def __init__(self, instrument: Instrument, depth: int, url: str | None = None,
                  record: Path | None = None, clock_ns: Callable[[], int] | None = None,
@@ -676,27 +676,15 @@ class LiveFeed:
         if self.ws is not None:
             self.ws.shutdown()
 
-    def tend(self) -> None:
-        """Flush the recording, cut a silent connection. (The feed's own thread may hang in one.)"""
-        with self.lock:
-            if self.recorder:
-                self.recorder.flush(FLUSH_S)
-        now_ns = self.clock_ns()
-        if now_ns - self.last_frame_ns > WATCHDOG_S * NS:
-            self.cut(f"nothing received for {WATCHDOG_S:g} s")
-        elif now_ns - self.last_book_ns > BOOK_WATCHDOG_S * NS:
-            self.cut(f"no book message for {BOOK_WATCHDOG_S:g} s")
-
     def connect(self) -> None:
         """Connect and subscribe. OSError, whatever is there in place of the exchange."""
         options = dict(skip_utf8_validation=True, header=USER_AGENT, class_=BoundedSocket)
         try:
             ws = websocket.create_connection(self.url, CONNECT_S, redirect_limit=0, **options)
-            ws.sock.end_s, ws.sock.left = 0.0, MAX_MESSAGE
+            ws.sock.left = MAX_MESSAGE
             ws.send(json.dumps({"op": "subscribe", "args": [*self.parser.topics]}))
         except Exception as error:
             raise ConnectionError(printable(f"no exchange at {self.url}: {error}")) from None
-        ws.settimeout(RECV_S)
         self.last_frame_ns = self.last_book_ns = self.last_ping_ns = self.clock_ns()
         self.cut_reason, self.ws, self.reconnects = "", ws, self.reconnects + 1
 
@@ -705,16 +693,25 @@ class LiveFeed:
         wait_s = BACKOFF_S[0]
         while not self.stopping.is_set():
             try:
-                # Between two messages: does the main thread keep up, is a ping due?
+                # Between two messages: flush the recording. Is the connection worth anything?
+                with self.lock:
+                    if self.recorder:
+                        self.recorder.flush(FLUSH_S)
                 if self.waiting > MAX_WAITING and not self.queue.empty():
                     raise ConnectionError(f"{MAX_WAITING / 1e6:g} MB wait: we cannot keep up")
                 if self.ws is None:
                     self.connect()
                     continue
-                if self.clock_ns() - self.last_ping_ns >= PING_S * NS:
+                now_ns = self.clock_ns()
+                if now_ns - self.last_frame_ns > WATCHDOG_S * NS:
+                    raise ConnectionError(f"nothing received for {WATCHDOG_S:g} s")
+                if now_ns - self.last_book_ns > BOOK_WATCHDOG_S * NS:
+                    raise ConnectionError(f"no book message for {BOOK_WATCHDOG_S:g} s")
+                if now_ns - self.last_ping_ns >= PING_S * NS:
                     self.ws.send('{"op":"ping"}')
-                    self.last_ping_ns = self.clock_ns()
+                    self.last_ping_ns = now_ns
                 # Receive one, and take it into the session. Does it spoil the connection?
+                self.ws.sock.end_s = time.monotonic() + RECV_S
                 opcode, payload = self.ws.recv_data()
                 self.last_frame_ns = self.clock_ns()
                 if opcode == websocket.ABNF.OPCODE_CLOSE:
@@ -773,7 +770,6 @@ def run_record(options: argparse.Namespace) -> None:
     recorder, stop, end_s = source.recorder, StopSignal(), time.monotonic() + 60 * options.minutes
     while time.monotonic() < end_s and not (stop.is_set or source.fatal or recorder.failure):
         time.sleep(FLUSH_S)
-        source.tend()
         source.queue = queue.SimpleQueue()  # nobody takes the messages
     source.stop()
     source.emit(control_line("end"))

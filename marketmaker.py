@@ -1005,13 +1005,12 @@ class Session:
             raise UserError("; ".join(failures))
 
     def look(self) -> None:
-        """A few times a second: the feed, the parameter file, the screen."""
+        """A few times a second: the time, the parameter file, the screen."""
         now_s, maker, source = time.monotonic(), self.maker, self.source
         if now_s < self.next_look_s:
             return
         self.next_look_s = now_s + feed.TICK_S
         if self.is_live:
-            source.tend()
             fault = maker.market.book.view.fault
             if fault and not maker.market.lost:  # it heals by a new snapshot only
                 source.cut(f"resync: {fault}")

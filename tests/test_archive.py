@@ -270,7 +270,7 @@ def test_what_is_damaged_overlong_or_a_bomb_is_used_up_to_there_and_the_book_the
         ({}, ("--tick-size", "0.5"), "check --tick-size"),
         ({}, ("2026-1-1",), "'2026-1-1' is no day: write it as 2026-09-01"),
         ({}, ("--symbol", "../x"), "must be letters and digits"),
-        ({}, ("--symbol", "XRPUSDT"), "give --tick-size and --lot-size"),
+        ({}, ("--symbol", "XRPUSDT"), "give --tick-size, --lot-size"),
         ({}, ("--feed-latency-ms", "-1"), "must be from 0 to 60000"),
     ]
 )  # fmt: skip

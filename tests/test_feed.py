@@ -462,16 +462,20 @@ def test_a_file_cut_at_any_byte_of_its_last_member_is_read_up_to_the_cut(tmp_pat
         assert ("cut off after line" in capsys.readouterr().err) == (end not in (b"", second))
 
 
-BAD_STAMPS = "soon", "", " 7", "1.5", "-1", str(2**63), 5000 * "9", str(400 * 86_400 * feed.NS)
+BAD_STAMPS = ["soon", "", " 7", "1.5", "-1", str(2**63), 5000 * "9", str(400 * 86_400 * feed.NS)]
+ENDLESS = "7 " + 9_999 * "x"
 
 
-@pytest.mark.parametrize("bad", [*(f"{stamp} {{}}" for stamp in BAD_STAMPS), "{}", ""])
+@pytest.mark.parametrize("bad", [*(f"{stamp} {{}}" for stamp in BAD_STAMPS), "{}", "", ENDLESS])
 @pytest.mark.parametrize("pack", [gzip.compress, bytes])
-def test_no_stamp_goes_back_and_a_line_without_one_is_named_by_its_number(tmp_path, pack, bad):
+def test_no_stamp_goes_back_and_a_line_without_one_is_named_by_its_number(
+    tmp_path, monkeypatch, pack, bad
+):
     path, good = tmp_path / "r.jsonl", "\ufeff5 {}\n7 x\n6 {}\n"  # the mark of an editor
     path.write_bytes(pack(good.encode()))
     assert [*feed.read_lines(path)] == [(5, "{}"), (7, "x"), (7, "{}")]
     path.write_bytes(pack(f"{good}{bad}\n7 {{}}\n".encode()))
+    monkeypatch.setattr(feed, "MAX_LINE", 6000)
     with pytest.raises(UserError, match="line 4"):
         list(feed.read_lines(path))
 
@@ -530,9 +534,9 @@ LINEAR, SPOT, OTHER = ("BTCUSDT", "linear"), ("BTCUSDT", "spot"), ("ABC", "spot"
      (AssertionError("asked"), OTHER, ("0.01", "1"), Instrument(*OTHER, "0.01", "1", 0.0)),
      (OSError("no route"), LINEAR, (None, "3"), Instrument(lot_text="3", min_notional=5.0)),
      (b"<html>busy</html>", LINEAR, (None, None), Instrument(min_notional=5.0)),
-     (OSError("no route"), OTHER, ("0.1", None), "ABC.*--tick-size and --lot-size"),
-     (b"", OTHER, (None, None), "ABC.*--tick-size and --lot-size")]
-    + [(b'{"retCode":10001,"result":{}}', OTHER, (None, None), "ABC.*--symbol and --category")]
+     (OSError("no route"), OTHER, ("0.1", None), "ABC.*--symbol.*--tick-size, --lot-size"),
+     (b"", OTHER, (None, None), "ABC.*--symbol.*--tick-size, --lot-size")]
+    + [(b'{"retCode":10001,"result":{}}', OTHER, (None, None), "ABC spot is not known.*10001")]
     + [(body, OTHER, (None, None), "ABC.*Bybit does not tell.*busy.*--tick-size") for body in (
         b"{busy", b'{"retCode":10006,"retMsg":"busy","result":{}}', b"busy\x1b" + 300 * b"x",
         b'{"retCode":10016,"retMsg":"busy"}', b'{"retCode":0,"busy":1,"result":{"list":[]}}')]

@@ -39,8 +39,7 @@ class Session:
         return [message.note["reason"] for message in self.messages if message.kind == LOST]
 
     def drain(self) -> None:
-        """Take what waits, and tend the feed."""
-        self.source.tend()
+        """Take what waits."""
         while not self.source.queue.empty():
             message = self.source.queue.get()
             assert self.is_trusted or message.kind != DELTA, "a delta for a book that was lost"
