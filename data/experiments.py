@@ -56,7 +56,7 @@ def make_path(seed: int) -> None:
 def play_one(path: Path, strategy: str | Callable, exchange: dict, given: dict) -> dict[str, Any]:
     """Likewise: the metrics of one run."""
     stamps = (backtest.stamp_file(path),)
-    setting = backtest.Setting(stamps, (None, None, None), given, strategy, exchange)
+    setting = backtest.Setting(stamps, (None,) * 5, given, strategy, exchange)
     return backtest.measure(backtest.play(setting))
 
 

@@ -646,16 +646,15 @@ def replay(*flags: str) -> int:
     return main(["--replay", "short.gz", "--speed", "max", *flags])
 
 
-def test_a_replay_ends_with_a_summary_a_log_and_a_picture(recording, capsys):
-    assert replay("--log", "log.csv", "--plot", "plot.png") == 0
+def test_a_replay_ends_with_a_summary_and_a_log(recording, capsys):
+    assert replay("--log", "log.csv") == 0
     out, err = capsys.readouterr()
     written = Path("log.csv").read_text()
     last = decisions(io.StringIO(written))[-1]
     assert (last["ms"], last["source"], last["inventory"]) == (16_500, "lp", "1")
     for fact in ("REPLAY of short.gz", "24 messages", "+1 COIN", "1 fill\n", "net -6.00"):
         assert fact in out, fact
-    assert err == "" and Path("plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert replay("--log", "log.csv") == 2 and Path("log.csv").read_text() == written
+    assert err == "" and replay("--log", "log.csv") == 2 and Path("log.csv").read_text() == written
     assert "log.csv exists and is not overwritten" in capsys.readouterr().err
     assert replay("--log", "again.csv") == 0 and Path("again.csv").read_text() == written
     assert replay("--duration", "3.05") == 0
@@ -669,7 +668,6 @@ FAULTS = """\
 --params list.json: --params, JSON object
 --record x.gz: --record, leave out --replay
 --tick-size 0.3: multiple of the tick 0.3, --tick-size
---plot none/x.png: none/x.png, cannot be written
 --strategy absent.py: --strategy absent.py, No such file, lp
 --strategy list.json: --strategy list.json, 'quote', quote(parameters
 --log none/x.csv: none/x.csv, cannot be written
