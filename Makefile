@@ -25,7 +25,6 @@ bench: $(VENV)/ready
 	$(PY) tests/bench.py $(ARGS)
 
 pictures: $(VENV)/ready
-	$(PY) marketmaker.py --replay data/sample.jsonl.gz --speed max --duration 1200 --plot data/session.png
 	$(PY) backtest.py --plot data/backtest.png
 	$(PY) backtest.py --tune --grid gamma=0.5,1,2,4 --grid delta=0,1,4 --walk-forward --regimes --maker-fee-bps -0.4 --plot data/search.png
 	$(PY) data/pictures.py

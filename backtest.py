@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -35,6 +36,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import zlib
 from collections import Counter
@@ -52,7 +54,7 @@ from scipy.special import stdtrit
 import feed
 import marketmaker as mm
 import optimize as opt
-from feed import NEVER, NS, Tape, UserError, clock_text
+from feed import ASK, BID, NEVER, NS, Tape, UserError, clock_text
 from optimize import FIELDS, Parameters
 
 MINUTE_NS = 60 * NS
@@ -296,7 +298,7 @@ def measure_markouts(fills: list[mm.Fill], tape: Tape, tick_size: float) -> np.n
 # ---- Metrics -----------------------------------------------------------------------
 
 ANNUAL_FROM_S = 3 * 86_400  # a shorter span says nothing of a year
-NET, FILLS = 0, 1  # rows of a run by the minute
+NET, FILLS, FEES = range(3)  # rows of a run by the minute
 TINY = 1e-9  # USDT or base coin: less is rounding
 SIDES_OF = {"both": (1, -1), "bought": (1,), "sold": (-1,)}
 TERMS = ("volatility", "liquidity", "depth")  # of the base spread
@@ -306,17 +308,12 @@ FRICTIONS = ["fill_model", "maker_fee_bps", "taker_fee_bps", "order_latency_ms",
 
 
 def cut_into_minutes(result: Result) -> np.ndarray:
-    """Net, USDT, and number of fills of each whole minute: (2, n)."""
-    heard_ns = np.sort([fill.recv_ns for fill in result.fills])
-    fills = change_by_minute(result, heard_ns, np.arange(1, len(heard_ns) + 1))
-    net = change_by_minute(result, result.columns["time_ns"], result.columns["equity"])
-    return np.array([net, fills])
-
-
-def change_by_minute(result: Result, time_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """By how much a value that begins with 0 changes in each whole minute: (n,)."""
-    begins = result.minutes_ns
-    return values_at(begins + MINUTE_NS, time_ns, values) - values_at(begins, time_ns, values)
+    """By how much net, USDT, the number of fills, and fees, USDT, grow in each minute: (3, n)."""
+    c, heard_ns = result.columns, np.sort([fill.recv_ns for fill in result.fills])
+    known = [(c["time_ns"], c["equity"]), (heard_ns, np.arange(1, len(heard_ns) + 1)),
+             (c["time_ns"], c["fees_paid"])]  # fmt: skip
+    begins, ends = result.minutes_ns, result.minutes_ns + MINUTE_NS
+    return np.array([values_at(ends, *of) - values_at(begins, *of) for of in known])
 
 
 def values_at(at_ns: np.ndarray, time_ns: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -385,14 +382,15 @@ def measure_drawdown(t_s: np.ndarray, net: np.ndarray) -> dict[str, Any]:
     peak = np.maximum.accumulate(np.append(0.0, net))[1:]
     worst = int((peak - net).argmax())
     depth = peak[worst] - net[worst]
-    # From the peak before the worst moment to the first moment back at it.
+    # From the last moment at that peak before it to the first moment back at it.
     is_at_peak = net >= peak[worst] - TINY
-    before, after = np.flatnonzero(is_at_peak[:worst]), np.flatnonzero(is_at_peak[worst:])
-    begin_s = t_s[before[-1]] if len(before) else t_s[0]
-    end_s = t_s[worst + after[0]] if len(after) else t_s[-1]
+    begin = np.flatnonzero(is_at_peak[:worst]).max(initial=0)
+    end = (worst + np.flatnonzero(is_at_peak[worst:])).min(initial=len(net) - 1)
     is_any = depth > TINY
-    return {"max_drawdown_usdt": is_any * depth, "max_drawdown_s": is_any * (end_s - begin_s),
-            "max_drawdown_recovered": len(after) > 0}  # fmt: skip
+    return {
+        "max_drawdown_usdt": is_any * depth, "max_drawdown_s": is_any * (t_s[end] - t_s[begin]),
+        "max_drawdown_recovered": bool(is_at_peak[worst:].any()),
+    }  # fmt: skip
 
 
 def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) -> dict[str, Any]:
@@ -460,18 +458,6 @@ def measure_adverse_selection(fills: Mapping[str, np.ndarray]) -> dict[str, Any]
     return {"markouts": markouts, "rules": rules}
 
 
-def measure_outages(result: Result) -> list[dict[str, Any]]:
-    """What each cost: net and fills from the last decision before it to that at its end."""
-    time_ns, net, outages = result.columns["time_ns"], result.columns["equity"], []
-    for begin_ns, end_ns in result.setting.outages:
-        begin, end = np.searchsorted(time_ns, [begin_ns, end_ns], "right") - 1
-        if begin >= 0 and time_ns[end] >= end_ns:  # else the run was stopped before
-            fills = sum(begin_ns < fill.recv_ns <= end_ns for fill in result.fills)
-            cost = {"net_usdt": net[end] - net[begin], "fills": fills}
-            outages.append({"start_ns": begin_ns, "end_ns": end_ns, **cost})
-    return outages
-
-
 def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix."""
     setting, maker, account, c = result.setting, result.maker, result.maker.account, result.columns
@@ -509,7 +495,7 @@ def measure(result: Result) -> dict[str, Any]:
         "decisions": {name: maker.sources[name] for name in sources},
         "reasons": {name: n for name, n in maker.reasons.items() if name},
         "frictions": {n: getattr(maker.parameters, n) for n in FRICTIONS} | setting.exchange,
-        "outages": measure_outages(result),
+        "outages": [{"start_ns": begin, "end_ns": end} for begin, end in setting.outages],
     }  # fmt: skip
 
 
@@ -610,10 +596,6 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
         add(f"\n{section.capitalize()}")
         for name, value in metrics[section].items():
             add(name, str(value), FIELDS[name].metadata["help"] if name in FIELDS else "")
-    for outage in metrics["outages"]:
-        length_s = (outage["end_ns"] - outage["start_ns"]) / NS
-        cost = f"{mm.count(outage['fills'], 'fill')} in it, net {outage['net_usdt']:+.2f} USDT"
-        add(f"outage {clock_text(outage['start_ns'])}", f"{length_s:.1f} s", cost)
     counts = result.setting.data.counts.items()
     defects = [f"{n:,} {what}" for what, n in counts if n and what not in SOUND]
     if defects:
@@ -651,7 +633,6 @@ def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict
     return {
         "periods": len(x), "resamples": count, "block": opt.block_length(x), "fills": fills,
         "measures": measures,  # run: measure: value, low, high
-        "drawn": drawn["net_usdt"],  # (runs, count)
     }  # fmt: skip
 
 
@@ -710,11 +691,10 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
 def summarize_regimes(result: Result) -> dict[str, dict[str, Any]]:
     """Result, fills and markouts of the minutes of each regime."""
     # What each minute brought, and into which minute each fill falls.
-    begins, c, fills = result.minutes_ns, result.columns, resting_fills(result)
-    net, fees = (change_by_minute(result, c["time_ns"], c[n]) for n in ("equity", "fees_paid"))
+    begins, ends, fills = result.minutes_ns, result.minutes_ns + MINUTE_NS, resting_fills(result)
+    net, _, fees = cut_into_minutes(result)
     minute_of = np.searchsorted(begins, fills["recv_ns"], "right") - 1
-    is_in = fills["recv_ns"] < np.append(0, begins + MINUTE_NS)[minute_of + 1]
-    minute_of = np.where(is_in, minute_of, -1)  # in none, or in a hole
+    minute_of[fills["recv_ns"] >= np.append(0, ends)[minute_of + 1]] = -1  # in none, or in a hole
     # Which minutes are in a regime: told at their end, by their rank among those before them.
     volatility, direct = describe_minutes(result)
     members = {"all": np.full(len(net), True)}
@@ -799,7 +779,7 @@ def best_of(trials: list[Trial], objective: str, minutes: slice) -> int:
 
 def try_out(setting: Setting, changes: Mapping[str, Any]) -> np.ndarray:
     """What a worker does: one run, by the minute."""
-    return cut_into_minutes(play(setting.change(changes)))
+    return cut_into_minutes(play(setting.change(changes)))[:FEES]
 
 
 def try_all(configurations: list[dict[str, float]], setting: Setting, path: Path,
@@ -935,10 +915,10 @@ def format_walk(windows: list[tuple], traded: np.ndarray, c: Mapping[str, np.nda
     times_ns, mids = c["time_ns"][is_known], c["mid_price"][is_known]
     mids = values_at(np.append(begins_ns, NEVER), times_ns, mids)
     carried = held * np.diff(mids)  # USDT: what it brings if it is held through the window
-    for k, (begin_ns, choice, inside) in enumerate(windows):
-        net, fills = traded[:, k * length : (k + 1) * length]
-        numbers = f"{net.mean():+.3f}", f"{fills.sum():,.0f}", f"{carried[k]:+.2f}"
-        rows.append([clock_text(begin_ns), f"{inside:+.3f}", *numbers, opt.in_words(choice)])
+    parts = np.split(traded, count, axis=1)
+    for (begin_ns, choice, inside), (net, fills, _), usdt in zip(windows, parts, carried):
+        rows.append([clock_text(begin_ns), f"{inside:+.3f}", f"{net.mean():+.3f}",
+                     f"{fills.sum():,.0f}", f"{usdt:+.2f}", opt.in_words(choice)])  # fmt: skip
     changed = sum(a[1] != b[1] for a, b in zip(windows, windows[1:]))
     return "\n".join([
         f"Walk-forward: {count} windows of {length} minutes, traded with what was best in the "
@@ -950,130 +930,194 @@ def format_walk(windows: list[tuple], traded: np.ndarray, c: Mapping[str, np.nda
 
 
 # ---- Pictures ----------------------------------------------------------------------
+#
+# A panel draws on an axes, and tells its title, its unit and what runs along it.
 
-HEIGHT = 2.6  # of a row of panels, inches
+BLACK, BLUE, RED, GREEN = "black", "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, which
+SKY, YELLOW, PINK = "#56B4E9", "#F0E442", "#CC79A7"  # colour-blind readers can tell apart
+HEIGHT = 2.6  # of most panels, inches
 CLOSE_UP = 10.0  # minutes
+Told = tuple[str, str, str]
+Row = tuple[float, Callable[[Any], Told]]  # of a picture: height and panel
 
 
-def plot_run(result: Result, metrics: Mapping[str, Any]) -> list[tuple[float, list[mm.Panel]]]:
-    """The panels of a run: the first four over its time, then close up where most was lost."""
-    maker, c, (x, *_, net) = result.maker, result.columns, mm.follow_account(result.maker)
-    minutes, rows = (c["time_ns"] - maker.first_ns) / MINUTE_NS, mm.plot_rows(maker, c)
+def draw_figure(rows: list[Row], title: str, shared: int = 0, shades: Any = ()) -> bytes:
+    """Panels below each other, as a PNG; the first `shared` have one x axis, and its shades."""
+    from matplotlib.figure import Figure  # slow to import
+
+    heights, panels = zip(*rows)
+    figure, png = Figure(figsize=(8.8, sum(heights)), layout="constrained"), io.BytesIO()
+    figure.suptitle("\n".join(textwrap.fill(line, 105) for line in title.splitlines()), fontsize=10)
+    axes = figure.subplots(len(rows), squeeze=False, height_ratios=heights)[:, 0]
+    for ax, panel in zip(axes, panels):
+        ax.margins(x=0.01)
+        ax.grid(alpha=0.25, linewidth=0.5)
+        told, unit, along = panel(ax)
+        ax.set_title(told, loc="left", fontsize=10, fontweight="bold")
+        ax.set(xlabel=along, ylabel=unit)
+        if ax.get_ylim()[0] < 0 < ax.get_ylim()[1]:
+            ax.axhline(0, color="grey", linewidth=0.7)
+        if ax.get_legend_handles_labels()[0]:  # beside the title, above the data
+            ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6, frameon=False,
+                      fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)
+    for ax in axes[:shared]:
+        for begin, end in shades:
+            ax.axvspan(begin, end, color="grey", alpha=0.25, linewidth=0)
+    for above, ax in zip(axes, axes[1:shared]):
+        ax.sharex(axes[0])
+        above.tick_params(labelbottom=False)
+    figure.savefig(png, dpi=150, format="png")
+    return png.getvalue()
+
+
+def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: float = 1.0) -> None:
+    """A curve of values that each hold until the next; nan is a gap, and nan alone no curve."""
+    if np.isfinite(values).any():
+        ax.step(x, values, color, where="post", linewidth=width, label=label)
+
+
+def plot_prices(ax: Any, result: Result, title: str, size: float) -> Told:
+    """The mid of every second, quotes and fills; where seconds are missing, no book was known."""
+    maker, c, first_ns = result.maker, result.columns, result.maker.first_ns
+    seconds, mids = np.array(maker.seconds), np.array(maker.mids)
+    gaps = (np.diff(seconds) > NS).nonzero()[0] + 1
+    seconds, mids = np.insert(seconds, gaps, seconds[gaps - 1] + NS), np.insert(mids, gaps, np.nan)
+    draw_steps(ax, (seconds - first_ns) / MINUTE_NS, mids, BLACK, "mid")
+    for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
+        minutes = (c["time_ns"] - first_ns) / MINUTE_NS
+        draw_steps(ax, minutes, c[f"{name}_price"], color, f"our {name}", 0.4)
+        ours = [fill for fill in result.fills if fill.side == side]
+        if ours:
+            at = [(fill.recv_ns - first_ns) / MINUTE_NS for fill in ours]
+            ax.scatter(at, [fill.price for fill in ours], s=size, c=color, marker=marker, zorder=5,
+                       edgecolors="white", linewidths=0.3, label=mm.VERBS[side])  # fmt: skip
+    ax.ticklabel_format(axis="y", useOffset=False)
+    return title, "USDT", ""
+
+
+def plot_run(result: Result) -> list[Row]:
+    """The panels of a run: the first four over its time, then those of the ten minutes that lost
+    most. The shade of the result reaches from net up to its peak so far.
+    """
+    maker, c, coin = result.maker, result.columns, result.maker.instrument.base_coin
+    minutes = (c["time_ns"] - maker.first_ns) / MINUTE_NS
+    time_ns, held, captured, revaluation, fees, net = np.array(maker.account.path).reshape(-1, 6).T
+    x = (time_ns - maker.first_ns) / MINUTE_NS
     loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
     last = max(x[loss.argmax()], CLOSE_UP)
-    begin, end = np.searchsorted(minutes, (last - CLOSE_UP, last))
+    is_close = (minutes >= last - CLOSE_UP) & (minutes < last)
 
-    def plot_spread(ax: Any) -> None:
-        terms = [c[f"{name}_bps"] for name in TERMS]
+    def plot_inventory(ax: Any) -> Told:
+        draw_steps(ax, x, held, BLACK, "held")
+        ax.axhline(maker.parameters.max_inventory, color=RED, linewidth=1.0, label="limit")
+        ax.axhline(-maker.parameters.max_inventory, color=RED, linewidth=1.0)
+        return "Inventory", coin, ""
+
+    def plot_result(ax: Any) -> Told:
+        peak = np.maximum.accumulate(np.append(0.0, net))[1:]
+        if (net < peak).any():
+            ax.fill_between(x, net, peak, color=SKY, alpha=0.3, lw=0, step="post", label="drawdown")
+        draw_steps(ax, x, captured, GREEN, "spread captured")
+        draw_steps(ax, x, revaluation, BLUE, "+ revaluation")
+        draw_steps(ax, x, -fees, PINK, "- fees")
+        draw_steps(ax, x, net, BLACK, "= net", 1.4)
+        return "Result", "USDT", ""
+
+    def plot_spread(ax: Any) -> Told:
+        terms, colors = [c[f"{name}_bps"] for name in TERMS], (SKY, YELLOW, PINK)
         if np.isfinite(terms).any():
-            ax.stackplot(minutes, terms, labels=TERMS, colors=(mm.SKY, mm.YELLOW, mm.PINK),
-                         alpha=0.8, step="post")  # fmt: skip
+            ax.stackplot(minutes, terms, labels=TERMS, colors=colors, alpha=0.8, step="post")
         quoted = (c["ask_price"] - c["bid_price"]) / c["mid_price"] * 1e4
-        mm.draw_steps(ax, minutes, quoted, mm.BLACK, "as quoted", 0.7)
+        draw_steps(ax, minutes, quoted, BLACK, "as quoted", 0.7)
         ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
-        ax.set_xlabel(f"minutes since {clock_text(maker.first_ns)} UTC")
-        mm.finish_panel(ax, "Spread: its base by terms, and as quoted", "bps")
+        since = f"minutes since {clock_text(maker.first_ns)} UTC"
+        return "Spread: its base by terms, and as quoted", "bps", since
 
-    def plot_close_up(ax: Any) -> None:
-        mm.plot_prices(ax, maker, c)
-        _ = [fills.set_sizes([40]) for fills in ax.collections]
-        prices = [c[name][begin:end] for name in ("bid_price", "mid_price", "ask_price")]
-        ax.set_title("The ten minutes that lost most", loc="left", fontsize=10, fontweight="bold")
+    def plot_close_up(ax: Any) -> Told:
+        prices = [c[name][is_close] for name in ("bid_price", "mid_price", "ask_price")]
         ax.set(xlim=(last - CLOSE_UP, last), ylim=(np.nanmin(prices), np.nanmax(prices)))
+        return plot_prices(ax, result, "The ten minutes that lost most", 40)
 
-    def plot_queues(ax: Any) -> None:
-        for name, color in (("bid", mm.BLUE), ("ask", mm.RED)):
-            queue = c[f"{name}_queue"][begin:end]  # inf, where it was not shown, is a gap
-            mm.draw_steps(ax, minutes[begin:end], queue, color, f"ahead of our {name}")
-        mm.finish_panel(ax, "Queue", maker.instrument.base_coin)
+    def plot_queues(ax: Any) -> Told:
         ax.set_xlim(last - CLOSE_UP, last)
+        for name, color in (("bid", BLUE), ("ask", RED)):
+            queue = c[f"{name}_queue"][is_close]  # inf, where it was not shown, is a gap
+            draw_steps(ax, minutes[is_close], queue, color, f"ahead of our {name}")
+        return "Queue", coin, ""
 
-    rows.append((2.4, [plot_spread]))
-    if loss.max() > 0 and x[-1] > CLOSE_UP:
-        rows += [(3.6, [plot_close_up]), (1.8, [plot_queues])]
-    return rows + [(HEIGHT, [partial(plot_markouts, metrics=metrics)])] * bool(result.fills)
+    size = 30 if len(result.fills) < 300 else 15
+    prices = partial(plot_prices, result=result, title="Price", size=size)
+    rows = [(4.4, prices), (1.8, plot_inventory), (2.8, plot_result), (2.4, plot_spread)]
+    close_up = [(3.6, plot_close_up), (1.8, plot_queues)]
+    return rows + (close_up if loss.max() > 0 and x[-1] > CLOSE_UP else [])
 
 
-def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> None:
+def plot_markouts(ax: Any, metrics: Mapping[str, Any]) -> Told:
     """Markouts over the horizon, by side."""
-    colors, dodges = (mm.BLACK, mm.BLUE, mm.RED), (0, -0.05, 0.05)
+    colors, dodges = (BLACK, BLUE, RED), (0, -0.05, 0.05)
     for (name, cells), color, dodge in zip(metrics["markouts"].items(), colors, dodges):
         mean, half = np.array([(e.mean, e.half_width) for e in cells.values()]).T
         if np.isfinite(mean).any():
             ax.errorbar(np.arange(len(mean)) + dodge, mean, yerr=np.nan_to_num(half), color=color,
                         capsize=3, marker="o", markersize=4, linewidth=1.2, label=name)
     fee_bps = metrics["frictions"]["maker_fee_bps"]
-    ax.axhline(fee_bps, color=mm.PINK, linestyle="--", label="maker fee, to be earned")
+    ax.axhline(fee_bps, color=PINK, linestyle="--", label="maker fee, to be earned")
     ax.set_xticks(range(len(HORIZONS)), HORIZONS)
     ax.set_xlim(-0.2, len(HORIZONS) - 0.8)
-    ax.set_xlabel("after the fill; at 0 s it is the effective half spread")
-    mm.finish_panel(ax, "Markout of our fills ± 95 %; below 0: run over", "bps")
+    along = "after the fill; at 0 s it is the effective half spread"
+    return "Markout of our fills ± 95 %; below 0: run over", "bps", along
 
 
-def plot_bootstrap(ax: Any, b: Mapping[str, Any], what: str = "Net out of sample") -> None:
-    """How net scatters over the resamples, and the middle 95 % of it."""
-    for name, values, color in zip(b["fills"], b["drawn"], (mm.BLUE, mm.PINK, mm.GREEN)):
-        value, low, high = b["measures"][name]["net_usdt"]
-        ax.hist(values, bins=60, color=color, alpha=0.6, density=True,
-                label=f"{name}: {low:+.2f} to {high:+.2f}")  # fmt: skip
-        ax.axvline(value, color=color, linewidth=1.5)
-        ax.axvspan(low, high, color=color, alpha=0.15)
-    ax.axvline(0, color="grey", linewidth=0.8)
-    ax.set_yticks([])
-    ax.set_xlabel("net in a resample, USDT; line: as it was, shade: middle 95 %")
-    mm.finish_panel(ax, f"{what}: {b['periods']:,} minutes, resampled", "how often")
-
-
-def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]]) -> None:
+def plot_regimes(ax: Any, regimes: dict[str, dict[str, Any]]) -> Told:
     """Gross, fees and net of the minutes of each regime."""
     at = np.arange(len(regimes))
-    for k, (name, sign, color) in enumerate([("gross", 1, mm.GREEN), ("fees", -1, mm.PINK),
-                                             ("net", 1, mm.BLACK)]):  # fmt: skip
+    bars = ("gross", 1, GREEN), ("fees", -1, PINK), ("net", 1, BLACK)
+    for k, (name, sign, color) in enumerate(bars):
         heights = [sign * r[f"{name}_usdt"] for r in regimes.values()]
         ax.bar(at + 0.25 * (k - 1), heights, 0.25, color=color, label=f"{'- ' * (sign < 0)}{name}")
     half = [r["minutes"] * r["net_a_minute"].half_width for r in regimes.values()]
     ax.errorbar(at + 0.25, heights, yerr=np.nan_to_num(half), fmt="none", color="grey", capsize=3)
     ax.set_xticks(at, [f"{name}\n{r['minutes']:,} min" for name, r in regimes.items()])
-    mm.finish_panel(ax, "Result by regimes (net ± 95 %)", "USDT")
+    return "Result by regimes (net ± 95 %)", "USDT", ""
 
 
-def plot_trials(ax: Any, groups: Sequence[list[np.ndarray]], split: int) -> None:
+def plot_trials(ax: Any, groups: Sequence[list[np.ndarray]], split: int) -> Told:
     """Every trial's net a minute, in sample and out."""
     labels = "grid", "around its best", "as given", "best"
-    styles = (dict(s=14, color=mm.BLUE, alpha=0.6), dict(s=14, color=mm.GREEN, alpha=0.6),
-              dict(s=50, color=mm.BLACK, marker="D"), dict(s=170, color=mm.RED, marker="*"))
+    styles = (dict(s=14, color=BLUE, alpha=0.6), dict(s=14, color=GREEN, alpha=0.6),
+              dict(s=50, color=BLACK, marker="D"), dict(s=170, color=RED, marker="*"))
+    ax.margins(0.05)
     for group, label, style in zip(groups, labels, styles):
         if group:
             inside = [run[NET, :split].mean() for run in group]
             ax.scatter(inside, [run[NET, split:].mean() for run in group], label=label, **style)
     ax.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle=":")
-    ax.set_xlabel("in sample, USDT; dotted: as good out of it as in it")
-    mm.finish_panel(ax, "Net a minute of every trial", "out of sample, USDT")
-    ax.margins(0.05)
+    along = "in sample, USDT; dotted: as good out of it as in it"
+    return "Net a minute of every trial", "out of sample, USDT", along
 
 
-def plot_walk(ax: Any, windows: list[tuple], runs: Mapping[str, np.ndarray]) -> None:
+def plot_walk(ax: Any, windows: list[tuple], runs: Mapping[str, np.ndarray]) -> Told:
     """Net out of sample, joined, and what each choice promised in sample."""
     net, given = (np.append(0, np.cumsum(run[NET])) for run in runs.values())
     length = (len(net) - 1) // len(windows)
     for k, (_, _, inside) in enumerate(windows):
         at, end = k * length, (k + 1) * length
-        ax.plot([at, end], [net[at], net[at] + inside * length], color=mm.PINK, linestyle="--",
+        ax.plot([at, end], [net[at], net[at] + inside * length], color=PINK, linestyle="--",
                 linewidth=1.2, label="" if k else "as promised in sample")  # fmt: skip
         ax.axvline(at, color="grey", linestyle=":", linewidth=0.8)
-    ax.plot(given, color=mm.SKY, linewidth=1.2, label="as given")
-    ax.plot(net, color=mm.BLACK, linewidth=1.4, label="walk-forward")
-    ax.set_xlabel(f"minutes since {clock_text(windows[0][0])} UTC")
-    mm.finish_panel(ax, "Walk-forward: net out of sample", "USDT")
+    ax.plot(given, color=SKY, linewidth=1.2, label="as given")
+    ax.plot(net, color=BLACK, linewidth=1.4, label="walk-forward")
+    since = f"minutes since {clock_text(windows[0][0])} UTC"
+    return "Walk-forward: net out of sample", "USDT", since
 
 
 # ---- Command line ------------------------------------------------------------------
 
 GRACE_S = 0.3  # for a worker to end by itself
-EACH = {  # metrics of --each: label, format
-    "net_usdt": ("net", "+.2f"), "gross_usdt": ("gross", "+.2f"), "fees_usdt": ("fees", ".2f"),
-    "fills": ("fills", ".0f"), "spread_captured_usdt": ("captured", "+.2f"),
-    "inventory_std": ("inventory_sd", ".4f"), "max_drawdown_usdt": ("drawdown", ".2f"),
+EACH = {  # columns of --each: metric, format
+    "net": ("net_usdt", "+.2f"), "gross": ("gross_usdt", "+.2f"), "fees": ("fees_usdt", ".2f"),
+    "fills": ("fills", ".0f"), "captured": ("spread_captured_usdt", "+.2f"),
+    "inventory_sd": ("inventory_std", ".4f"), "drawdown": ("max_drawdown_usdt", ".2f"),
 }  # fmt: skip
 SEARCH = {"tune", "walk_forward"}
 NEEDS = {  # flags that change nothing without one of others, and flags that exclude others
@@ -1083,9 +1127,10 @@ NEEDS = {  # flags that change nothing without one of others, and flags that exc
 EXCLUDES = {"log": SEARCH, "each": SEARCH | {"bootstrap", "regimes", "plot", "log", "out"}}
 
 
-def check_flags(options: argparse.Namespace) -> None:
-    """UserError for a flag that would be taken and ignored."""
-    default = build_arguments().get_default
+def run(options: argparse.Namespace) -> None:
+    """Check what was asked before the work; then play once, or search."""
+    # No flag is taken and ignored.
+    default, plot = build_arguments().get_default, options.plot
     given = {name for name, value in vars(options).items() if value != default(name)}
     for name in sorted(given):
         needed, excluded = NEEDS.get(name, given), given & EXCLUDES.get(name, set())
@@ -1097,28 +1142,23 @@ def check_flags(options: argparse.Namespace) -> None:
         raise UserError("--tune and --walk-forward take one --strategy: leave the others out")
     if options.log and options.log.parent == options.out:
         raise UserError(f"--log {options.log} lies in --out, with its files: choose another folder")
-
-
-def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
-    """Check what was asked before the work; then play once, or search."""
-    check_flags(options)
     _ = [mm.load_strategy(name) for name in options.strategy]  # raises what is wrong with one
+    # Nothing is played twice, and there is enough of it.
     options.data = [file for path in options.data for file in list_recordings(path)]
     for flag, values in (("--data", options.data), ("--strategy", options.strategy)):
         if len({*map(os.path.realpath, values)}) < len(values):
             raise UserError(f"{flag} has something twice: leave one of them out")
     if options.each:
         return run_each(options)
-    setting, is_search = make_setting(options), options.tune or options.walk_forward
-    minutes = len(setting.data.minutes_ns)
+    setting = make_setting(options)
+    minutes, need_many = len(setting.data.minutes_ns), SEARCH | {"bootstrap"}
     least = 10 * max(3, (options.walk_forward or 0) + LOOK_BACK)  # ten a part, or a window
-    if minutes < least and (is_search or options.bootstrap):
+    if minutes < least and given & need_many:
         raise UserError(f"{minutes} minutes of data are fewer than the {least} that --bootstrap, "
                         "--tune or --walk-forward need: give more --data")  # fmt: skip
-    plot = options.plot or Path("none.png")
-    if plot.suffix != ".png" or (plot.parent != options.out and not plot.parent.is_dir()):
+    if plot and (plot.suffix != ".png" or not (plot.parent == options.out or plot.parent.is_dir())):
         raise UserError(f"--plot {plot} cannot be written: choose a .png in a folder")
-    run_search(options, setting, executor) if is_search else run_once(options, setting)
+    run_search(options, setting) if given & SEARCH else run_once(options, setting)
 
 
 def list_recordings(path: Path) -> list[Path]:
@@ -1149,17 +1189,15 @@ def run_each(options: argparse.Namespace) -> None:
         setting = make_setting(options, path)
         for name in options.strategy:
             metrics = measure(play(replace(setting, strategy=name), stop=stop))
-            measured[name].append([metrics[measure] for measure in EACH])
+            measured[name].append([metrics[metric] for metric, _ in EACH.values()])
         if stop.is_set:
             return print("stopped: nothing is said of a part of the files", file=sys.stderr)
     tables = {name: np.array(rows, float) for name, rows in measured.items()}
     for name, other in zip(options.strategy, options.strategy[1:2]):
         tables[f"{name} - {other}"] = tables[name] - tables[other]
-
     for name, values in tables.items():
-        rows = [[f"{name}, USDT", *(label for label, _ in EACH.values())]]
-        names = [path.name for path in options.data]
-        lines = [*zip(names, values), ("mean", values.mean(axis=0))]
+        rows = [[f"{name}, USDT", *EACH]]
+        lines = [*zip([path.name for path in options.data], values), ("mean", values.mean(axis=0))]
         if len(values) > 1:
             lines.append(("standard error", values.std(axis=0, ddof=1) / math.sqrt(len(values))))
         for label, numbers in lines:
@@ -1174,46 +1212,43 @@ def run_once(options: argparse.Namespace, setting: Setting) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     log = feed.GrowingFile(options.log) if options.log else None
     with contextlib.closing(log) if log else contextlib.nullcontext():
-        result = play(setting, log=log, stop=stop)
-    metrics = measure(result) | {"seed": options.seed}
-    runs = {setting.strategy: cut_into_minutes(result)}
-    texts, rows = [format_table(metrics, result)], []
-    for name in options.strategy[1:] if not stop.is_set else ():
-        other = play(replace(setting, strategy=name), stop=stop)
-        runs[name] = cut_into_minutes(other)
-        texts.append("\n" + format_table(measure(other), other))
+        results = [play(setting, log=log, stop=stop)]
+    for name in options.strategy[1:]:
+        if not stop.is_set:
+            results.append(play(replace(setting, strategy=name), stop=stop))
+    measured, result = [measure(result) for result in results], results[0]
+    texts, rows = ["\n\n".join(map(format_table, measured, results))], []
+    metrics = measured[0] | {"seed": options.seed}
     # What is said of whole minutes, if no run was cut short.
     if options.bootstrap and not stop.is_set:
+        runs = {result.setting.strategy: cut_into_minutes(result) for result in results}
         metrics["bootstrap"] = b = resample(runs, options.bootstrap, default_rng(options.seed))
-        rows.append((HEIGHT, [partial(plot_bootstrap, b=b, what="Net")]))
         texts.append("\n" + format_bootstrap(b, "Bootstrap"))
     if options.regimes and not stop.is_set:
         metrics["regimes"] = regimes = summarize_regimes(result)
-        rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
+        rows.append((HEIGHT, partial(plot_regimes, regimes=regimes)))
         texts.append("\n" + format_regimes(regimes, "of all minutes"))
     files = list_results(result, metrics, options.out) if options.out else {}
     if options.plot:
         title = f"{result.title}\nseed {options.seed}, version {setting.version}"
         shades = (np.array(setting.outages).reshape(-1, 2) - result.maker.first_ns) / MINUTE_NS
-        files[options.plot] = partial(mm.draw_figure, plot_run(result, metrics) + rows, title,
-                                      shared=4, shades=shades)  # fmt: skip
-    finish(files, texts, stop.is_set, log)
+        markouts = [(HEIGHT, partial(plot_markouts, metrics=metrics))] * bool(result.fills)
+        panels = plot_run(result) + markouts + rows
+        files[options.plot] = draw_figure(panels, title, shared=4, shades=shades)
+    finish(files, texts, stop.is_set, [log.failure] if log and log.failure else [])
 
 
-def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
-           log: feed.GrowingFile | None = None) -> None:  # fmt: skip
-    """Write files, of a text or by a function of the path; then print. What failed is told after
-    all the rest (UserError). A stopped run's files have names of their own, and replace no others.
+def finish(files: Mapping[Path, bytes], texts: list[str], is_stopped: bool,
+           failed: Sequence[str] = ()) -> None:  # fmt: skip
+    """Write files, then print texts. What failed is told after all the rest (UserError). A stopped
+    run's files have names of their own, and replace no others.
     """
-    failed = [log.failure] if log and log.failure else []
+    failed = [*failed]
     for path, content in files.items():
         path = path.with_name(f"stopped-{path.name}") if is_stopped else path
         try:
-            if isinstance(content, str):
-                feed.write_whole(path, partial(Path.write_text, data=content, encoding="utf-8"))
-            else:
-                content(path)
-                texts.append(f"plot: {path}")
+            feed.write_whole(path, partial(Path.write_bytes, data=content))
+            texts += [f"plot: {path}"] * (path.suffix == ".png")
         except (UserError, OSError) as error:
             failed.append(f"{path}: {error.strerror}" if isinstance(error, OSError) else f"{error}")
     print("\n".join(texts))
@@ -1221,48 +1256,47 @@ def finish(files: Mapping[Path, Any], texts: list[str], is_stopped: bool,
         raise UserError("; ".join(failed))
 
 
-def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[Path, Any]:
+def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[Path, bytes]:
     """metrics.json, and as CSV the orders wanted (when something was sent), fills, equity."""
-    c, digits = result.columns, result.maker.instrument.digits
-    quotes = ["time_ns,bid_price,bid_qty,ask_price,ask_qty"]
+    c, digits, quotes = result.columns, result.maker.instrument.digits, []
     for k in result.sent:
         orders = [(c[f"{side}_price"][k], c[f"{side}_qty"][k]) for side in ("bid", "ask")]
-        cells = [f"{p:.{digits}f},{mm.plain(qty)}" if p == p else "," for p, qty in orders]
-        quotes.append(",".join([str(c["time_ns"][k]), *cells]))
+        cells = [[f"{p:.{digits}f}", qty] if p == p else ["", ""] for p, qty in orders]
+        quotes.append([c["time_ns"][k], *cells[0], *cells[1]])
+    fills = [[f.time_ns, f.recv_ns, "buy" if f.side == BID else "sell", *f[3:8], f.rule]
+             for f in result.fills]  # fmt: skip
+    equity = zip(c["time_ns"], c["mid_price"], c["inventory"], c["equity"] + c["fees_paid"],
+                 c["fees_paid"], c["equity"])  # fmt: skip
+    files = {folder / "metrics.json": to_json(metrics)}
+    for name, header, rows in (
+        ("quotes.csv", "time_ns,bid_price,bid_qty,ask_price,ask_qty", quotes),
+        ("fills.csv", "time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead,rule", fills),
+        ("equity.csv", "time_ns,mid_price,inventory,gross,fees,net", equity),
+    ):
+        texts = ([mm.plain(x) if isinstance(x, float) else str(x) for x in row] for row in rows)
+        files[folder / name] = "\n".join([header, *map(",".join, texts), ""]).encode()
+    return files
 
-    fills = ["time_ns,recv_ns,side,price,qty,fee,mid_price,queue_ahead,rule"]
-    for f in result.fills:
-        side, numbers = "buy" if f.side == feed.BID else "sell", ",".join(map(mm.plain, f[3:8]))
-        fills.append(f"{f.time_ns},{f.recv_ns},{side},{numbers},{f.rule}")
 
-    equity, gross = ["time_ns,mid_price,inventory,gross,fees,net"], c["equity"] + c["fees_paid"]
-    table = (c["time_ns"], c["mid_price"], c["inventory"], gross, c["fees_paid"], c["equity"])
-    for time_ns, *values in zip(*table):
-        equity.append(",".join([str(time_ns), *map(mm.plain, values)]))
-    tables = {"quotes.csv": quotes, "fills.csv": fills, "equity.csv": equity}
-    texts = {folder / name: "\n".join(lines) + "\n" for name, lines in tables.items()}
-    return {folder / "metrics.json": to_json(metrics), **texts}
-
-
-def to_json(values: Any) -> str:
+def to_json(values: Any) -> bytes:
     """Values as JSON, which knows no nan and no inf; arrays, there to be drawn, are left out."""
     text = json.dumps(values, default=lambda value: value.item() if isinstance(value, np.generic)
                       else getattr(value, "__dict__", None))  # fmt: skip
-    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1) + "\n"
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1).encode() + b"\n"
 
 
-def run_search(options: argparse.Namespace, setting: Setting, executor: Executor | None) -> None:
+def run_search(options: argparse.Namespace, setting: Setting) -> None:
     """--tune, --walk-forward: search, report, write."""
     grid, objective = parse_grid(options.grid or DEFAULT_GRID, setting), options.objective
     folder = options.out or Path("tuning")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trials-{setting.version}.jsonl"  # trials of different kinds never mix
-    workers = min(options.workers, len(opt.expand_grid(grid)))
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
-    with contextlib.nullcontext(executor) if executor else start_workers(workers) as pool:
+    points = opt.expand_grid(grid)
+    with start_workers(min(options.workers, len(points))) as pool:
         stop = feed.StopSignal()
         play_all = partial(try_all, setting=setting, path=path, executor=pool, stop=stop)
-        trials, finer, given = play_all([{}, *opt.expand_grid(grid)]), [], None
+        trials, finer, given = play_all([{}, *points]), [], None
         if trials and not trials[0][0]:  # after a stop it may be missing
             _, given = trials.pop(0)
         if options.tune and not stop.is_set:
@@ -1278,8 +1312,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         if not stop.is_set and r["is_better"]:
             files[folder / "best.json"] = to_json(setting.given | r["best"])
         runs = [run for _, run in trials], [run for _, run in finer], [given], [r["run"]]
-        rows.append((4.4, [partial(plot_trials, groups=runs, split=r["split"])]))
-        rows.append((HEIGHT, [partial(plot_bootstrap, b=r["out_of_sample"])]))
+        rows.append((4.4, partial(plot_trials, groups=runs, split=r["split"])))
     if options.walk_forward and not stop.is_set:
         windows, span, walk = walk_forward(setting, trials, options.walk_forward, objective, stop)
     if options.walk_forward and not stop.is_set:  # subtle: the walk may have been stopped
@@ -1287,12 +1320,12 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
         texts.append("\n" + format_walk(windows, runs["walk-forward"], walk.columns))
         joined = resample(runs, count, default_rng(options.seed))
         texts.append(format_bootstrap(joined, "Out of sample, windows joined"))
-        rows.append((HEIGHT, [partial(plot_walk, windows=windows, runs=runs)]))
+        rows.append((HEIGHT, partial(plot_walk, windows=windows, runs=runs)))
     if options.regimes and not stop.is_set:
         regimes = summarize_regimes(play(setting.change(r["best"])) if options.tune else walk)
         whose = "of the best" if options.tune else "of the walk-forward"
         texts.append("\n" + format_regimes(regimes, whose + ", all minutes"))
-        rows.append((HEIGHT, [partial(plot_regimes, regimes=regimes)]))
+        rows.append((HEIGHT, partial(plot_regimes, regimes=regimes)))
     if stop.is_set:
         title += "   STOPPED EARLY"
         texts.append("stopped: the same command goes on from the trials that are kept")
@@ -1300,7 +1333,7 @@ def run_search(options: argparse.Namespace, setting: Setting, executor: Executor
     if rows and options.plot:
         title += f"\n{setting.words}, by {objective}, {' '.join(options.grid or DEFAULT_GRID)}"
         title += f"\nseed {options.seed}, version {setting.version}"
-        files[options.plot] = partial(mm.draw_figure, rows, title)
+        files[options.plot] = draw_figure(rows, title)
     finish(files, texts, stop.is_set)
 
 
@@ -1373,10 +1406,10 @@ def build_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None, executor: Executor | None = None) -> int:
-    """python backtest.py; the exit status. A search runs on the executor's workers, if given."""
+def main(arguments: list[str] | None = None) -> int:
+    """python backtest.py; the exit status."""
     options = build_arguments().parse_args(arguments)
-    return feed.exit_cleanly(lambda: run(options, executor))
+    return feed.exit_cleanly(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ import re
 import runpy
 import shutil
 import sys
-import textwrap
 import time
 from array import array
 from collections import Counter, deque
@@ -823,104 +822,6 @@ def summarize(maker: MarketMaker) -> list[tuple[str, str]]:
 def table(rows: Iterable[tuple[str, str]], width: int = 15) -> str:
     """Lines: the texts right of their labels, which are cut before the texts are."""
     return dash_unknown("".join(f"{label[: width - 1]:<{width}}{text}\n" for label, text in rows))
-
-
-# ---- Pictures ----------------------------------------------------------------------
-#
-# A panel is a function of an axes. The same panels serve here and in backtest.py.
-
-BLACK, BLUE, RED, GREEN = "black", "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, which
-SKY, YELLOW, PINK = "#56B4E9", "#F0E442", "#CC79A7"  # colour-blind readers can tell apart
-Panel = Callable[[Any], None]
-
-
-def finish_panel(ax: Any, title: str, label: str) -> None:
-    """Title at the left, legend beside it, above the data; unit at the axis."""
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    ax.set_ylabel(label)
-    ax.margins(x=0.01)
-    ax.grid(alpha=0.25, linewidth=0.5)
-    if ax.get_ylim()[0] < 0 < ax.get_ylim()[1]:
-        ax.axhline(0, color="grey", linewidth=0.7)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6, frameon=False,
-                  fontsize=8.5, handlelength=1.3, columnspacing=1.0, borderpad=0.2)  # fmt: skip
-
-
-def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: float = 1.0) -> None:
-    """A curve of values that each hold until the next; nan is a gap, and nan alone no curve."""
-    if np.isfinite(values).any():
-        ax.step(x, values, color, where="post", linewidth=width, label=label)
-
-
-def follow_account(maker: MarketMaker) -> tuple[np.ndarray, ...]:
-    """Minutes of the run, inventory, spread captured, revaluation, fees, equity: see `note`."""
-    times_ns, *columns = np.array(maker.account.path).reshape(-1, 6).T
-    return ((times_ns - maker.first_ns) / MINUTE_NS, *columns)
-
-
-def plot_prices(ax: Any, maker: MarketMaker, c: dict[str, np.ndarray]) -> None:
-    """The mid of every second, quotes and fills; where seconds are missing, no book was known."""
-    seconds, mids = np.array(maker.seconds), np.array(maker.mids)
-    gaps = (np.diff(seconds) > NS).nonzero()[0]
-    seconds, mids = np.insert(seconds, gaps + 1, seconds[gaps] + NS), np.insert(mids, gaps + 1, NAN)
-    draw_steps(ax, (seconds - maker.first_ns) / MINUTE_NS, mids, BLACK, "mid")
-    x = (c["time_ns"] - maker.first_ns) / MINUTE_NS
-    for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
-        draw_steps(ax, x, c[f"{name}_price"], color, f"our {name}", 0.4)
-        ours = [fill for fill in maker.account.fills if fill.side == side]
-        if ours:
-            at = [(fill.recv_ns - maker.first_ns) / MINUTE_NS for fill in ours]
-            ax.scatter(at, [fill.price for fill in ours], s=30 if len(ours) < 150 else 15, c=color,
-                       marker=marker, edgecolors="white", linewidths=0.3, zorder=5,
-                       label=VERBS[side])  # fmt: skip
-    ax.ticklabel_format(axis="y", useOffset=False)
-    finish_panel(ax, "Price", "USDT")
-
-
-def plot_rows(maker: MarketMaker, c: dict[str, np.ndarray]) -> list[tuple[float, list[Panel]]]:
-    """Prices with our fills, inventory and result, over the minutes of a run. The shade reaches
-    from net up to its peak so far.
-    """
-    x, inventory, captured, revaluation, fees, net = follow_account(maker)
-
-    def plot_inventory(ax: Any) -> None:
-        draw_steps(ax, x, inventory, BLACK, "held")
-        ax.axhline(maker.parameters.max_inventory, color=RED, linewidth=1.0, label="limit")
-        ax.axhline(-maker.parameters.max_inventory, color=RED, linewidth=1.0)
-        finish_panel(ax, "Inventory", maker.instrument.base_coin)
-
-    def plot_result(ax: Any) -> None:
-        peak = np.maximum.accumulate(np.append(0.0, net))[1:]
-        if (net < peak).any():
-            ax.fill_between(x, net, peak, color=SKY, alpha=0.3, lw=0, step="post", label="drawdown")
-        draw_steps(ax, x, captured, GREEN, "spread captured")
-        draw_steps(ax, x, revaluation, BLUE, "+ revaluation")
-        draw_steps(ax, x, -fees, PINK, "- fees")
-        draw_steps(ax, x, net, BLACK, "= net", 1.4)
-        finish_panel(ax, "Result", "USDT")
-
-    prices = partial(plot_prices, maker=maker, c=c)
-    return [(4.4, [prices]), (1.8, [plot_inventory]), (2.8, [plot_result])]
-
-
-def draw_figure(rows: list[tuple[float, list[Panel]]], title: str, path: Path, shared: int = 0,
-                shades: Any = ()) -> None:  # fmt: skip
-    """Panels, with heights in inches, as a PNG; the first `shared` have one x axis and shades."""
-    from matplotlib.figure import Figure  # slow to import
-
-    heights, panels = zip(*rows)
-    figure = Figure(figsize=(8.8, sum(heights)), layout="constrained")
-    figure.suptitle("\n".join(textwrap.fill(line, 105) for line in title.splitlines()), fontsize=10)
-    axes = figure.subplots(len(rows), squeeze=False, height_ratios=heights)[:, 0]
-    for k, (ax, (panel,)) in enumerate(zip(axes, panels)):
-        panel(ax)
-        for begin, end in shades if k < shared else ():
-            ax.axvspan(begin, end, color="grey", alpha=0.25, linewidth=0)
-    for k in range(1, shared):
-        axes[k].sharex(axes[0])
-        axes[k - 1].tick_params(labelbottom=False)
-    feed.write_whole(path, partial(figure.savefig, dpi=150, format="png"))
 
 
 # ---- Running -----------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """The pictures of the README that no command of the program draws.
 
-    python data/pictures.py    writes jump, program, inventory and timeline.png beside this file
+    python data/pictures.py    writes session, jump, program, inventory and timeline.png beside it
 
-Each panel is a function of an axes, as in marketmaker.py. inventory.png plays a simulated path
-(experiments.py makes it), timeline.png the sample; what they show is SYNTHETIC.
+Panels are as in backtest.py. inventory.png plays a simulated path (experiments.py makes it),
+session.png and timeline.png the sample; what they show is SYNTHETIC.
 """
 
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +21,68 @@ import backtest
 import feed
 import marketmaker as mm
 import optimize as opt
+from backtest import BLACK, BLUE, PINK, RED, SKY, Told
 from feed import NS
 
 FOLDER = Path(__file__).resolve().parent
 TICK, START_S = 0.1, 1_767_225_600  # USDT; where the sample's clock begins
 
 
-def plot_jump(ax: Any) -> None:
+def play(path: Path, **given: Any) -> backtest.Result:
+    """A run over one recording."""
+    return backtest.play(backtest.Setting((backtest.stamp_file(path),), (), given, "lp", {}))
+
+
+def plot_jump(ax: Any) -> Told:
     """The half-spread before, at and after a jump of the mid."""
     seconds = range(-90, 120)
     now, average = experiments.follow_jump(seconds).T
-    ax.step(seconds, now, mm.BLACK, where="post", label="from the volatility of now")
-    ax.step(seconds, average, mm.RED, where="post", label="from its average")
+    ax.step(seconds, now, BLACK, where="post", label="from the volatility of now")
+    ax.step(seconds, average, RED, where="post", label="from its average")
     ax.set_xlim(-20, 110)
-    ax.set_xlabel("seconds after a jump of the mid by 50 bps")
-    mm.finish_panel(ax, "Half the base spread", "bps")
+    return "Half the base spread", "bps", "seconds after a jump of the mid by 50 bps"
 
 
-def plot_cost(ax: Any, q: float = 0.5) -> None:
+def plot_cost(ax: Any, q: float = 0.5) -> Told:
     """The cost of every lean at the width S, as it is and by coarse chords."""
     lean = np.linspace(-1, 1, 401)
     cost = opt.cost_function((1 + lean) / 2, (1 - lean) / 2, q, 1.0, 1.0)
-    ax.plot(lean, cost, mm.BLACK, label=f"C at q = {q:g}")
+    ax.plot(lean, cost, BLACK, label=f"C at q = {q:g}")
     grid = np.linspace(-1, 1, 9)
     at_grid = opt.cost_function((1 + grid) / 2, (1 - grid) / 2, q, 1.0, 1.0)
-    ax.plot(grid, at_grid, mm.SKY, marker="o", markersize=4,
+    ax.plot(grid, at_grid, SKY, marker="o", markersize=4,
             label="by 8 chords; the program has finer ones")  # fmt: skip
     best = opt.solve_quote(q, 1.0, 1.0, 1 / 64)
     s = best.bid_distance - best.ask_distance
-    ax.axvline(s, color=mm.RED, linestyle="--", label=f"the program: s = {s:.2f}")
-    ax.set_xlabel("lean s = d_b - d_a: right of 0 it would rather sell")
-    mm.finish_panel(ax, "Cost of a quote of width S", "cost")
+    ax.axvline(s, color=RED, linestyle="--", label=f"the program: s = {s:.2f}")
+    along = "lean s = d_b - d_a: right of 0 it would rather sell"
+    return "Cost of a quote of width S", "cost", along
 
 
-def plot_lean(ax: Any) -> None:
+def plot_lean(ax: Any) -> Told:
     """How the quote leans with the inventory, and where an edge stops it."""
     qs = np.linspace(-1, 1, 201)
-    for alpha, color in ((0.25, mm.SKY), (1.0, mm.BLACK), (4.0, mm.RED)):
+    for alpha, color in ((0.25, SKY), (1.0, BLACK), (4.0, RED)):
         solved = [opt.solve_quote(float(q), alpha, 1.0, 0.25) for q in qs]
         ax.plot(qs, [x.bid_distance for x in solved], color, label=f"bid, alpha {alpha:g}")
         ax.plot(qs, [x.ask_distance for x in solved], color, linestyle=":")
     ax.axhline(0.25, color="grey", linewidth=0.8)
-    ax.set_xlabel("inventory q, share of the limit; dotted: the ask; grey: the edge d_min")
-    mm.finish_panel(ax, "Distances from the mid", "S")
+    along = "inventory q, share of the limit; dotted: the ask; grey: the edge d_min"
+    return "Distances from the mid", "S", along
 
 
-def plot_inventory(ax: Any) -> None:
+def plot_inventory(ax: Any) -> Told:
     """One path, with and without a lean."""
-    for alpha, color in ((0.0, mm.RED), (1.0, mm.BLACK)):
-        stamps = (backtest.stamp_file(experiments.PATHS[0]),)
-        setting = backtest.Setting(stamps, (), {"alpha": alpha}, "lp", {})
-        c = backtest.play(setting).columns
+    for alpha, color in ((0.0, RED), (1.0, BLACK)):
+        c = play(experiments.PATHS[0], alpha=alpha).columns
         minutes = (c["time_ns"] - c["time_ns"][0]) / backtest.MINUTE_NS
         ax.step(minutes, c["inventory"], color, where="post", linewidth=0.9,
                 label=f"alpha {alpha:g}")  # fmt: skip
     ax.axhline(0, color="grey", linewidth=0.6)
-    ax.set_xlabel("minutes of path 1, SYNTHETIC")
-    mm.finish_panel(ax, "Inventory, with the lean and without", "BTC")
+    return "Inventory, with the lean and without", "BTC", "minutes of path 1, SYNTHETIC"
 
 
-def plot_life(ax: Any, fill: mm.Fill, tape: feed.Tape) -> None:
+def plot_life(ax: Any, fill: mm.Fill, tape: feed.Tape) -> Told:
     """The price around an order's life, by the exchange's clock."""
     book_s, trade_s = (x / NS - START_S for x in (tape.exch_ns[tape.is_book], tape.trade_ns))
     arrival_s, fill_s, later_s = (x / NS - START_S for x in (fill.arrival_ns, fill.time_ns,
@@ -87,53 +91,63 @@ def plot_life(ax: Any, fill: mm.Fill, tape: feed.Tape) -> None:
     is_near = (trade_s > arrival_s - 1) & (trade_s < later_s + 1)
     sold = is_near & (tape.trade_level > 0)
     ax.scatter(trade_s[sold], tape.trade_level[sold] * TICK, s=12 * tape.trade_size[sold],
-               color=mm.SKY, label="sellers' trades")  # fmt: skip
-    ax.step(book_s, mids, mm.BLACK, where="post", linewidth=0.9, label="mid")
-    ax.plot([arrival_s, fill_s], [fill.price] * 2, mm.BLUE, linewidth=2, label="our bid stands")
-    ax.plot(fill_s, fill.price, "^", color=mm.BLUE, markersize=9, label="filled")
+               color=SKY, label="sellers' trades")  # fmt: skip
+    ax.step(book_s, mids, BLACK, where="post", linewidth=0.9, label="mid")
+    ax.plot([arrival_s, fill_s], [fill.price] * 2, BLUE, linewidth=2, label="our bid stands")
+    ax.plot(fill_s, fill.price, "^", color=BLUE, markersize=9, label="filled")
     mid_later = mids[np.searchsorted(book_s, later_s, "right") - 1]
-    arrow = {"color": mm.RED, "arrowstyle": "->"}
+    arrow = {"color": RED, "arrowstyle": "->"}
     ax.annotate("", (later_s, mid_later), (later_s, fill.price), arrowprops=arrow)
     markout = (mid_later / fill.price - 1) * 1e4
-    ax.text(later_s + 0.1, fill.price, f"markout after 1 s:\n{markout:.2f} bps", color=mm.RED)
+    ax.text(later_s + 0.1, fill.price, f"markout after 1 s:\n{markout:.2f} bps", color=RED)
     decided_s, heard_s = arrival_s - 0.1, fill.recv_ns / NS - START_S  # a latency of 100 ms
     for k, at_s in enumerate((decided_s, heard_s)):
         label = "" if k else "decided, heard (our clock)"
-        ax.axvline(at_s, color=mm.PINK, linestyle=":", label=label)
+        ax.axvline(at_s, color=PINK, linestyle=":", label=label)
     ax.set_xlim(arrival_s - 1, later_s + 2)
     ax.set_ylim(mid_later - 3, fill.price + 14)
-    ax.set_xlabel("seconds into the sample, by the exchange's clock")
-    mm.finish_panel(ax, "One fill", "USDT")
+    return "One fill", "USDT", "seconds into the sample, by the exchange's clock"
 
 
-def plot_queue(ax: Any, fill: mm.Fill, tape: feed.Tape) -> None:
+def plot_queue(ax: Any, fill: mm.Fill, tape: feed.Tape) -> Told:
     """The queue ahead of the order, print by print of the trades that filled it."""
     level = round(fill.side * fill.price / TICK)
     prints = tape.trade_size[(tape.trade_level == level) & (tape.trade_ns == fill.time_ns)]
     queue = fill.queue_at_arrival - np.cumsum(np.append(0.0, prints))
     labels = ["on arrival", *(f"after a print\nof {size:g}" for size in prints)]
-    ax.bar(range(len(queue)), queue.clip(0), 0.6, color=mm.BLUE, label="ahead of us")
+    ax.bar(range(len(queue)), queue.clip(0), 0.6, color=BLUE, label="ahead of us")
     for k, size in enumerate(queue):
         ax.text(k, max(size, 0) + 0.02, f"{size:.3f}" if size > 0 else "filled", ha="center")
     ax.set_xticks(range(len(queue)), labels)
     ax.set_ylim(0, 1.3)
-    mm.finish_panel(ax, "The queue ahead of our bid", "BTC")
+    return "The queue ahead of our bid", "BTC", ""
 
 
 def main() -> int:
     """Draw all of them; the exit status."""
     with ProcessPoolExecutor() as pool:
         experiments.make_paths(pool)
-    draw = partial(mm.draw_figure, shared=0)
-    draw([(2.6, [plot_jump])], "Which volatility makes the spread?", FOLDER / "jump.png")
-    draw([(2.8, [plot_cost]), (2.8, [plot_lean])], "The program", FOLDER / "program.png")
-    draw([(2.6, [plot_inventory])], "Inventory control", FOLDER / "inventory.png")
 
+    # The first panels of a run, over the first twenty minutes of the sample.
+    with tempfile.TemporaryDirectory() as folder:
+        first = Path(folder) / "first.jsonl"
+        lines = takewhile(lambda line: line[0] <= (START_S + 1200) * NS, feed.read_lines(mm.SAMPLE))
+        first.write_text("".join(f"{time_ns} {text}\n" for time_ns, text in lines))
+        session = backtest.plot_run(play(first))[:3]
     # The 27th fill of the sample, which the README follows by hand.
-    setting = backtest.Setting((backtest.stamp_file(mm.SAMPLE),), (), {}, "lp", {})
-    life = {"fill": backtest.play(setting).fills[26], "tape": setting.data.tapes[0]}
-    rows = [(3.0, [partial(plot_life, **life)]), (2.0, [partial(plot_queue, **life)])]
-    draw(rows, "The life of an order, SYNTHETIC sample", FOLDER / "timeline.png")
+    sample = play(mm.SAMPLE)
+    life = {"fill": sample.fills[26], "tape": sample.setting.data.tapes[0]}
+    timeline = [(3.0, partial(plot_life, **life)), (2.0, partial(plot_queue, **life))]
+
+    for name, rows, title in (
+        ("session", session, "BTCUSDT linear, SYNTHETIC sample: minutes since the start"),
+        ("jump", [(2.6, plot_jump)], "Which volatility makes the spread?"),
+        ("program", [(2.8, plot_cost), (2.8, plot_lean)], "The program"),
+        ("inventory", [(2.6, plot_inventory)], "Inventory control"),
+        ("timeline", timeline, "The life of an order, SYNTHETIC sample"),
+    ):
+        picture = backtest.draw_figure(rows, title, shared=3 * (name == "session"))
+        (FOLDER / f"{name}.png").write_bytes(picture)
     return 0
 
 
