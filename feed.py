@@ -483,9 +483,8 @@ class GrowingFile:
                 self.file.truncate(size)
 
     def record(self, recv_ns: int, text: str) -> None:
-        """Take one line; it is on disk after FLUSH_S if flush is called meanwhile."""
+        """Take one line; flush puts it on disk."""
         self.lines.append((time.monotonic(), f"{recv_ns} {text}\n"))
-        self.flush(FLUSH_S)
 
     def flush(self, min_age_s: float = 0.0) -> None:
         """Add what waits as a complete gzip member, if the oldest has waited for min_age_s."""
@@ -856,8 +855,7 @@ class StopSignal:
     came = is_set = False  # to any of them, for exit_cleanly; to this one
 
     def __init__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._note)
+        signal.signal(signal.SIGINT, self._note)
 
     def _note(self, *_: Any) -> None:
         self.is_set = StopSignal.came = True
@@ -867,9 +865,8 @@ class StopSignal:
 def exit_cleanly(run: Callable[[], None]) -> int:
     """Run a command: 0, 130 after Ctrl-C, 2 and one line on stderr for what the user can mend."""
     StopSignal.came = False
-    if threading.current_thread() is threading.main_thread():  # SIGTERM as Ctrl-C
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's & ignores it
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's & ignores it
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # there may be none
             stream.reconfigure(errors="replace")

@@ -441,8 +441,7 @@ def test_lines_are_on_disk_for_any_gzip_once_the_oldest_has_waited(tmp_path, mon
         now_s[0] += wait_s
         if text:
             recorder.record(1, text)
-        else:
-            recorder.flush(feed.FLUSH_S)
+        recorder.flush(feed.FLUSH_S)
         on_disk.append(subprocess.run(command, stdout=subprocess.PIPE).stdout)
     whole = b"1 a\n1 b\n1 c\n1 d\n"  # c is young, though the file is not
     assert on_disk == [b"", b"", whole[:8], whole[:8], whole[:8], whole]
