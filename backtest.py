@@ -219,50 +219,41 @@ class Result:
     title: str
     maker: mm.MarketMaker
     fills: list[mm.Fill]
-    columns: dict[str, np.ndarray]  # of the decisions: see mm.History
-    sent: list[int]  # decisions at which an order was sent or cancelled
+    columns: dict[str, np.ndarray]  # of the decisions: see MarketMaker.columns
     minutes_ns: np.ndarray  # where the whole minutes that were played begin
     markouts: np.ndarray  # (fills, HORIZONS_S), bps; nan = the file ends before
 
 
 def play(setting: Setting, notes: Sequence[tuple[int, dict]] = (), log: Any = None,
          stop: feed.StopSignal | None = None) -> Result:  # fmt: skip
-    """Play the data, with notes put in. The log takes lines; a stop ends at the next decision."""
+    """Play the data, with notes put in. The log takes lines; a stop ends at the next message."""
     data = setting.data
     maker = mm.MarketMaker(setting.parameters, data.instrument, log, setting.given,
                            strategy=setting.strategy, **setting.exchange)  # fmt: skip
-    sent = []
-
-    def note_decision(maker: mm.MarketMaker) -> None:
-        if maker.decision.is_sent:
-            sent.append(len(maker.history.times) - 1)
-        if stop and stop.is_set:
-            raise StopIteration
-
-    maker.on_decision = note_decision
     # Outages are messages in the stream.
     begins = [(begin, {"event": "outage", "back_ns": end}) for begin, end in setting.outages]
-    ends = [(end, {"event": "back"}) for _, end in setting.outages]
+    ends = [(end, {"event": "outage", "back_ns": 0}) for _, end in setting.outages]
     notes = sorted([*notes, *begins, *ends], key=lambda note: note[0])
-    # Follow tape by tape, and look up where the mid went after the fills of each.
+    # Play tape by tape, and look up where the mid went after the fills of each.
     fills, markouts = maker.account.fills, []
     for tape in data.tapes:
         before = len(fills)
-        with contextlib.suppress(StopIteration):
-            for message in tape.messages():
-                while maker.messages and notes and notes[0][0] <= message.recv_ns:
-                    maker.hear(feed.Message(feed.CONTROL, notes[0][0], note=notes.pop(0)[1]))
-                maker.hear(message)
+        for message in tape.messages():
+            if stop and stop.is_set:
+                break
+            while maker.messages and notes and notes[0][0] <= message.recv_ns:
+                maker.hear(feed.Message(feed.CONTROL, notes[0][0], note=notes.pop(0)[1]))
+            maker.hear(message)
         markouts.append(measure_markouts(fills[before:], tape, data.instrument.tick_size))
         if stop and stop.is_set:
             break
     # The end: one row more, with the account as the last message leaves it.
     maker.finish()
-    columns = maker.history.columns()
+    columns = maker.columns()
     minutes_ns = data.minutes_ns[data.minutes_ns + MINUTE_NS <= columns["time_ns"][-1]]
     is_stopped = bool(stop and stop.is_set)
     title = f"{data.title}{'   STOPPED EARLY' * is_stopped}\n{setting.words}"
-    return Result(setting, is_stopped, title, maker, fills, columns, sent, minutes_ns,
+    return Result(setting, is_stopped, title, maker, fills, columns, minutes_ns,
                   np.concatenate(markouts))  # fmt: skip
 
 
@@ -460,7 +451,7 @@ def measure_adverse_selection(fills: Mapping[str, np.ndarray]) -> dict[str, Any]
 
 def measure(result: Result) -> dict[str, Any]:
     """Every metric by name, the unit in the suffix."""
-    setting, maker, account, c = result.setting, result.maker, result.maker.account, result.columns
+    setting, maker, a, c = result.setting, result.maker, result.maker.account, result.columns
     fills, net, holes = resting_fills(result), cut_into_minutes(result)[NET], setting.data.holes
     # Time stands still in a hole.
     in_holes = [np.clip(c["time_ns"] - begin, 0, end - begin) for begin, end in holes]
@@ -468,12 +459,11 @@ def measure(result: Result) -> dict[str, Any]:
     span_s, hours = t_s[-1], t_s[-1] / 3600
     # net = gross - fees = spread captured + revaluation - fees + residual, each in USDT, and
     # in bps of the turnover, beside which a fee in bps can be read. Fees below 0: a rebate.
-    money = {
-        "net": account.equity, "gross": account.gross, "fees": account.fees_paid,
-        "spread_captured": account.spread_captured, "revaluation": account.revaluation,
-    }  # fmt: skip
-    scale = 1e4 / account.turnover if account.turnover else math.nan
-    limit_usdt = maker.parameters.max_inventory * account.mid_price
+    money = {"net": a.equity, "gross": a.equity + a.fees_paid, "fees": a.fees_paid,
+             "spread_captured": a.spread_captured, "revaluation": a.revaluation}  # fmt: skip
+    residual = a.equity - (a.spread_captured + a.revaluation - a.fees_paid)
+    scale = 1e4 / a.turnover if a.turnover else math.nan
+    limit_usdt = maker.parameters.max_inventory * a.mid_price
     sources = (maker.strategy_name, "last_good", "default", "none")
 
     return {
@@ -485,8 +475,8 @@ def measure(result: Result) -> dict[str, Any]:
         "holes": len(holes), "holes_s": sum(end_ns - begin_ns for begin_ns, end_ns in holes) / NS,
         **{f"{name}_usdt": usdt for name, usdt in money.items()},
         **{f"{name}_bps": usdt * scale for name, usdt in money.items()},
-        "residual_usdt": account.residual, "turnover_usdt": account.turnover,
-        "turnover_rate": account.turnover / hours / limit_usdt if hours else math.nan,
+        "residual_usdt": residual, "turnover_usdt": a.turnover,
+        "turnover_rate": a.turnover / hours / limit_usdt if hours else math.nan,
         **measure_sharpe(net, span_s),
         **measure_drawdown(t_s, c["equity"]),
         **measure_adverse_selection(fills),
@@ -737,6 +727,7 @@ def format_regimes(regimes: dict[str, dict[str, Any]], whose: str) -> str:
 DEFAULT_GRID = ["alpha=0.25,1,4", "gamma=0.25,0.5,1,2", "delta=0,1,4", "zeta=0,1,4"]
 OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no baseline's
 IN_SAMPLE = 2 / 3  # of the minutes
+LOOK_BACK = 2  # windows of a walk-forward on which each choice is made
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
 PRICE = """
 The price of having searched
@@ -883,11 +874,6 @@ def format_report(r: dict[str, Any], given: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
-# ---- Walk-forward ------------------------------------------------------------------
-
-LOOK_BACK = 2  # windows on which each choice is made
-
-
 def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: str,
                  stop: feed.StopSignal) -> tuple[list[tuple], slice, Result]:  # fmt: skip
     """Tune on two windows, trade the next, roll on: windows (begin, ns; choice; its net a minute in
@@ -977,12 +963,10 @@ def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: floa
 
 
 def plot_prices(ax: Any, result: Result, title: str, size: float) -> Told:
-    """The mid of every second, quotes and fills; where seconds are missing, no book was known."""
-    maker, c, first_ns = result.maker, result.columns, result.maker.first_ns
-    seconds, mids = np.array(maker.seconds), np.array(maker.mids)
-    gaps = (np.diff(seconds) > NS).nonzero()[0] + 1
-    seconds, mids = np.insert(seconds, gaps, seconds[gaps - 1] + NS), np.insert(mids, gaps, np.nan)
-    draw_steps(ax, (seconds - first_ns) / MINUTE_NS, mids, BLACK, "mid")
+    """The mid of every second, with a gap where no book was known; quotes and fills."""
+    c, first_ns = result.columns, result.maker.first_ns
+    time_ns, mid_price, *_ = np.array(result.maker.account.path).reshape(-1, 7).T
+    draw_steps(ax, (time_ns - first_ns) / MINUTE_NS, mid_price, BLACK, "mid")
     for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
         minutes = (c["time_ns"] - first_ns) / MINUTE_NS
         draw_steps(ax, minutes, c[f"{name}_price"], color, f"our {name}", 0.4)
@@ -1001,7 +985,8 @@ def plot_run(result: Result) -> list[Row]:
     """
     maker, c, coin = result.maker, result.columns, result.maker.instrument.base_coin
     minutes = (c["time_ns"] - maker.first_ns) / MINUTE_NS
-    time_ns, held, captured, revaluation, fees, net = np.array(maker.account.path).reshape(-1, 6).T
+    path = np.array(maker.account.path).reshape(-1, 7)
+    time_ns, _, held, captured, revaluation, fees, net = path.T
     x = (time_ns - maker.first_ns) / MINUTE_NS
     loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
     last = max(x[loss.argmax()], CLOSE_UP)
@@ -1259,7 +1244,7 @@ def finish(files: Mapping[Path, bytes], texts: list[str], is_stopped: bool,
 def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[Path, bytes]:
     """metrics.json, and as CSV the orders wanted (when something was sent), fills, equity."""
     c, digits, quotes = result.columns, result.maker.instrument.digits, []
-    for k in result.sent:
+    for k in np.flatnonzero(c["is_sent"]):
         orders = [(c[f"{side}_price"][k], c[f"{side}_qty"][k]) for side in ("bid", "ask")]
         cells = [[f"{p:.{digits}f}", qty] if p == p else ["", ""] for p, qty in orders]
         quotes.append([c["time_ns"][k], *cells[0], *cells[1]])
@@ -1362,22 +1347,18 @@ def begin_work() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """What makes a number of a flag's text: from low to high, whole if low is."""
-
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            return feed.must_be(type(low), type(low)(text), low, high)
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low:g} to {high:g}")
-
-    return convert
+def number(low: float, high: float, text: str) -> float:
+    """The number that a flag's text says: from low to high, whole if low is."""
+    with contextlib.suppress(ValueError):
+        return feed.must_be(type(low), type(low)(text), low, high)
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number from {low:g} to {high:g}")
 
 
 def build_arguments() -> argparse.ArgumentParser:
     """The command line of `python backtest.py`."""
     what = "The paper market maker over recorded history."
     parser = feed.Arguments(prog="backtest.py", description=what)
-    add = parser.add_argument
+    add, within = parser.add_argument, partial(partial, number)
     add("--data", type=Path, nargs="+", default=[mm.SAMPLE], metavar="FILE|DIR",
         help="recordings, in order of time (default: the bundled synthetic sample)")  # fmt: skip
     add("--plot", type=Path, nargs="?", const=Path("backtest.png"), metavar="FILE.png",
@@ -1388,18 +1369,18 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--grid", action="append", metavar="NAME=A,B,…",
         help=f"values to try of a parameter (default {' '.join(DEFAULT_GRID)})")  # fmt: skip
     add("--objective", choices=SCORES, default="net", help="what a search makes large")
-    add("--walk-forward", type=number(1, 1000), nargs="?", const=4, metavar="N",
+    add("--walk-forward", type=within(1, 1000), nargs="?", const=4, metavar="N",
         help="tune on two windows, trade the next, roll on, N times (default 4)")  # fmt: skip
-    add("--workers", type=number(1, 1000), default=os.cpu_count(), help="processes of a search")
-    add("--bootstrap", type=number(100, 1e6), metavar="N", help="intervals from N resamples")
+    add("--workers", type=within(1, 1000), default=os.cpu_count(), help="processes of a search")
+    add("--bootstrap", type=within(100, 1e6), metavar="N", help="intervals from N resamples")
     add("--each", action="store_true", help="play each file of --data on its own, line by line")
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
     add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py", help=mm.STRATEGY_HELP)
-    add("--participation", type=number(0.01, 1), default=1.0, help="share of a trade that fills us")
-    add("--impact-bps", type=number(0.0, 1e4), default=0.0, metavar="X",
+    add("--participation", type=within(0.01, 1), default=1.0, help="share of a trade that fills us")
+    add("--impact-bps", type=within(0.0, 1e4), default=0.0, metavar="X",
         help="how much worse an order as large as the depth near the mid fills (default 0)")
-    add("--outages", type=number(0, 1e6), default=0, help="spells of 5 to 60 s, unheard")
-    add("--seed", type=number(0, 1e18), default=0, help="of outages and resamples (default 0)")
+    add("--outages", type=within(0, 1e6), default=0, help="spells of 5 to 60 s, unheard")
+    add("--seed", type=within(0, 1e18), default=0, help="of outages and resamples (default 0)")
     add("--peer-rules", action="store_true", help="fill rules of hftbacktest, to compare")
     feed.add_market_flags(parser)
     mm.add_parameter_flags(parser)

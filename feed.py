@@ -50,7 +50,7 @@ DAY_NS, NEVER = 86_400 * NS, 2**63 - 1  # ns
 BID, ASK = SIDES = 1, -1  # side: +1 buys, -1 sells
 USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
 DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
-CONNECT_S, RECV_S, STOP_S = 10.0, 1.0, 2.0  # patience: connecting, receiving, ending the thread
+CONNECT_S, RECV_S, STOP_S = 10.0, 0.5, 2.0  # patience: connecting, receiving, ending the thread
 PING_S, FLUSH_S = 5.0, 0.5  # an idle socket may be cut after 10 s; lines are on disk after so long
 TICK_S = 0.1  # whoever waits for messages looks around as often
 WATCHDOG_S, BOOK_WATCHDOG_S = 10.0, 60.0  # without any frame, without a book: reconnect
@@ -207,13 +207,10 @@ class Tape:
         (np.minimum(self.best_bid, self.best_ask) > NO_LEVEL) & (self.best_bid < -self.best_ask),
         (self.best_bid - self.best_ask) / 2, math.nan))  # fmt: skip
 
-    def __len__(self) -> int:
-        return len(self.kind)
-
     def messages(self) -> Iterator[Message]:
         """The messages again, one after the other."""
         of_trades = self.trade_ns, self.trade_level, self.trade_size, self.trade_is_rpi
-        for start in range(0, len(self), 4096):  # a part at a time, as Python's own numbers
+        for start in range(0, len(self.kind), 4096):  # a part at a time, as Python's own numbers
             part, firsts = slice(start, start + 4096), slice(start, start + 4097)
             heads = zip(*(getattr(self, name)[part].tolist() for name in [*COLUMNS][:9]))
             rows, trades = self.first_row[firsts].tolist(), self.first_trade[firsts].tolist()
@@ -463,8 +460,7 @@ def sound_line(payload: bytes) -> str:
 
 
 class GrowingFile:
-    """A new file of lines: of a log by write(), of a recording, `<recv_ns> <text>`, by record().
-    It ends with a whole one. A failing disk stops it and nothing else."""
+    """A new file of whole lines, of a log or a recording. A failing disk stops it, no more."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.failure = path, ""
@@ -483,8 +479,9 @@ class GrowingFile:
                 self.file.truncate(size)
 
     def record(self, recv_ns: int, text: str) -> None:
-        """Take one line; flush puts it on disk."""
+        """Take one line; it is on disk after FLUSH_S if flush is called now and then."""
         self.lines.append((time.monotonic(), f"{recv_ns} {text}\n"))
+        self.flush(FLUSH_S)
 
     def flush(self, min_age_s: float = 0.0) -> None:
         """Add what waits as a complete gzip member, if the oldest has waited for min_age_s."""
@@ -518,11 +515,9 @@ def check_file(path: Path, most_bytes: float = math.inf) -> None:
 
 
 def read_lines(path: Path, tell: Callable = lambda share: None) -> Iterator[tuple[int, str]]:
-    """(recv_ns, text) of each line of a recording, up to a cut if it has one, with a warning.
-    `tell` hears which share of the file's bytes is read."""
+    """(recv_ns, text) of each line, up to a cut, with a warning; tell hears which share is read."""
     check_file(path)
-    size = path.stat().st_size
-    number = first_ns = last_ns = 0
+    size, number, first_ns, last_ns = path.stat().st_size, 0, 0, 0
     try:
         with open(path, "rb") as raw:
             file = gzip.open(raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
@@ -548,10 +543,9 @@ def read_lines(path: Path, tell: Callable = lambda share: None) -> Iterator[tupl
 class Recording:
     """A recording and the parser that fits it: by the flags, its start line, its early topics."""
 
-    share_read = 0.0  # of the file's bytes, by messages() so far
-
     def __init__(self, path: Path, flags: Mapping[str, Any] = {}) -> None:
-        self.path, self.start, depths = path, {}, {}  # the start line's fields; depths by symbol
+        self.path, self.share_read = path, 0.0  # of the file's bytes, by messages() so far
+        self.start, depths = {}, {}  # the start line's fields; depths by symbol
         for _, (_, text) in zip(range(2000), read_lines(path)):  # what does it hold?
             with contextlib.suppress(*MALFORMED):
                 line = DECODER.decode(text)
@@ -692,10 +686,7 @@ class LiveFeed:
         wait_s = BACKOFF_S[0]
         while not self.stopping.is_set():
             try:
-                # Between two messages: flush the recording. Is the connection worth anything?
-                with self.lock:
-                    if self.recorder:
-                        self.recorder.flush(FLUSH_S)
+                # Between two messages: is the connection worth anything?
                 if self.waiting > MAX_WAITING and not self.queue.empty():
                     raise ConnectionError(f"{MAX_WAITING / 1e6:g} MB wait: we cannot keep up")
                 if self.ws is None:
@@ -750,6 +741,9 @@ class LiveFeed:
             try:
                 yield self.queue.get(timeout=TICK_S)
             except queue.Empty:
+                with self.lock:
+                    if self.recorder:
+                        self.recorder.flush(FLUSH_S)
                 yield None
         self.stop()
         self.emit(control_line("end"))
@@ -766,16 +760,13 @@ def run_record(options: argparse.Namespace) -> None:
     """Record the live feed to a file, for --minutes or until Ctrl-C."""
     instrument = find_instrument(vars(options), ask=not options.url)
     source = LiveFeed(instrument, options.depth or DEPTHS[0], options.url, options.file)
-    recorder, stop, end_s = source.recorder, StopSignal(), time.monotonic() + 60 * options.minutes
-    while time.monotonic() < end_s and not (stop.is_set or source.fatal or recorder.failure):
-        time.sleep(FLUSH_S)
-        source.queue = queue.SimpleQueue()  # nobody takes the messages
-    source.stop()
-    source.emit(control_line("end"))
-    recorder.close()
-    print(f"{options.file}: {dict(source.parser.counts)}")
-    if problem := source.fatal or recorder.failure:
-        raise UserError(problem)
+    try:
+        for _ in source.messages(60 * options.minutes):
+            if source.recorder.failure:
+                raise UserError(source.recorder.failure)
+    finally:
+        source.recorder.close()
+        print(f"{options.file}: {dict(source.parser.counts)}")
 
 
 def run_info(options: argparse.Namespace) -> None:
@@ -791,14 +782,14 @@ def run_info(options: argparse.Namespace) -> None:
         return message
 
     tape = build_tape(map(watch, recording.messages()))
-    if not len(tape):
+    if not len(tape.kind):
         raise UserError(f"{options.file} has no message of this market: check --symbol, --depth")
     kind, its = "SYNTHETIC" if recording.is_synthetic else "recorded", parser.instrument
     print(f"{options.file}: {its.symbol} {its.category}, {kind}")
     first_ns, last_ns = tape.recv_ns[[0, -1]].tolist()
     is_known, is_book, has_mid = ~np.isnan(depths), tape.is_book, ~np.isnan(tape.mid_ticks)
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
-    facts = [*parser.counts.items(), ("messages", len(tape)),
+    facts = [*parser.counts.items(), ("messages", len(tape.kind)),
              ("snapshots", int((tape.kind == SNAPSHOT).sum())),
              ("first message, UTC", clock_text(first_ns)), ("span, s", (last_ns - first_ns) / NS),
              *((f"book lost {times} times", reason) for reason, times in losses.items()),

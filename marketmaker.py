@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import re
@@ -72,7 +71,6 @@ WARMUP_RETURNS = 10  # of 1 s before the first quote
 LATE_NS = 10 * NS  # no trade is heard of later than this
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
-MAX_PARAMS = 1 << 20  # bytes of --params
 
 
 # ---- What is known of the market ---------------------------------------------------
@@ -170,16 +168,6 @@ class Account:
         """cash + inventory x mid."""
         return self.cash + (self.inventory * self.mid_price if self.inventory else 0.0)
 
-    @property
-    def gross(self) -> float:
-        """Result before fees."""
-        return self.equity + self.fees_paid
-
-    @property
-    def residual(self) -> float:
-        """net - (spread captured + revaluation - fees): nothing but rounding."""
-        return self.equity - (self.spread_captured + self.revaluation - self.fees_paid)
-
     def mark(self, mid_price: float) -> None:
         """A new mid: the inventory changes its worth. nan changes nothing."""
         if mid_price == mid_price:
@@ -233,9 +221,9 @@ class Decision(NamedTuple):
     depth_bps: float = NAN
     bid_queue: float = NAN  # base coin ahead of our bid, as it stands on the exchange
     ask_queue: float = NAN
+    is_sent: float = 0.0  # 1 if it sent or cancelled an order
     source: str = "none"  # the strategy, last_good, default or none
     reason: str = "no message yet"  # why not the strategy's own, or why a side is missing
-    is_sent: bool = False  # whether it sent or cancelled a quote
     distances: Distances | None = None
 
 
@@ -267,22 +255,6 @@ def log_row(decision: Decision, digits: int) -> str:
         cells.append("" if is_missing else text)
     reason = decision.reason.replace(",", ";").replace("\n", " ")
     return ",".join([*cells, decision.source, reason]) + "\n"
-
-
-class History:
-    """The numbers of all decisions, for metrics and pictures."""
-
-    def __init__(self) -> None:
-        self.times, self.rows = array("q"), array("d")
-
-    def add(self, decision: Decision) -> None:
-        self.times.append(decision.time_ns)
-        self.rows.extend(decision[1 : 1 + len(NUMBERS)])
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """Each number by its name, and time_ns: (decisions,)."""
-        table = np.array(self.rows).reshape(-1, len(NUMBERS))
-        return {"time_ns": np.array(self.times), **dict(zip(NUMBERS, table.T))}
 
 
 # ---- Paper exchange ----------------------------------------------------------------
@@ -485,10 +457,10 @@ class MarketMaker:
         self.recorded = {n: v for n, v in asdict(parameters).items() if n not in self.overrides}
         self.strategy, self.strategy_name = load_strategy(strategy)
         self.market, self.account = Market(), Account()
-        exchange = parameters, instrument, self.market, self.account
-        self.exchange = PaperExchange(*exchange, **frictions)
-        self.decision, self.history = Decision(), History()
-        self.on_decision: Callable[[MarketMaker], None] = lambda maker: None
+        known = parameters, instrument, self.market, self.account
+        self.exchange = PaperExchange(*known, **frictions)
+        self.decision = Decision()
+        self.times, self.rows = array("q"), array("d")  # of all decisions: see `columns`
         self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # when, what
         self.last_guard = "book lost"
         self.is_stale = False  # the book is silent
@@ -541,18 +513,14 @@ class MarketMaker:
             return bool(is_due)
         if message.kind == feed.LOST and not market.lost:
             market.lost = note["reason"]
-            market.grid_mid = NAN
             # Until the cancels arrive the quotes stand, and what they meet is never heard.
             end_ns = min(max((o.cancel_ns for o in self.exchange.orders), default=0),
                          now_ns + self.exchange.latency_ns)  # fmt: skip
             self.unheard_ns += max(end_ns - market.book.exch_ns, 0)
         elif note.get("event") == "params":
             return self._change_parameters(note)
-        elif note.get("event") == "outage":  # of a backtest: from here on we hear nothing
-            market.grid_mid = NAN
+        elif note.get("event") == "outage":  # of a backtest: we hear nothing until then; 0: it ends
             self.exchange.back_ns = note["back_ns"]
-        elif note.get("event") == "back":
-            self.exchange.back_ns = 0
         else:
             return False
         return True
@@ -569,11 +537,9 @@ class MarketMaker:
             self.check_value(p)
         except (ValueError, TypeError) as error:
             self.notice = feed.printable(f"parameters refused: {error}")
-            logging.warning(self.notice)
+            print(self.notice, file=sys.stderr)
             return False
-        changed = {n: value for n, value in vars(p).items() if value != getattr(before, n)}
-        self.notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
-        self.recorded, self.overrides = recorded, overrides
+        self.notice, self.recorded, self.overrides = "parameters changed", recorded, overrides
         if p.min_half_spread_bps > before.min_half_spread_bps:
             self.last_good = (-NEVER, None)  # it may be nearer than the edge of now
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
@@ -631,8 +597,6 @@ class MarketMaker:
         if limit is not None and account.peak_equity - account.equity > limit:
             self.is_stopped = True  # for good
 
-    # -- deciding
-
     def _guard(self, time_ns: int) -> str:
         """Why there must be no quote now, the first reason of these; empty if there may be one."""
         p, market, view = self.parameters, self.market, self.market.book.view
@@ -667,12 +631,11 @@ class MarketMaker:
         for side in SIDES:
             market.depths[side] = market.book.depth(side, p.depth_band_bps) if is_sound else NAN
 
-        # Is there a reason to stay out? No return runs across a silence of the book.
+        # Is there a reason to stay out? While nothing is measured, no return runs across that.
         reason = self.last_guard = self._guard(time_ns)
         self.is_stale = time_ns >= self.stale_ns()
-        if self.is_stale:
+        if self.silent_ns() == NEVER:
             market.grid_mid = NAN
-        if self.silent_ns() == NEVER:  # nothing is measured
             account.note(time_ns, NAN)
 
         # What to quote: distances from the mid, then levels and quantities.
@@ -692,9 +655,8 @@ class MarketMaker:
 
         # Write it down.
         best = [side * view.best(side) * tick_size if is_sound else NAN for side in SIDES]
-        quote = []
-        for side, (level, qty) in wanted.items():
-            quote += [NAN if level is None else side * level * tick_size, qty]
+        quote = [value for side, (level, qty) in wanted.items()
+                 for value in (side * level * tick_size if qty else NAN, qty)]  # fmt: skip
         spread = distances and distances.base_spread
         *terms, total = (*spread[:3], spread.total_bps) if spread else [NAN] * 4
         standing = {o.side: o.queue_ahead for o in self.exchange.orders if o.has_arrived}
@@ -703,15 +665,14 @@ class MarketMaker:
             time_ns, account.mid_price if is_sound else NAN, *best, *quote, total,
             market.volatility, market.ema_volatility, *market.depths.values(), market.liquidity,
             account.inventory, account.cash, account.equity, account.fees_paid, *terms, *queues,
-            source, reason, any(sent), distances,
+            float(any(sent)), source, reason, distances,
         )  # fmt: skip
         self.due_ns = time_ns + round(opt.get_optimization_frequency(p, market.ema_volatility) * NS)
         self.sources[source] += 1
         self.reasons[reason] += 1
         if self.log is not None:
             self.log.write(log_row(self.decision, self.instrument.digits))
-        self.history.add(self.decision)
-        self.on_decision(self)
+        self._note(self.decision)
 
     def _place(self, distances: Distances, mid: float) -> tuple[dict[int, tuple], str]:
         """(level or None, quantity) by side around a mid in ticks, and the reasons given."""
@@ -741,7 +702,16 @@ class MarketMaker:
         self.account.note(self.last_ns, NAN)
         names = "mid_price", "inventory", "cash", "equity", "fees_paid"
         account = {name: getattr(self.account, name) for name in names}
-        self.history.add(self.decision._replace(time_ns=self.last_ns, **account))
+        self._note(self.decision._replace(time_ns=self.last_ns, is_sent=0.0, **account))
+
+    def _note(self, decision: Decision) -> None:
+        self.times.append(decision.time_ns)
+        self.rows.extend(decision[1 : 1 + len(NUMBERS)])
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Each number of all decisions by its name, and time_ns: (decisions,)."""
+        table = np.array(self.rows).reshape(-1, len(NUMBERS))
+        return {"time_ns": np.array(self.times), **dict(zip(NUMBERS, table.T))}
 
 
 # ---- Display -----------------------------------------------------------------------
@@ -783,7 +753,8 @@ def describe(maker: MarketMaker) -> list[tuple[str, str]]:
     return [
         ("Inventory", f"{'+' * (a.inventory > 0)}{coins(a.inventory)} {coin} of at most "
                       f"{coins(p.max_inventory)}   {count(len(a.fills), 'fill')}"),
-        ("Result, USDT", f"gross {a.gross:+.2f}   fees {a.fees_paid:.2f}   net {a.equity:+.2f}"),
+        ("Result, USDT", f"gross {a.equity + a.fees_paid:+.2f}   fees {a.fees_paid:.2f}   "
+                         f"net {a.equity:+.2f}"),
         ("", f"gross = spread captured {a.spread_captured:+.2f} + "
              f"revaluation {a.revaluation:+.2f}"),
         *zip(("Our quote", ""), quotes),
@@ -833,7 +804,7 @@ def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
     if not options.params:
         return flags
     try:
-        feed.check_file(options.params, MAX_PARAMS)
+        feed.check_file(options.params, feed.MAX_MESSAGE)
         return {**json.loads(options.params.read_text("utf-8-sig")), **flags}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         rule = 'it must hold one JSON object such as {"alpha": 2}'

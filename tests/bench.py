@@ -104,12 +104,15 @@ def measure_latency() -> None:
     """From the stamp of a message to the quote decided on it, solved anew."""
     maker, waits = MarketMaker(Parameters(requote_move_bps=0.05), feed.Instrument()), []
 
-    def note(_: MarketMaker) -> None:
+    decide = maker.decide
+
+    def note(time_ns: int) -> None:
+        decide(time_ns)
         if maker.decision.source == "lp":
             waits.append((time.time_ns() - maker.decision.time_ns) / 1e3)
         optimize._remembered.cache_clear()
 
-    maker.on_decision = note
+    maker.decide = note
     with served(SAMPLE) as url:
         end = time.monotonic() + LATENCY_S + marketmaker.WARMUP_RETURNS
         for _ in heard(url, maker, time.time_ns):
@@ -163,7 +166,7 @@ def bench_day() -> None:
         simulate.record(path, simulate.simulate(rng, HOURS, updates_per_delta=UPDATES))
         backtest.CACHE, began = path.parent, time.perf_counter()
         tape, _ = backtest.load_tape(feed.Recording(path))
-        speed, rows = len(tape) / (time.perf_counter() - began), len(tape.level) / len(tape)
+        speed, rows = len(tape.kind) / (time.perf_counter() - began), len(tape.level) / len(tape.kind)
         print(f"parsing: {speed:,.0f} messages/s of {rows:.0f} rows")
         runs = []
         for _ in range(3):
