@@ -276,8 +276,7 @@ class Book:
         if message.kind == SNAPSHOT:
             self.clear()
         if message.kind in (DELTA, SNAPSHOT):
-            levels, sizes = message.rows
-            self.sizes[levels] = sizes
+            self.sizes[message.rows[0]] = message.rows[1]
             self.exch_ns = message.exch_ns
         if message.kind <= SNAPSHOT:
             self.view = message.view
@@ -577,12 +576,11 @@ class Recording:
         stop, began_s, first_ns = StopSignal(), time.monotonic(), 0
         for message in self.messages():
             first_ns = first_ns or message.recv_ns
-            elapsed_s = (message.recv_ns - first_ns) / NS
-            end_s = began_s + elapsed_s / speed
-            while (wait_s := end_s - time.monotonic()) > 0 and not stop.is_set:
+            at_s = (message.recv_ns - first_ns) / NS
+            while (wait_s := began_s + at_s / speed - time.monotonic()) > 0 and not stop.is_set:
                 yield None
                 time.sleep(min(wait_s, TICK_S))
-            if elapsed_s > duration_s or stop.is_set:
+            if at_s > duration_s or stop.is_set:
                 return
             yield message
 
@@ -595,12 +593,15 @@ class Bounded:
 
     def __init__(self, sock: Any) -> None:
         self.sock, self.left, self.end_s = sock, MAX_HANDSHAKE, time.monotonic() + CONNECT_S
+        self.ahead = b""  # read, and not yet given
 
     def recv(self, count: int) -> bytes:
         if self.left <= 0:
             raise ConnectionError("more bytes than a handshake or a message may have")
-        self.sock.settimeout(max(self.end_s - time.monotonic(), 0.001))
-        received = self.sock.recv(count)
+        if not self.ahead:
+            self.sock.settimeout(max(self.end_s - time.monotonic(), 0.001))
+            self.ahead = self.sock.recv(1 << 13)
+        received, self.ahead = self.ahead[:count], self.ahead[count:]
         self.left -= len(received)
         return received
 
@@ -616,12 +617,11 @@ class BoundedSocket(websocket.WebSocket):
 
 
 class LiveFeed:
-    """A thread that receives, stamps, records, parses and enqueues."""
+    """A thread that receives, stamps, records, parses and enqueues. OSError: no connection."""
 
     def __init__(self, instrument: Instrument, depth: int, url: str | None = None,
                  record: Path | None = None, clock_ns: Callable[[], int] | None = None,
-                 **start: Any) -> None:  # fmt: skip
-        """Connect and go on alone; `start` are fields of its first line. Raises as connect does."""
+                 **start: Any) -> None:  # fmt: skip  # fields of the session's first line
         self.url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
         self.clock_ns, self.offset_ns = clock_ns or self.read_clock, 0  # wall - monotonic time
         self.parser, self.recorder = Parser(instrument, depth), None

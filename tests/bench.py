@@ -166,7 +166,8 @@ def bench_day() -> None:
         simulate.record(path, simulate.simulate(rng, HOURS, updates_per_delta=UPDATES))
         backtest.CACHE, began = path.parent, time.perf_counter()
         tape, _ = backtest.load_tape(feed.Recording(path))
-        speed, rows = len(tape.kind) / (time.perf_counter() - began), len(tape.level) / len(tape.kind)
+        speed = len(tape.kind) / (time.perf_counter() - began)
+        rows = len(tape.level) / len(tape.kind)
         print(f"parsing: {speed:,.0f} messages/s of {rows:.0f} rows")
         runs = []
         for _ in range(3):
