@@ -16,6 +16,7 @@ Assumptions, with the direction of their bias:
     by X x (order / depth of its side near the mid): a rough stand-in, to see what it would cost.
   - `--outages N` draws windows in which we hear nothing and cannot cancel: what rests is hit.
   - Archives (data/archive.py) are heard after a constant; real latency has tails: optimistic.
+  - What a drawdown limit closes as a taker trades at once, without an order's latency: optimistic.
   - No funding; what is held at the end is marked to the mid, not closed: slightly optimistic.
 
 Units: prices USDT, sizes base coin, time int ns, spreads and markouts bps. The result is net =
