@@ -278,8 +278,7 @@ class Book:
         if message.kind in (DELTA, SNAPSHOT):
             self.sizes[message.rows[0]] = message.rows[1]
             self.exch_ns = message.exch_ns
-        if message.kind <= SNAPSHOT:
-            self.view = message.view
+        self.view = message.view if message.kind <= SNAPSHOT else self.view
 
     def shown(self, side: int, level: int) -> float:
         """Base coin resting at a level; inf where the feed does not show it."""
@@ -327,8 +326,7 @@ def exchange_time(ms: int, recv_ns: int) -> int:
 
 
 class Parser:
-    """Lines become messages; it keeps a book, so that each can say what is known after it. A book
-    off the price grid, at first or again, is a UserError: --tick-size is to be mended."""
+    """Lines become messages, each with what is known after it. UserError: a book off the grid."""
 
     def __init__(self, instrument: Instrument, depth: int = 200) -> None:
         self.instrument, self.book, symbol = instrument, Book(), instrument.symbol
@@ -763,10 +761,12 @@ def run_record(options: argparse.Namespace) -> None:
     try:
         for _ in source.messages(60 * options.minutes):
             if source.recorder.failure:
-                raise UserError(source.recorder.failure)
+                break
     finally:
         source.recorder.close()
         print(f"{options.file}: {dict(source.parser.counts)}")
+    if source.recorder.failure:
+        raise UserError(source.recorder.failure)
 
 
 def run_info(options: argparse.Namespace) -> None:
