@@ -924,7 +924,7 @@ BLACK, BLUE, RED, GREEN = "black", "#0072B2", "#D55E00", "#009E73"  # Okabe and 
 SKY, YELLOW, PINK = "#56B4E9", "#F0E442", "#CC79A7"  # colour-blind readers can tell apart
 HEIGHT = 2.6  # of most panels, inches
 CLOSE_UP = 10.0  # minutes
-Told = tuple[str, str, str]
+Told = tuple[str, str, str]  # of a panel: title, unit, x label
 Row = tuple[float, Callable[[Any], Told]]  # of a picture: height and panel
 
 
@@ -963,11 +963,10 @@ def draw_steps(ax: Any, x: Any, values: Any, color: str, label: str, width: floa
         ax.step(x, values, color, where="post", linewidth=width, label=label)
 
 
-def plot_prices(ax: Any, result: Result, title: str, size: float) -> Told:
+def plot_prices(ax: Any, result: Result, x: Any, mids: Any, title: str, size: float) -> Told:
     """The mid of every second, with a gap where no book was known; quotes and fills."""
     c, first_ns = result.columns, result.maker.first_ns
-    time_ns, mid_price, *_ = np.array(result.maker.account.path).reshape(-1, 7).T
-    draw_steps(ax, (time_ns - first_ns) / MINUTE_NS, mid_price, BLACK, "mid")
+    draw_steps(ax, x, mids, BLACK, "mid")
     for side, name, color, marker in ((BID, "bid", BLUE, "^"), (ASK, "ask", RED, "v")):
         minutes = (c["time_ns"] - first_ns) / MINUTE_NS
         draw_steps(ax, minutes, c[f"{name}_price"], color, f"our {name}", 0.4)
@@ -986,8 +985,8 @@ def plot_run(result: Result) -> list[Row]:
     """
     maker, c, coin = result.maker, result.columns, result.maker.instrument.base_coin
     minutes = (c["time_ns"] - maker.first_ns) / MINUTE_NS
-    path = np.array(maker.account.path).reshape(-1, 7)
-    time_ns, _, held, captured, revaluation, fees, net = path.T
+    path = np.array(maker.account.path).reshape(-1, 7)  # see Account.note
+    time_ns, mids, held, captured, revaluation, fees, net = path.T
     x = (time_ns - maker.first_ns) / MINUTE_NS
     loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net
     last = max(x[loss.argmax()], CLOSE_UP)
@@ -1022,7 +1021,7 @@ def plot_run(result: Result) -> list[Row]:
     def plot_close_up(ax: Any) -> Told:
         prices = [c[name][is_close] for name in ("bid_price", "mid_price", "ask_price")]
         ax.set(xlim=(last - CLOSE_UP, last), ylim=(np.nanmin(prices), np.nanmax(prices)))
-        return plot_prices(ax, result, "The ten minutes that lost most", 40)
+        return plot_prices(ax, result, x, mids, "The ten minutes that lost most", 40)
 
     def plot_queues(ax: Any) -> Told:
         ax.set_xlim(last - CLOSE_UP, last)
@@ -1032,7 +1031,7 @@ def plot_run(result: Result) -> list[Row]:
         return "Queue", coin, ""
 
     size = 30 if len(result.fills) < 300 else 15
-    prices = partial(plot_prices, result=result, title="Price", size=size)
+    prices = partial(plot_prices, result=result, x=x, mids=mids, title="Price", size=size)
     rows = [(4.4, prices), (1.8, plot_inventory), (2.8, plot_result), (2.4, plot_spread)]
     close_up = [(3.6, plot_close_up), (1.8, plot_queues)]
     return rows + (close_up if loss.max() > 0 and x[-1] > CLOSE_UP else [])

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import re
@@ -456,9 +457,8 @@ class MarketMaker:
         self.overrides = dict(overrides or {})  # the user's parameters, before a recording's
         self.recorded = {n: v for n, v in asdict(parameters).items() if n not in self.overrides}
         self.strategy, self.strategy_name = load_strategy(strategy)
-        self.market, self.account = Market(), Account()
-        known = parameters, instrument, self.market, self.account
-        self.exchange = PaperExchange(*known, **frictions)
+        market, account = self.market, self.account = Market(), Account()
+        self.exchange = PaperExchange(parameters, instrument, market, account, **frictions)
         self.decision = Decision()
         self.times, self.rows = array("q"), array("d")  # of all decisions: see `columns`
         self.last_good: tuple[int, Distances | None] = (-NEVER, None)  # when, what
@@ -472,8 +472,7 @@ class MarketMaker:
         self.first_ns = self.last_ns = self.messages = 0
         self.unheard_ns = 0  # for how long quotes stood while the connection was lost
         self.notice = ""  # what became of the newest edit of the parameters
-        self.sources: Counter[str] = Counter()  # of decisions
-        self.reasons: Counter[str] = Counter()
+        self.sources, self.reasons = Counter[str](), Counter[str]()  # of decisions
         if log is not None:
             log.write(",".join(LOGGED) + "\n")
 
@@ -484,9 +483,8 @@ class MarketMaker:
         self.pass_time(now_ns)
         # Our orders meet it, and the book shows it.
         self.exchange.meet(message)
-        for trade in message.trades:
-            market.trades.append(trade)
-            self.traded.append(abs(trade[1]) * trade[2])
+        market.trades.extend(message.trades)
+        self.traded += [abs(level) * size for _, level, size, _ in message.trades]
         while market.trades and market.trades[0][0] < message.exch_ns - MINUTE_NS:
             market.trades.popleft()
         if kind == feed.TICKER:
@@ -537,9 +535,11 @@ class MarketMaker:
             self.check_value(p)
         except (ValueError, TypeError) as error:
             self.notice = feed.printable(f"parameters refused: {error}")
-            print(self.notice, file=sys.stderr)
+            logging.warning(self.notice)
             return False
-        self.notice, self.recorded, self.overrides = "parameters changed", recorded, overrides
+        changed = {n: value for n, value in vars(p).items() if value != getattr(before, n)}
+        self.notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
+        self.recorded, self.overrides = recorded, overrides
         if p.min_half_spread_bps > before.min_half_spread_bps:
             self.last_good = (-NEVER, None)  # it may be nearer than the edge of now
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are

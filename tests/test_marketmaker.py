@@ -21,7 +21,7 @@ import pytest
 
 from market import ASKS, BIDS, COIN, MID, START_MS  # isort: skip
 from market import beats, busy_market, calm, control, delta, lost, messages  # isort: skip
-from market import ns, params, snapshot, ticker, trades, write  # isort: skip
+from market import ns, params, rough_session, snapshot, ticker, trades, write  # isort: skip
 
 import feed
 import marketmaker
@@ -314,7 +314,8 @@ def test_four_fills_by_pencil_and_paper():
         a.mark(mid)
         a.settle(Fill(0, 0, bought, price, qty, fee, mid))
         assert [a.cash, a.spread_captured, a.revaluation] == expected
-    assert (a.inventory, a.fees_paid, a.equity) == (0, 1.5, 12.5)
+    assert (a.inventory, a.fees_paid, a.equity + a.fees_paid, a.equity) == (0, 1.5, 14, 12.5)
+    assert a.spread_captured + a.revaluation - a.fees_paid == a.equity
     assert a.peak_equity == 14.5  # marked at 101, before the third fill
     assert (len(a.fills), a.turnover) == (4, 2 * 99 + 3 * 105 + 2 * 100 + 97)
 
@@ -464,6 +465,19 @@ def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good(
     assert all(order.cancel_ns < NEVER for order in maker.exchange.orders)
 
 
+@pytest.mark.parametrize("seed, pace_bps", [(0, 0.1), (1, 2.0)])
+@pytest.mark.parametrize("model", FILL_MODELS)
+def test_a_rough_session_trips_every_guard_and_takes_the_sound_edit(seed, pace_bps, model):
+    values = dict(fill_model=model, stale_after_s=2.0, requote_move_bps=pace_bps)
+    maker, stream = Maker(**BUSY | values), messages(rough_session(seed))
+    for message in stream:
+        maker.hear(message)
+    reasons = {"far from mark price", "drawdown limit", WARMING}
+    reasons |= {f"book {fault}" for fault in ("lost", "crossed", "one-sided", "stale")}
+    assert reasons <= set(maker.reasons) and maker.parameters.alpha == 2
+    assert len(maker.account.fills) > 10 and maker.messages == len(stream)
+
+
 def test_the_peak_of_the_equity_is_its_highest_mark_at_whole_seconds_too():
     maker = warm(max_drawdown_usdt=2.5)
     maker.account.inventory, maker.account.cash = 1.0, 4 - 50_000.0
@@ -472,7 +486,8 @@ def test_the_peak_of_the_equity_is_its_highest_mark_at_whole_seconds_too():
     maker.tell(delta(13_900))
     assert maker.account.peak_equity == 7 and not maker.is_stopped
     maker.tell(delta(14_100))
-    assert maker.is_stopped and maker.account.inventory == 0  # closed as a taker
+    equity = 4 - 0.5 - 49_999.5 * 5.5e-4  # closed as a taker, at the best bid and with the fee
+    assert maker.is_stopped and maker.account.equity == pytest.approx(equity, abs=1e-9)
 
 
 # ---- 6. The quote ------------------------------------------------------------------
@@ -684,10 +699,10 @@ def test_an_edit_of_params_in_a_replay_obeys_flag_file_recording_default_in_this
     maker.tell(params(13_000, gamma=1, zeta=3, delta=5))
     for text, notice, *expected in (
         (path.read_text(), "", 4, 2, 2, 5),
-        ('{"alpha": 1, "gamma": 3}', "changed", 4, 3, 3, 5),
+        ('{"alpha": 1, "gamma": 3}', "changed: gamma 3, zeta 3", 4, 3, 3, 5),
         ('{"gamma": 99}', "refused: gamma = 99", 4, 3, 3, 5),
         ('{"order_qty": 0.125}', "refused: order_qty = 0.125 is worth 6250.00", 4, 3, 3, 5),
-        ("{}", "changed", 4, 1, 3, 5),
+        ("{}", "changed: gamma 1", 4, 1, 3, 5),
     ):
         path.write_text(text)
         session.read_edits()
