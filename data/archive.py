@@ -53,11 +53,11 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import feed  # noqa: E402  (it stands in the folder above)
 from feed import MALFORMED, MS, UserError  # noqa: E402
+
+import numpy as np  # noqa: E402
 
 BOOK_HOST = "https://quote-saver.bycsi.com/orderbook"
 TRADES_HOST = "https://public.bybit.com"
@@ -240,7 +240,7 @@ def parse_trade(line: str, columns: list[str], day: Day, tick: Decimal) -> tuple
         raise ValueError("a text that does not fit TRADE")
     # Spot counts ms, linear seconds. A double holds our time to 0.3 us: whole us are exact.
     time_us = round(float(row["timestamp"]) * (1e3 if day.category == "spot" else 1e6))
-    feed.level_of(price, tick, feed.HIT_SIDE[side])
+    feed.level_of(price, tick, {"Buy": feed.ASK, "Sell": feed.BID}[side])
     if not feed.size_of(size) or time_us // 1000 // DAY_MS != day.number:
         raise ValueError("a trade of nothing, or of another day")
     return time_us, side, price, size, number, row.get("rpi", "").lower() in ("1", "true")
@@ -340,8 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--feed-latency-ms", type=float, default=100.0, help="exchange to us (100)")
     parser.add_argument("--tick-size", help="price step, USDT (else that of the first snapshot)")
     parser.add_argument("--lot-size", help="quantity step, base coin")
-    flags = parser.parse_args(arguments)
-    return feed.exit_cleanly(lambda: run(flags))
+    return feed.exit_cleanly(lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -33,14 +33,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import backtest  # noqa: E402
 import feed  # noqa: E402
 import marketmaker  # noqa: E402
 from optimize import Distances  # noqa: E402
+
+import numpy as np  # noqa: E402
 
 STEP_MS = 100  # grid of the mid
 BANDS_BPS = (1.0, 5.0)  # depth is measured within these of the mid
@@ -249,8 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = feed.Arguments(prog="compare.py", description="Compare recordings in one table.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    files = parser.parse_args(arguments).files
-    return feed.exit_cleanly(lambda: run(files))
+    return feed.exit_cleanly(lambda: run(parser.parse_args(arguments).files))
 
 
 if __name__ == "__main__":

@@ -18,19 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import avellaneda_stoikov  # noqa: E402
-import simulate  # noqa: E402
-from compare import quote_at_touch  # noqa: E402
-
 import backtest  # noqa: E402
 import marketmaker  # noqa: E402
 import optimize as opt  # noqa: E402
+import simulate  # noqa: E402
+from compare import quote_at_touch  # noqa: E402
 from feed import Arguments, exit_cleanly  # noqa: E402
+
+import numpy as np  # noqa: E402
 
 SEEDS, HOURS = range(1, 9), 2
 SIMULATOR = hashlib.sha256(Path(simulate.__file__).read_bytes()).hexdigest()[:12]  # its text's

@@ -14,17 +14,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import experiments  # puts the project on the path
-import numpy as np
-
-import backtest
-import feed
-import marketmaker as mm
-import optimize as opt
-from backtest import BLACK, BLUE, PINK, RED, SKY, Told
-from feed import NS
-
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+import backtest  # noqa: E402
+import experiments  # noqa: E402
+import feed  # noqa: E402
+import marketmaker as mm  # noqa: E402
+import optimize as opt  # noqa: E402
+from backtest import BLACK, BLUE, PINK, RED, SKY, Told  # noqa: E402
+from feed import NS  # noqa: E402
+
+import numpy as np  # noqa: E402
+
 TICK, START_S = 0.1, 1_767_225_600  # USDT; where the sample's clock begins
 
 

@@ -42,10 +42,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from feed import Arguments, exit_cleanly, write_whole  # noqa: E402
+
+import numpy as np  # noqa: E402
 
 Line = tuple[int, str]  # receive time in ns, a message as JSON text
 Order = tuple[int, int, int, int, bool]  # T ms, number, side, lots, whether it is informed

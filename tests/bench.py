@@ -28,17 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
 os.environ["no_proxy"] = "127.0.0.1"
 
-import numpy as np  # noqa: E402
-import simulate  # noqa: E402
-import websocket  # noqa: E402
-from exchange import served  # noqa: E402
-
 import backtest  # noqa: E402
 import feed  # noqa: E402
 import marketmaker  # noqa: E402
 import optimize  # noqa: E402
+import simulate  # noqa: E402
+from exchange import served  # noqa: E402
 from marketmaker import SAMPLE, MarketMaker  # noqa: E402
 from optimize import Parameters  # noqa: E402
+
+import numpy as np  # noqa: E402
+import websocket  # noqa: E402
 
 ROUNDS = 5  # of each variant of the live path, in turn; the median counts
 MESSAGES = 40_000  # of the sample, in each round

@@ -39,10 +39,10 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from websocket import ABNF, WebSocketException, frame_buffer
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import feed  # noqa: E402  (for the command line alone)
+
+from websocket import ABNF, WebSocketException, frame_buffer  # noqa: E402
 
 HANDSHAKE_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 POLL_S = 0.001  # the clock may run faster than the wall: look at it this often

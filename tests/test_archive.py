@@ -21,10 +21,10 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import archive
-import pytest
+import feed
 from test_feed import book_text
 
-import feed
+import pytest
 
 ROOT = Path(feed.__file__).parent
 DAY, T0, DAY_MS = "2026-01-01", 1_767_225_600_000, 86_400_000  # its midnight, ms

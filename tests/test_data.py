@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import archive
+import backtest
 import compare
 import exchange
 import experiments
-import pytest
 import simulate
 
-import backtest
+import pytest
 
 SMALL = simulate.START_MS * 1_000_000, '{"topic":"publicTrade.BTCUSDT","data":[]}'
 

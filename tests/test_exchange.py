@@ -5,10 +5,11 @@ import json
 import time
 from itertools import pairwise
 
-import pytest
-import websocket
 from exchange import LoopbackExchange, compact, served
 from test_feed import BOOK, TICKERS, TRADE, PlainBook, record, session_lines
+
+import pytest
+import websocket
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ import threading
 import time
 from itertools import pairwise, repeat
 
-import pytest
-import websocket
+import feed
 from exchange import LoopbackExchange, compact, wait_until
+from feed import DELTA, LOST, SNAPSHOT, Book, Instrument
 from test_feed import BOOK, NOW_NS, book_text, levels_of, session_lines
 
-import feed
-from feed import DELTA, LOST, SNAPSHOT, Book, Instrument
+import pytest
+import websocket
 
 PATIENCE_S = 30  # how long a loaded machine may take
 

@@ -15,14 +15,14 @@ import os
 import warnings
 from pathlib import Path
 
-import numpy as np
-import pytest
+import backtest
+import optimize
 import simulate
 from exchange import messages_of
 from test_backtest import read_csv
 
-import backtest
-import optimize
+import numpy as np
+import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and numba warn of at import is not ours

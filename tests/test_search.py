@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from threading import Event
 
+import optimize
+from optimize import block_length, draw_best_of_chance, draw_positions, sharpe_score
+
 import numpy as np
 import pytest
 from scipy.signal import lfilter
 from scipy.stats import chisquare
-
-import optimize
-from optimize import block_length, draw_best_of_chance, draw_positions, sharpe_score
 
 rng_of = np.random.default_rng
 
