@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -48,15 +49,15 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.random import Generator, default_rng
-from scipy.special import stdtrit
-
 import feed
 import marketmaker as mm
 import optimize as opt
-from feed import ASK, BID, NEVER, NS, Tape, UserError, clock_text
+from feed import ASK, BID, NS, Tape, UserError, clock_text
 from optimize import FIELDS, Parameters
+
+import numpy as np
+from numpy.random import Generator, default_rng
+from scipy.special import stdtrit
 
 MINUTE_NS = 60 * NS
 CACHE = Path(__file__).parent / "data" / "cache"  # of tapes; may be deleted at any time
@@ -242,7 +243,7 @@ def play(setting: Setting, notes: Sequence[tuple[int, dict]] = (), log: Any = No
         for message in tape.messages():
             if stop and stop.is_set:
                 break
-            while maker.messages and notes and notes[0][0] <= message.recv_ns:
+            while notes and maker.messages and notes[0][0] <= message.recv_ns:  # after the first
                 maker.hear(feed.Message(feed.CONTROL, notes[0][0], note=notes.pop(0)[1]))
             maker.hear(message)
         markouts.append(measure_markouts(fills[before:], tape, data.instrument.tick_size))
@@ -407,12 +408,12 @@ def measure_quotes(c: Mapping[str, np.ndarray], t_s: np.ndarray, p: Parameters) 
 
 
 def measure_orders(result: Result, fills: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Orders and our resting fills, medians of what is known. An order is known by side, arrival
-    and price; queues, base coin, leave out fills where the book did not show our price."""
+    """Orders and our resting fills, medians of what is known. An order is known by side and
+    arrival; queues, base coin, leave out fills where the book did not show our price."""
     # The exchange counts what was sent, and under "refused: " what it refused, and why.
     counts, why = result.maker.exchange.counts, "refused: "
     refused = {name.removeprefix(why): n for name, n in counts.items() if name.startswith(why)}
-    filled = len(set(zip(fills["side"], fills["arrival_ns"], fills["price"])))
+    filled = len(set(zip(fills["side"], fills["arrival_ns"])))
     measures = {
         "fills": len(result.fills), "taker_fills": len(result.fills) - len(fills["side"]),
         "orders_sent": counts["sent"], "orders_filled": filled,
@@ -466,7 +467,6 @@ def measure(result: Result) -> dict[str, Any]:
     scale = 1e4 / a.turnover if a.turnover else math.nan
     limit_usdt = maker.parameters.max_inventory * a.mid_price
     sources = (maker.strategy_name, "last_good", "default", "none")
-
     return {
         "title": result.title, "is_stopped": result.is_stopped, "version": setting.version,
         "data": [path for path, *_ in setting.stamps], "is_synthetic": setting.data.is_synthetic,
@@ -523,7 +523,7 @@ time to fill, s | {time_to_fill_s:.2f} | median, since arrival
 queue ahead on arrival, {coin} | {queue_at_arrival:.4f} | \
 median; {queue_at_arrival_excluded} fills where none was shown left out
 queue ahead at the fill, {coin} | {queue_at_fill:.4f} | \
-median; {queue_at_fill_excluded} left out; above 0: price went through
+median, before the trade that filled us; {queue_at_fill_excluded} left out
 
 Quotes and inventory, averages over time
 time with a bid | {bid_uptime:.1%}
@@ -644,7 +644,7 @@ def format_bootstrap(b: Mapping[str, Any], title: str) -> str:
 
 # ---- When it pays: regimes ---------------------------------------------------------
 
-GRID_S = 5  # mids this far apart measure a minute; a decision is never older
+GRID_S = 5  # mids this far apart measure a minute
 REGIME_WARMUP = 30  # minutes before the first that is classed
 VOLATILITIES, DIRECTIONS = ("calm", "usual", "wild"), ("range", "trend")
 
@@ -674,9 +674,8 @@ def describe_minutes(result: Result) -> tuple[np.ndarray, np.ndarray]:
     # A row of returns for each minute; there are none before the first mid.
     mids[mids == 0] = np.nan
     returns = np.diff(np.log(mids)) * 1e4
-    with np.errstate(invalid="ignore"):  # 0 / 0: in a minute without a move it is nan
-        direct = np.abs(returns.sum(axis=1)) / np.abs(returns).sum(axis=1)
-    return np.sqrt((returns**2).mean(axis=1) / GRID_S), direct
+    way = np.maximum(np.abs(returns).sum(axis=1), TINY)  # a minute without a move has no trend
+    return np.sqrt((returns**2).mean(axis=1) / GRID_S), np.abs(returns.sum(axis=1)) / way
 
 
 def summarize_regimes(result: Result) -> dict[str, dict[str, Any]]:
@@ -726,7 +725,8 @@ def format_regimes(regimes: dict[str, dict[str, Any]], whose: str) -> str:
 # minutes on which a choice is made. Out of sample: those after it, which judge it.
 
 DEFAULT_GRID = ["alpha=0.25,1,4", "gamma=0.25,0.5,1,2", "delta=0,1,4", "zeta=0,1,4"]
-OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s"}  # no baseline's
+OF_THE_PROGRAM = {"alpha", "beta", "gamma", "delta", "zeta", "horizon_s",
+                  "liquidity_scale_musd", "depth_scale_musd"}  # fmt: skip  # no baseline's
 IN_SAMPLE = 2 / 3  # of the minutes
 LOOK_BACK = 2  # windows of a walk-forward on which each choice is made
 SCORES = {"net": "net_usdt", "sharpe": "sharpe"}  # by objective: of optimize.measure_paths
@@ -892,15 +892,14 @@ def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: s
     return windows, span, play(setting, notes, stop=stop)
 
 
-def format_walk(windows: list[tuple], traded: np.ndarray, c: Mapping[str, np.ndarray]) -> str:
-    """Each window: what was chosen, net a minute in sample and out of it."""
+def format_walk(windows: list[tuple], end_ns: int, traded: np.ndarray,
+                c: Mapping[str, np.ndarray]) -> str:  # fmt: skip
+    """Each window: what was chosen, net a minute in sample and out of it; the last one's end."""
     rows = [["from, UTC", "in sample", "out of it", "fills", "carried in", "chosen"]]
     count, length = len(windows), traded.shape[1] // len(windows)
-    begins_ns = np.array([begin_ns for begin_ns, _, _ in windows])
-    held = values_at(begins_ns, c["time_ns"], c["inventory"])
-    is_known = np.isfinite(c["mid_price"])
-    times_ns, mids = c["time_ns"][is_known], c["mid_price"][is_known]
-    mids = values_at(np.append(begins_ns, NEVER), times_ns, mids)
+    at_ns = np.array([*(begin_ns for begin_ns, _, _ in windows), end_ns])
+    held, known = values_at(at_ns[:-1], c["time_ns"], c["inventory"]), np.isfinite(c["mid_price"])
+    mids = values_at(at_ns, c["time_ns"][known], c["mid_price"][known])
     carried = held * np.diff(mids)  # USDT: what it brings if it is held through the window
     parts = np.split(traded, count, axis=1)
     for (begin_ns, choice, inside), (net, fills, _), usdt in zip(windows, parts, carried):
@@ -1141,6 +1140,8 @@ def run(options: argparse.Namespace) -> None:
     if minutes < least and given & need_many:
         raise UserError(f"{minutes} minutes of data are fewer than the {least} that --bootstrap, "
                         "--tune or --walk-forward need: give more --data")  # fmt: skip
+    if plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("matplotlib is missing: pip install -r requirements.txt")
     if plot and (plot.suffix != ".png" or not (plot.parent == options.out or plot.parent.is_dir())):
         raise UserError(f"--plot {plot} cannot be written: choose a .png in a folder")
     run_search(options, setting) if given & SEARCH else run_once(options, setting)
@@ -1264,7 +1265,7 @@ def list_results(result: Result, metrics: dict[str, Any], folder: Path) -> dict[
 
 
 def to_json(values: Any) -> bytes:
-    """Values as JSON, which knows no nan and no inf; arrays, there to be drawn, are left out."""
+    """Values as JSON, which knows no nan and no inf: null, as arrays are, which are drawn."""
     text = json.dumps(values, default=lambda value: value.item() if isinstance(value, np.generic)
                       else getattr(value, "__dict__", None))  # fmt: skip
     return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1).encode() + b"\n"
@@ -1300,14 +1301,17 @@ def run_search(options: argparse.Namespace, setting: Setting) -> None:
         rows.append((4.4, partial(plot_trials, groups=runs, split=r["split"])))
     if options.walk_forward and not stop.is_set:
         windows, span, walk = walk_forward(setting, trials, options.walk_forward, objective, stop)
-    if options.walk_forward and not stop.is_set:  # subtle: the walk may have been stopped
+    if options.regimes and not stop.is_set:
+        whole = play(setting.change(r["best"]), stop=stop) if options.tune else walk
+    if options.walk_forward and not stop.is_set:  # subtle: either may have been stopped
+        end_ns = setting.data.minutes_ns[span].item(-1) + MINUTE_NS
         runs = {"walk-forward": cut_into_minutes(walk)[:, span], "as given": given[:, span]}
-        texts.append("\n" + format_walk(windows, runs["walk-forward"], walk.columns))
+        texts.append("\n" + format_walk(windows, end_ns, runs["walk-forward"], walk.columns))
         joined = resample(runs, count, default_rng(options.seed))
         texts.append(format_bootstrap(joined, "Out of sample, windows joined"))
         rows.append((HEIGHT, partial(plot_walk, windows=windows, runs=runs)))
     if options.regimes and not stop.is_set:
-        regimes = summarize_regimes(play(setting.change(r["best"])) if options.tune else walk)
+        regimes = summarize_regimes(whole)
         whose = "of the best" if options.tune else "of the walk-forward"
         texts.append("\n" + format_regimes(regimes, whose + ", all minutes"))
         rows.append((HEIGHT, partial(plot_regimes, regimes=regimes)))
@@ -1376,7 +1380,7 @@ def build_arguments() -> argparse.ArgumentParser:
     add("--each", action="store_true", help="play each file of --data on its own, line by line")
     add("--regimes", action="store_true", help="result by volatility and trend of the minutes")
     add("--strategy", nargs="+", default=["lp"], metavar="NAME|FILE.py", help=mm.STRATEGY_HELP)
-    add("--participation", type=within(0.01, 1), default=1.0, help="share of a trade that fills us")
+    add("--participation", type=within(0.01, 1), default=1.0, help="our share behind the queue")
     add("--impact-bps", type=within(0.0, 1e4), default=0.0, metavar="X",
         help="how much worse an order as large as the depth near the mid fills (default 0)")
     add("--outages", type=within(0, 1e6), default=0, help="spells of 5 to 60 s, unheard")
@@ -1389,8 +1393,7 @@ def build_arguments() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """python backtest.py; the exit status."""
-    options = build_arguments().parse_args(arguments)
-    return feed.exit_cleanly(lambda: run(options))
+    return feed.exit_cleanly(lambda: run(build_arguments().parse_args(arguments)))
 
 
 if __name__ == "__main__":

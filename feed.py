@@ -42,8 +42,11 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import websocket
+try:
+    import numpy as np
+    import websocket
+except ImportError as error:
+    sys.exit(f"error: {error}: pip install -r requirements.txt")
 
 NS, MS = 1_000_000_000, 1_000_000  # nanoseconds in a second, in a millisecond
 DAY_NS, NEVER = 86_400 * NS, 2**63 - 1  # ns
@@ -51,8 +54,7 @@ BID, ASK = SIDES = 1, -1  # side: +1 buys, -1 sells
 USER_AGENT = {"User-Agent": "marketmaker-reference/1.0"}
 DEPTHS = (200, 1000)  # levels a side, pushed every 100 and 200 ms
 CONNECT_S, RECV_S, STOP_S = 10.0, 0.5, 2.0  # patience: connecting, receiving, ending the thread
-PING_S, FLUSH_S = 5.0, 0.5  # an idle socket may be cut after 10 s; lines are on disk after so long
-TICK_S = 0.1  # whoever waits for messages looks around as often
+PING_S, FLUSH_S, LOOK_S = 5.0, 0.5, 0.1  # between pings (10 s idle: cut), writes to disk, looks
 WATCHDOG_S, BOOK_WATCHDOG_S = 10.0, 60.0  # without any frame, without a book: reconnect
 BACKOFF_S = (1.0, 30.0)  # first and longest wait between connections; 500/5 min allowed
 MAX_WAITING = 64_000_000  # bytes for the main thread, a message its text and 1000; more: book lost
@@ -136,7 +138,7 @@ def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
 
 # ---- Messages and tapes ------------------------------------------------------------
 
-# Kinds of messages; those above TICKER change the rules.
+# Kinds of messages; those after TICKER can begin or end our quoting.
 DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = range(7)
 NO_LEVEL = -(2**62)  # the best level of an empty side; its worst is -NO_LEVEL
 Ints = Floats = Flags = np.ndarray  # int64, float64, int8
@@ -212,7 +214,7 @@ class Tape:
         of_trades = self.trade_ns, self.trade_level, self.trade_size, self.trade_is_rpi
         for start in range(0, len(self.kind), 4096):  # a part at a time, as Python's own numbers
             part, firsts = slice(start, start + 4096), slice(start, start + 4097)
-            heads = zip(*(getattr(self, name)[part].tolist() for name in [*COLUMNS][:9]))
+            heads = zip(*(getattr(self, name)[part].tolist() for name in HEAD))
             rows, trades = self.first_row[firsts].tolist(), self.first_trade[firsts].tolist()
             hits = [*zip(*(column[trades[0] : trades[-1]].tolist() for column in of_trades))]
             for m, (kind, recv_ns, exch_ns, *view) in enumerate(heads):
@@ -224,18 +226,19 @@ class Tape:
 
 CODES = {"Ints": "q", "Floats": "d", "Flags": "b"}  # of the arrays that grow into columns
 COLUMNS = {f.name: CODES[f.type] for f in fields(Tape) if f.type in CODES}
+HEAD = (*Message._fields[:3], *View._fields)  # the columns with one value for each message
 
 
 def build_tape(messages: Iterable[Message]) -> Tape:
     """Messages as columns. They are taken one by one, so that a day needs no list of them."""
-    columns = {name: array(code) for name, code in COLUMNS.items()}
-    of_a_message, of_rows_and_trades = list(columns.values())[:11], list(columns.values())[11:]
-    levels, trades, notes = columns["level"], columns["trade_ns"], {}
+    columns, notes = {name: array(code) for name, code in COLUMNS.items()}, {}
+    head = [columns[name] for name in (*HEAD, "first_row", "first_trade")]
+    levels, trades, rest = columns["level"], columns["trade_ns"], [*columns.values()][len(head) :]
     for m, message in enumerate(messages):
         values = (*message[:3], *message.view, len(levels), len(trades))
-        for column, value in zip(of_a_message, values):  # both in the order of COLUMNS
+        for column, value in zip(head, values):
             column.append(value)
-        for column, values in zip(of_rows_and_trades, (*message.rows, *zip(*message.trades))):
+        for column, values in zip(rest, (*message.rows, *zip(*message.trades))):
             column.extend(values)
         if message.note:
             notes[m] = message.note
@@ -250,13 +253,14 @@ def build_tape(messages: Iterable[Message]) -> Tape:
 class Book:
     """Sizes by level, as in a dict, but in one array: numpy counts negative levels from its end."""
 
-    view, exch_ns = View(), 0  # after the last message applied; its cts
-
     def __init__(self) -> None:
+        self.view, self.exch_ns = View(), 0  # after the last message applied; its cts
+        self.clear()
+
+    def clear(self) -> None:
+        """No level is known any more; what the ticker told stays."""
         self.sizes = np.zeros(1 << 24)  # above 2 x MAX_TICK; memory is taken where it is touched
         self.view = View(last_price=self.view.last_price, mark_price=self.view.mark_price)
-
-    clear = __init__
 
     def show(self, levels: array, sizes: array, n_bids: int) -> None:
         """Set the rows of a message, bids first; of two for one level the later wins."""
@@ -264,7 +268,8 @@ class Book:
         best, worst = list(self.view[:2]), list(self.view[2:4])  # of bids and asks
         for i, rows in enumerate((levels[:n_bids], levels[n_bids:])):
             best[i], worst[i] = max([best[i], *rows]), min([worst[i], *rows])
-            # Searched for only if one was deleted. subtle: `or None`, for the ask at tick 1 is -1.
+            # A deleted row counts at first; only if it became an end, the new end is searched for.
+            # subtle: `or None`, for the ask at tick 1 is level -1.
             if rows and not (self.sizes[best[i]] and self.sizes[worst[i]]):
                 held = self.sizes[worst[i] : best[i] + 1 or None].nonzero()[0] + worst[i]
                 best[i] = held.item(-1) if len(held) else NO_LEVEL
@@ -304,7 +309,6 @@ class Book:
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 DECODER = json.JSONDecoder(parse_constant=int)  # int("NaN") fails: JSON knows no NaN
-HIT_SIDE = {"Buy": ASK, "Sell": BID}  # the side that a taker hits
 
 
 def level_of(text: str, tick: Decimal, side: int) -> int:
@@ -338,7 +342,8 @@ class Parser:
         self.sizes = remember(size_of)
         self.counts: Counter[str] = Counter()
         self.problem = ""  # the newest malformed message or gap, in words
-        self.last_u: int | None = 0  # of the book; 0: none yet, None: lost, and told
+        self.last_u: int | None = None  # of the book; None: there is none to go on from,
+        self.is_loss_told = False  # which is told once, until a snapshot or another connection
         self.had_book = False  # ever: if not, a refusal or an odd price is the user's to mend
 
     def parse(self, recv_ns: int, text: str) -> Message | None:
@@ -348,8 +353,8 @@ class Parser:
             # A line of our own: what no message tells, or one that could not stand as it is.
             line = DECODER.decode(text)
             if line.get("op") == "local":
-                if line["event"] == "lost":  # the connection's: the next may tell its loss
-                    self.last_u = 0
+                if line["event"] == "lost":  # told by the connection
+                    self.last_u, self.is_loss_told = None, False
                     return self._tell(LOST, recv_ns, line["reason"])
                 if line["event"] in ("start", "params", "end"):
                     return Message(CONTROL, recv_ns, note=line, view=self.book.view)
@@ -378,9 +383,8 @@ class Parser:
     def _lose(self, recv_ns: int, why: str, reason: str) -> Message | None:
         """From here to the next snapshot the book is worth nothing."""
         self.counts[why] += 1
-        is_news = self.last_u is not None
-        self.last_u, self.problem = None, printable(reason)
-        self.counts["losses"] += is_news
+        is_news = not self.is_loss_told
+        self.last_u, self.is_loss_told, self.problem = None, True, printable(reason)
         return self._tell(LOST, recv_ns, reason) if is_news else None
 
     def _tell(self, kind: int, recv_ns: int, reason: Any) -> Message:
@@ -391,7 +395,7 @@ class Parser:
         exch_ns = exchange_time(line["cts"] if "cts" in line else line["ts"], recv_ns)
         # It begins a book anew (with u = 1 they restarted), or must carry the u after our last.
         kind = {"snapshot": SNAPSHOT, "delta": SNAPSHOT if u == 1 else DELTA}[line["type"]]
-        if kind == DELTA and not self.last_u:
+        if kind == DELTA and self.last_u is None:
             return self._lose(recv_ns, "before snapshot", "delta before a snapshot")
         if kind == DELTA and u <= self.last_u:
             self.counts["repeated"] += 1
@@ -406,7 +410,7 @@ class Parser:
             prices, texts = zip(*rows) if rows else ((), ())
             levels.extend(map(self.levels[side], prices))
             sizes.extend(map(self.sizes, texts))
-        self.last_u, self.had_book = u, True
+        self.last_u, self.is_loss_told, self.had_book = u, False, True
         if kind == SNAPSHOT:
             self.book.clear()
         self.book.show(levels, sizes, len(data["b"]))
@@ -420,7 +424,7 @@ class Parser:
                 self.counts["block trades"] += 1
                 continue
             exch_ns = exchange_time(trade["T"], recv_ns)
-            level = self.levels[HIT_SIDE[trade["S"]]](trade["p"])
+            level = self.levels[{"Buy": ASK, "Sell": BID}[trade["S"]]](trade["p"])  # the side hit
             size = must_be(float, self.sizes(trade["v"]), LEAST, MOST)
             trades.append((exch_ns, level, size, trade.get("RPI") is True))
         return Message(TRADES, recv_ns, exch_ns, trades=trades, view=view) if trades else None
@@ -494,9 +498,8 @@ class GrowingFile:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let write make a file under a temporary name, then give it its own. Links are followed."""
-    if path.exists():
+    if (path := path.resolve()).exists():
         check_file(path)
-        path = path.resolve()
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(draft)
@@ -524,8 +527,7 @@ def read_lines(path: Path, tell: Callable = lambda share: None) -> Iterator[tupl
                     raise EOFError
                 number += 1
                 stamp, _, text = line[:-1].decode("utf-8-sig", "replace").partition(" ")
-                is_sound = stamp.isdecimal() and len(stamp) < 20 and len(line) < MAX_LINE
-                recv_ns = int(stamp) if is_sound else -1
+                recv_ns = int(stamp[:20]) if stamp.isdecimal() and len(line) < MAX_LINE else -1
                 first_ns, last_ns = first_ns or recv_ns, max(last_ns, recv_ns)  # it never goes back
                 if not 0 <= recv_ns <= NEVER or abs(recv_ns - first_ns) > 366 * DAY_NS:
                     raise UserError(f"{path}, line {number}: endless, or no time near the first's")
@@ -569,15 +571,14 @@ class Recording:
         return filter(None, (self.parser.parse(*line) for line in lines))
 
     def replay(self, speed: float, duration_s: float) -> Iterator[Message | None]:
-        """The messages at a multiple of their own pace (inf: no waiting); None: none is due, look
-        around. Ctrl-C ends it."""
+        """Messages at a multiple of their own pace (inf: no waiting); None: none is due yet."""
         stop, began_s, first_ns = StopSignal(), time.monotonic(), 0
         for message in self.messages():
             first_ns = first_ns or message.recv_ns
             at_s = (message.recv_ns - first_ns) / NS
             while (wait_s := began_s + at_s / speed - time.monotonic()) > 0 and not stop.is_set:
                 yield None
-                time.sleep(min(wait_s, TICK_S))
+                time.sleep(min(wait_s, LOOK_S))
             if at_s > duration_s or stop.is_set:
                 return
             yield message
@@ -622,11 +623,10 @@ class LiveFeed:
                  **start: Any) -> None:  # fmt: skip  # fields of the session's first line
         self.url = url or f"wss://stream.bybit.com/v5/public/{instrument.category}"
         self.clock_ns, self.offset_ns = clock_ns or self.read_clock, 0  # wall - monotonic time
-        self.parser, self.recorder = Parser(instrument, depth), None
+        self.parser, self.ws, self.reconnects = Parser(instrument, depth), None, -1
         self.queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.waiting = 0  # bytes since the main thread had taken all
         self.lock, self.stopping = threading.Lock(), threading.Event()
-        self.ws, self.reconnects = None, -1  # while connected; the first connection is none
         self.cut_reason = self.fatal = ""  # why another thread cut it, why the thread has ended
         self.connect()
         self.recorder = GrowingFile(record) if record else None
@@ -709,7 +709,7 @@ class LiveFeed:
                 kind, reason = (message.kind, message.note.get("reason")) if message else (None, "")
                 if kind in (DELTA, SNAPSHOT):
                     self.last_book_ns, wait_s = message.recv_ns, BACKOFF_S[0]
-                elif kind == LOST:
+                elif kind == LOST:  # only a new connection brings a snapshot; its end is told, too
                     raise ConnectionError(f"resync after: {reason}")
                 elif kind == REFUSED and "already subscribed" not in reason:
                     error = ConnectionError if self.parser.had_book else UserError  # had it worked?
@@ -737,7 +737,7 @@ class LiveFeed:
         stop, end_ns = StopSignal(), self.clock_ns() + duration_s * NS
         while not (stop.is_set or self.fatal) and self.clock_ns() < end_ns:
             try:
-                yield self.queue.get(timeout=TICK_S)
+                yield self.queue.get(timeout=LOOK_S)
             except queue.Empty:
                 with self.lock:
                     if self.recorder:
@@ -763,6 +763,7 @@ def run_record(options: argparse.Namespace) -> None:
             if source.recorder.failure:
                 break
     finally:
+        source.stop()
         source.recorder.close()
         print(f"{options.file}: {dict(source.parser.counts)}")
     if source.recorder.failure:
@@ -777,7 +778,7 @@ def run_info(options: argparse.Namespace) -> None:
     parser, book, depths = recording.parser, recording.parser.book, []
 
     def watch(message: Message) -> Message:
-        is_known = bool(parser.last_u)  # from a snapshot to the next loss
+        is_known = parser.last_u is not None  # from a snapshot to the next loss
         depths.append(book.depth(BID, 1.0) + book.depth(ASK, 1.0) if is_known else math.nan)
         return message
 
@@ -789,8 +790,7 @@ def run_info(options: argparse.Namespace) -> None:
     first_ns, last_ns = tape.recv_ns[[0, -1]].tolist()
     is_known, is_book, has_mid = ~np.isnan(depths), tape.is_book, ~np.isnan(tape.mid_ticks)
     losses = Counter(note["reason"] for m, note in tape.notes.items() if tape.kind[m] == LOST)
-    facts = [*parser.counts.items(), ("messages", len(tape.kind)),
-             ("snapshots", int((tape.kind == SNAPSHOT).sum())),
+    facts = [*parser.counts.items(), ("snapshots", int((tape.kind == SNAPSHOT).sum())),
              ("first message, UTC", clock_text(first_ns)), ("span, s", (last_ns - first_ns) / NS),
              *((f"book lost {times} times", reason) for reason, times in losses.items()),
              ("crossed or one-sided books", int((is_book & ~has_mid).sum()))]  # fmt: skip
@@ -801,7 +801,7 @@ def run_info(options: argparse.Namespace) -> None:
     facts += [(label, form(*np.percentile(values, [1, 50, 99])))
               for label, values in columns.items() if len(values)]  # fmt: skip
     mid_ticks = np.where(is_known, tape.mid_ticks, math.nan)
-    mids = mid_ticks[np.searchsorted(tape.recv_ns, np.arange(first_ns, last_ns, NS))]
+    mids = mid_ticks[tape.recv_ns.searchsorted(np.arange(first_ns, last_ns, NS), "right") - 1]
     returns_bps = 1e4 * np.diff(np.log(mids))  # from second to second
     if np.isfinite(returns_bps).any():
         way_bps = max(np.nansum(np.abs(returns_bps)), 1e4 / np.nanmedian(mids))  # a tick or more

@@ -6,9 +6,13 @@ to. Nothing else is ever asked for the time, so the same messages make the same 
 A decision is made at the first message that is due, with that message applied; its time is
 the message's recv_ns. The next is due one optimization interval later, or as soon as the mid is
 requote_move_bps away from where it was. Due at once are a loss, the snapshot that ends it, new
-parameters, a guard that trips or clears (they are judged at every whole second), and a book gone
-silent: that one at the instant at which it is so for too long. A fill is not; the next decision
-sees it.
+parameters, and a guard that trips or clears (judged at every whole second); a book gone silent is
+decided on at the instant at which it has been so for too long. A fill calls for no decision.
+
+After a loss both orders are cancelled. The snapshot ends it, yet no return may span the hole: the
+decision on it says "warming up". At the next whole second the mid is measured again, and the first
+message after that decides, and quotes. An outage (of a backtest, told by a note with its end) cuts
+us off: nothing is decided, sent or known, while the market goes on meeting what rests.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
@@ -16,7 +20,7 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - An order decided at t (our clock) stands on the exchange from t + order_latency until its
     cancel arrives, as late. Only events of that time (exchange clock) can fill it, whenever we
     hear of them. At its arrival post-only and the inventory limit are judged again, on the last
-    book pushed. Realistic, but for the 20 ms or so since that push.
+    book pushed. Realistic, but for the 100 ms or less since that push.
   - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
     behind us, and a trade no later than the book's last push to be in the size shown: pessimistic.
@@ -28,7 +32,7 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - What our quotes meet after a connection is lost, until the cancels arrive, is never heard and
     fills nothing. Optimistic; the summary says for how long in all.
   - We take no volume from others and move no price: optimistic. impact_bps is a rough stand-in:
-    each fill's price is that much worse, times the order's share of the depth near the mid.
+    a quote's fill is that much worse in price, times its share of the depth near the mid.
   - Funding is not modelled.
 
 Units: prices USDT at the edges, integer ticks inside; sizes and inventory base coin;
@@ -56,12 +60,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import feed
 import optimize as opt
 from feed import ASK, BID, MS, NEVER, NS, SIDES, UserError, clock_text
 from optimize import INF, Distances, Parameters
+
+import numpy as np
 
 NAN = math.nan  # not known, or none
 MINUTE_NS = 60 * NS
@@ -106,8 +110,7 @@ class Market:
     def measure_second(self, second_ns: int, mid_price: float, turnover_musd: float,
                        tick_size: float, half_life_s: float) -> None:  # fmt: skip
         """One whole second of receive time has passed; the volatility is the root mean square
-        of the returns, the liquidity the turnover over the sum of their absolute values.
-        """
+        of the returns, the liquidity the turnover over the sum of their absolute values."""
         previous, self.grid_mid = self.grid_mid, mid_price
         if math.isnan(previous) or math.isnan(mid_price):
             return
@@ -143,7 +146,7 @@ class Fill(NamedTuple):
     qty: float  # base coin
     fee: float  # USDT, positive = paid
     mid_price: float  # USDT, as known just before the message that told of the fill
-    queue_ahead: float = 0.0  # base coin, just before what filled us
+    queue_ahead: float = 0.0  # base coin, just before the trade, or just after the book's row
     queue_at_arrival: float = 0.0  # base coin
     arrival_ns: int = 0  # when the order reached the exchange, exchange time
     rule: str = "queue"  # which rule filled it: see RULES
@@ -162,7 +165,7 @@ class Account:
     mid_price: float = NAN  # the last mid that it was marked to
     peak_equity: float = 0.0  # the highest that was ever marked
     fills: list[Fill] = field(default_factory=list)
-    path: array = field(default_factory=partial(array, "d"))  # see `note`
+    path: array = field(default_factory=partial(array, "d"))  # see `add_point`
 
     @property
     def equity(self) -> float:
@@ -185,9 +188,9 @@ class Account:
         self.spread_captured += fill.side * (fill.mid_price - fill.price) * fill.qty
         self.turnover += fill.qty * fill.price
         self.fills.append(fill)
-        self.note(fill.recv_ns, self.mid_price)
+        self.add_point(fill.recv_ns, self.mid_price)
 
-    def note(self, time_ns: int, mid_price: float) -> None:
+    def add_point(self, time_ns: int, mid_price: float) -> None:
         """A point of the pictures: every whole second, fill and loss of the mid (nan)."""
         self.path.extend((time_ns, mid_price, self.inventory, self.spread_captured,
                           self.revaluation, self.fees_paid, self.equity))  # fmt: skip
@@ -269,8 +272,8 @@ def floor_to_lot(qty: float, lot_size: float) -> float:
 @dataclass(slots=True, eq=False)
 class Order:
     """A paper order. It stands on the exchange in (arrival_ns, cancel_ns]. Its queue is the size
-    shown at its price at its arrival, and from then on only gets shorter.
-    """
+    shown at its price at its arrival, and from then on only gets shorter (or a late row says that
+    it was another)."""
 
     side: int
     level: int  # side x price tick: a higher level is a better price on both sides
@@ -281,7 +284,7 @@ class Order:
     has_arrived: bool = False
     queue_ahead: float = INF  # base coin; inf where nothing can be seen
     queue_at_arrival: float = INF
-    eaten: float = 0.0  # of the queue, by trades
+    eaten: float = 0.0  # by trades at our price since then
     due: float = 0.0  # base coin, our share of what trades left, below a lot so far
 
 
@@ -289,8 +292,7 @@ class Order:
 class PaperExchange:
     """Matches the market's messages, on the exchange's clock, against our orders, cancelled ones
     included: a trade can be heard of after its order was replaced. By peer_rules, those of
-    hftbacktest, an order fills whole or not at all, and a level out of the window is empty.
-    """
+    hftbacktest, an order fills whole or not at all, and a level out of the window is empty."""
 
     parameters: Parameters
     instrument: feed.Instrument
@@ -309,18 +311,18 @@ class PaperExchange:
     def __post_init__(self) -> None:
         self.book, p = self.market.book, self.parameters
         self.offset_ns = round(p.clock_offset_ms * MS)  # our clock - exchange's
-        self.latency_ns = round(p.order_latency_ms * MS) - self.offset_ns
+        # From a decision, on our clock, to its arrival, on the exchange's.
+        self.to_exchange_ns = round(p.order_latency_ms * MS) - self.offset_ns
 
     def send(self, side: int, level: int | None, qty: float, time_ns: int) -> bool:
         """Ask for one order at a level, or for none, and say whether that changes anything. An
         unchanged order keeps its place, with what is left of it; else cancel and new order
-        arrive at one instant.
-        """
+        arrive at one instant."""
         standing = next((o for o in self.orders if o.side == side and o.cancel_ns == NEVER), None)
         wanted = None if level is None else (level, qty)
         if time_ns < self.back_ns or wanted == (standing and (standing.level, standing.qty)):
             return False
-        arrival_ns = time_ns + self.latency_ns
+        arrival_ns = time_ns + self.to_exchange_ns
         if standing:
             standing.cancel_ns = arrival_ns
         if wanted:
@@ -330,8 +332,7 @@ class PaperExchange:
 
     def flatten(self, time_ns: int) -> None:
         """Close the inventory as a taker, level by level, as far as the book goes. A concession
-        to simplicity: at once, without the latency of an order; slightly optimistic.
-        """
+        to simplicity: at once, without the latency of an order; slightly optimistic."""
         self.recv_ns, self.before = time_ns, self.book.view
         exch_ns, inventory = time_ns - self.offset_ns, self.account.inventory
         side, qty = ASK if inventory > 0 else BID, abs(inventory)
@@ -347,8 +348,8 @@ class PaperExchange:
 
         # A cancelled order is kept as long as a trade or a row of before its end may still
         # come: until both streams have gone past it, at most LATE_NS.
-        late_ns = message.recv_ns - self.offset_ns - LATE_NS
-        passed_ns = max(min(self.trade_ns, book.exch_ns), late_ns)
+        oldest_ns = message.recv_ns - self.offset_ns - LATE_NS
+        passed_ns = max(min(self.trade_ns, book.exch_ns), oldest_ns)
         self.orders = [order for order in self.orders if order.cancel_ns >= passed_ns]
 
         # Who has arrived meets the book as it stands. He is refused where he would take.
@@ -364,9 +365,9 @@ class PaperExchange:
 
         # A message of trades: each meets the orders as those before it left them.
         for trade_ns, level, size, is_rpi in message.trades:
-            if trade_ns >= late_ns:
+            if trade_ns >= oldest_ns:
                 self._meet_trade(trade_ns, level, size, is_rpi)
-            self.trade_ns = exch_ns
+        self.trade_ns = exch_ns if message.trades else self.trade_ns
 
         # A message of the book: a smaller size shortens our queue; does it reach our price?
         book.apply(message)
@@ -380,8 +381,9 @@ class PaperExchange:
                     self._fill(order, order.left, exch_ns, "book")
             elif exch_ns <= order.arrival_ns:
                 # subtle: heard after the arrival, but of before it. It tells better what stood
-                # there when we came, so the queue starts anew from it.
+                # there when we came: the queue is that, less what trades have eaten since.
                 if shown < INF:
+                    order.queue_at_arrival = shown
                     order.queue_ahead = max(shown - order.eaten, 0.0)
                 if is_reached:
                     self._refuse(order, "would take")
@@ -409,7 +411,7 @@ class PaperExchange:
                     qty = order.left if self.peer_rules else min(order.left, share)
                     self._fill(order, qty, exch_ns, "queue")
                 order.queue_ahead = max(-rest, 0.0)
-            return  # one order stands at a time, and a volume fills us once
+            return  # on a side one order stands at a time, and a volume fills us once
 
     def _shown(self, order: Order) -> float:
         """The size displayed at our price; inf where nothing can be seen."""
@@ -432,7 +434,7 @@ class PaperExchange:
             return
         account, p, side = self.account, self.parameters, order.side
         price = side * order.level * self.instrument.tick_size
-        if self.impact_bps and (depth := self.market.depths[side]) > 0:
+        if self.impact_bps and rule != "taker" and (depth := self.market.depths[side]) > 0:
             price *= 1 + side * self.impact_bps * 1e-4 * order.qty / depth
         fee = price * qty * (p.taker_fee_bps if rule == "taker" else p.maker_fee_bps) * 1e-4
         account.mark(self.before.mid_ticks * self.instrument.tick_size)
@@ -454,7 +456,7 @@ class MarketMaker:
                  overrides: Mapping[str, Any] | None = None, strategy: str | Callable = "lp",
                  **frictions: Any) -> None:  # fmt: skip
         self.parameters, self.instrument, self.log = parameters, instrument, log
-        self.overrides = dict(overrides or {})  # the user's parameters, before a recording's
+        self.overrides = dict(overrides or {})  # the user's, before a recording's, before defaults
         self.recorded = {n: v for n, v in asdict(parameters).items() if n not in self.overrides}
         self.strategy, self.strategy_name = load_strategy(strategy)
         market, account = self.market, self.account = Market(), Account()
@@ -513,7 +515,7 @@ class MarketMaker:
             market.lost = note["reason"]
             # Until the cancels arrive the quotes stand, and what they meet is never heard.
             end_ns = min(max((o.cancel_ns for o in self.exchange.orders), default=0),
-                         now_ns + self.exchange.latency_ns)  # fmt: skip
+                         now_ns + self.exchange.to_exchange_ns)  # fmt: skip
             self.unheard_ns += max(end_ns - market.book.exch_ns, 0)
         elif note.get("event") == "params":
             return self._change_parameters(note)
@@ -525,8 +527,7 @@ class MarketMaker:
 
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
         """Parameters of a control line; whether they are sound, and so in force. Those under
-        "overrides" are the user's, and replace all that he gave before.
-        """
+        "overrides" are the user's, and replace all that he gave before."""
         recorded = {**self.recorded, **note.get("parameters", {})}
         overrides = {**note.get("overrides", self.overrides)}
         changes, before = DEFAULTS | recorded | overrides, self.parameters
@@ -582,7 +583,7 @@ class MarketMaker:
         self._mark()
         market, tick_size = self.market, self.instrument.tick_size
         mid_price = market.book.view.mid_ticks * tick_size
-        self.account.note(second_ns, mid_price)
+        self.account.add_point(second_ns, mid_price)
         turnover_musd = math.fsum(self.traded) * tick_size * 1e-6
         self.traded.clear()
         half_life_s = self.parameters.half_life_s
@@ -617,7 +618,7 @@ class MarketMaker:
     def decide(self, time_ns: int) -> None:
         """Measure, choose, quote, log; the next decision is due an interval later."""
         if self.exchange.back_ns and self.last_guard == "outage":
-            return
+            return  # that we are cut off has been decided and logged
         p, market, account = self.parameters, self.market, self.account
         view, tick_size = market.book.view, self.instrument.tick_size
 
@@ -636,7 +637,7 @@ class MarketMaker:
         self.is_stale = time_ns >= self.stale_ns()
         if self.silent_ns() == NEVER:
             market.grid_mid = NAN
-            account.note(time_ns, NAN)
+            account.add_point(time_ns, NAN)
 
         # What to quote: distances from the mid, then levels and quantities.
         source, distances, wanted = "none", None, dict.fromkeys(SIDES, (None, 0.0))
@@ -659,7 +660,8 @@ class MarketMaker:
                  for value in (side * level * tick_size if qty else NAN, qty)]  # fmt: skip
         spread = distances and distances.base_spread
         *terms, total = (*spread[:3], spread.total_bps) if spread else [NAN] * 4
-        standing = {o.side: o.queue_ahead for o in self.exchange.orders if o.has_arrived}
+        standing = {o.side: o.queue_ahead for o in self.exchange.orders
+                    if o.has_arrived and time_ns - self.exchange.offset_ns <= o.cancel_ns}
         queues = [standing.get(side, NAN) for side in SIDES]
         self.decision = Decision(
             time_ns, account.mid_price if is_sound else NAN, *best, *quote, total,
@@ -672,7 +674,7 @@ class MarketMaker:
         self.reasons[reason] += 1
         if self.log is not None:
             self.log.write(log_row(self.decision, self.instrument.digits))
-        self._note(self.decision)
+        self._keep(self.decision)
 
     def _place(self, distances: Distances, mid: float) -> tuple[dict[int, tuple], str]:
         """(level or None, quantity) by side around a mid in ticks, and the reasons given."""
@@ -699,12 +701,12 @@ class MarketMaker:
     def finish(self) -> None:
         """The end: write down the account as the last message leaves it."""
         self._mark()
-        self.account.note(self.last_ns, NAN)
+        self.account.add_point(self.last_ns, NAN)
         names = "mid_price", "inventory", "cash", "equity", "fees_paid"
         account = {name: getattr(self.account, name) for name in names}
-        self._note(self.decision._replace(time_ns=self.last_ns, is_sent=0.0, **account))
+        self._keep(self.decision._replace(time_ns=self.last_ns, is_sent=0.0, **account))
 
-    def _note(self, decision: Decision) -> None:
+    def _keep(self, decision: Decision) -> None:
         self.times.append(decision.time_ns)
         self.rows.extend(decision[1 : 1 + len(NUMBERS)])
 
@@ -727,8 +729,7 @@ def count(n: int, what: str) -> str:
 
 def describe(maker: MarketMaker) -> list[tuple[str, str]]:
     """(label, text), a line each, what matters most first: as of the last decision, but account,
-    queues, markouts, last and mark price of now. A mark of a minute ago guards nothing.
-    """
+    queues, markouts, last and mark price of now. A mark of a minute ago guards nothing."""
     a, d, p, market = maker.account, maker.decision, maker.parameters, maker.market
     n, coin, view = maker.instrument.digits, maker.instrument.base_coin, market.book.view
     queues = {o.side: o.queue_ahead for o in maker.exchange.orders if o.cancel_ns == NEVER}
@@ -813,15 +814,15 @@ def given_parameters(options: argparse.Namespace) -> dict[str, Any]:
 
 def load_strategy(strategy: str | Callable) -> tuple[Callable, str]:
     """A strategy and its name: a function, a name of optimize.STRATEGIES, or a file that defines
-    quote(parameters, market, q) -> (bid_bps, ask_bps), named as the file is.
-    """
+    quote(parameters, market, q) -> (bid_bps, ask_bps), named as the file is."""
     if callable(strategy):
         return strategy, getattr(strategy, "__name__", "a function")
     if strategy in opt.STRATEGIES:
         return opt.STRATEGIES[strategy], strategy
     try:
         name = Path(strategy).stem
-        if name in ("last_good", "default", "none") or not name.isprintable() or "," in name:
+        taken = "last_good", "default", "none", *opt.STRATEGIES
+        if name in taken or not name.isprintable() or "," in name:
             raise ValueError("a name that the log could not tell apart")
         return runpy.run_path(strategy)["quote"], name
     except (Exception, SystemExit) as error:  # subtle: it is anybody's code
@@ -881,7 +882,7 @@ class Session:
         now_s, maker, source = time.monotonic(), self.maker, self.source
         if now_s < self.next_look_s:
             return
-        self.next_look_s = now_s + feed.TICK_S
+        self.next_look_s = now_s + feed.LOOK_S
         if self.is_live:
             fault = maker.market.book.view.fault
             if fault and not maker.market.lost:  # it heals by a new snapshot only
@@ -932,8 +933,7 @@ class Session:
 
     def draw(self) -> str:
         """A frame in place of the last, what matters most first: a window may be small. Where
-        there is no terminal to draw on, only a line, and each notice once.
-        """
+        there is no terminal to draw on, only a line, and each notice once."""
         maker, d = self.maker, self.maker.decision
         words = [clock_text(maker.last_ns), f"mid {d.mid_price:,.{maker.instrument.digits + 1}f}",
                  f"net {maker.account.equity:+.2f}", f"source {d.source}", d.reason,
@@ -1042,8 +1042,7 @@ def build_arguments() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None, clock_ns: Callable[[], int] | None = None) -> int:
     """python marketmaker.py; the exit status. clock_ns replaces the session's clock."""
-    options = build_arguments().parse_args(arguments)
-    return feed.exit_cleanly(lambda: run(options, clock_ns))
+    return feed.exit_cleanly(lambda: run(build_arguments().parse_args(arguments), clock_ns))
 
 
 if __name__ == "__main__":

@@ -23,22 +23,22 @@ Symbols (the README repeats this table, nothing else does):
   alpha, beta                    weight of inventory risk, of price risk      -
   gamma, delta, zeta             spread per volatility, liquidity, depth      -, bps
 
-Base spread, with the volatility of now (an average is widest a minute after a jump):
+Base spread, from sigma; its EMA, which is late after a jump, only says how often to decide:
   S = max(min_half_spread_bps, 2 gamma sigma sqrt(tau) + delta/(1 + L/L0) + zeta/(1 + D/D0))
-Its floor keeps d_min at 1 or less; where S is below twice the edge, the edge decides. S knows no
+Its floor keeps d_min at 1 or less; where S is below twice the edge, the edges decide. S knows no
 fee: a round trip costs twice the maker fee, and --min-half-spread-bps is where to ask for it.
 
 Cost of a quote:
   C(d_b, d_a; q) = alpha (q - s)^2  +  beta (d_b^2 + d_a^2)
                    inventory risk      price risk
 alpha leans the quote towards s = q and no further; beta resists, as a lean takes one quote away
-from the mid. Only alpha/beta matters, and nothing at q = 0. The width stays S unless an edge
-binds: s = alpha q / (alpha + beta/2), clipped there, and the program agrees within 0.015 S. Why
-then a program? It was asked for; and it gives multipliers, and takes any further rule as a row.
+from the mid. Only alpha/beta matters, and nothing at q = 0. Unless an edge binds, the width is S
+and s = alpha q / (alpha + beta/2), with which the program agrees within h. Why then a program?
+It was asked for; and it gives multipliers, and takes any further rule as a row.
 
 The linear program. Each square is replaced by its chords: x^2 between neighbouring grid points u
-and v becomes (u + v) x - u v, exact at the grid points and never below the square. The largest
-chord is convex, so "r is at least every chord" is a set of rows. In the standard form of
+and v becomes (u + v) x - u v. The largest chord is exact at the grid points, nowhere below the
+square, and convex, so "r is at least every chord" is a set of rows. In the standard form of
 scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
 
   minimise    c x           c = (0, 0, alpha, beta, beta)
@@ -50,9 +50,10 @@ scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
   bounds      d_min <= d_b, d_a <= 2,   r, p_b, p_a >= 0
 
 The inventory chords cover -1 <= q - s <= 1, enough since 0 <= s <= q at the minimum for every
-q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: an irrational ratio,
-so for every rational alpha/beta no slopes of the two terms tie, and the minimum is a single
-point. S is factored out: one program serves every price and spread.
+q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: in a rational ratio
+slopes of both could cancel over a stretch of quotes that cost the same. So the minimum is a single
+point, held by five rows: the spread's or an edge, one of each square, and one more (for alpha =
+beta and q = 0.25 of the inventory). S is factored out: one program serves every price and spread.
 
 The best of a search looks good even where none is, hence the statistics at the end. They read x,
 the net of n periods (rows) in N configurations (columns); SR is the Sharpe ratio of a period.
@@ -74,21 +75,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.random import Generator
-from scipy.optimize import linprog
-from scipy.special import ndtr, ndtri
+try:
+    import numpy as np
+    from numpy.random import Generator
+    from scipy.optimize import linprog
+    from scipy.special import ndtr, ndtri
+except ImportError as error:
+    sys.exit(f"error: {error}: pip install -r requirements.txt")
 
 STEP = 1 / 32  # h: grid step of the squares; 1/16 misses the quadratic cost by 0.5 %
 D_MAX = 2.0  # farthest quote, in units of S
 Q_STEP = 1 / 200  # q is rounded to this before solving, so that answers are reused
 D_MIN_STEP = 1 / 64  # d_min is rounded up to this, which moves an edge by up to S/64
-FEASIBILITY = 1e-7  # by how much an answer may miss a row, in units of S
+FEASIBILITY = 1e-7  # by how much an answer may miss a row
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.1, 5.0  # between two optimizations
 FILL_MODELS = ("queue", "touch", "through")
 INF = math.inf
-PARTS = 10  # of the minutes, for the error of a Sharpe ratio
-PARTS_95 = 2.262  # Student's t with PARTS - 1 degrees of freedom, 95 %
+PARTS, PARTS_95 = 10, 2.262  # of the periods, for a Sharpe ratio's error; their Student's t, 95 %
 Number = float | np.ndarray
 Program = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Grid = Mapping[str, Sequence[Any]]  # the values to try, by name
@@ -98,7 +101,7 @@ Grid = Mapping[str, Sequence[Any]]  # the values to try, by name
 
 
 def _number(default: Any, low: Any, high: Any, help: str, fixed: bool = False, **more: Any) -> Any:
-    """A parameter and its limits; without an upper one (INF), 0 itself is refused."""
+    """A parameter with its limits; where there is no upper one (INF), it must be above 0."""
     return field(default=default, metadata=dict(low=low, high=high, help=help, fixed=fixed, **more))
 
 
@@ -107,7 +110,7 @@ _fixed = partial(_number, fixed=True)  # it cannot change while the program runs
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that can be turned, with its unit and range. `order_qty` is --order-qty."""
+    """Everything that can be turned, with its unit and range. (The flag: --order-qty.)"""
 
     alpha: float = _number(1.0, 0, 10, "weight of inventory risk: leans up to q")
     beta: float = _number(1.0, 0.1, 10, "weight of price risk: resists the lean")
@@ -128,7 +131,7 @@ class Parameters:
     maker_fee_bps: float = _fixed(2.0, -5, 100, "maker fee, + we pay, bps")
     taker_fee_bps: float = _fixed(5.5, -5, 100, "taker fee, + we pay, bps")
     order_latency_ms: float = _fixed(100.0, 0, 60_000, "decision to exchange, ms")
-    feed_latency_ms: float = _fixed(100.0, 0, 60_000, "exchange to us (archives), ms")
+    feed_latency_ms: float = _fixed(100.0, 0, 60_000, "exchange to us, of archives alone, ms")
     clock_offset_ms: float = _fixed(0.0, -864e5, 864e5, "our clock minus the exchange's, ms")
     stale_after_s: float = _number(5.0, 0.5, 60, "book silence that pulls the quote, s")
     fallback_max_age_s: float = _number(5.0, 0, 60, "last good quote serves so long, s")
@@ -188,13 +191,13 @@ def change_parameters(parameters: Parameters, changes: Mapping[str, Any], lot_si
 
 
 def in_words(changes: Mapping[str, Any]) -> str:
-    """alpha 4, gamma 0.5"""
+    """As in "alpha 4, gamma 0.5"; off for what is not set."""
     words = {n: f"{v:g}" if isinstance(v, float | int) else v or "off" for n, v in changes.items()}
     return ", ".join(f"{name} {words[name]}" for name in FIELDS if name in words)
 
 
 def differing(parameters: Parameters) -> dict[str, Any]:
-    """Those that are not at their default."""
+    """The parameters that are not at their default."""
     return {n: v for n, v in asdict(parameters).items() if v != FIELDS[n].default}
 
 
@@ -279,13 +282,12 @@ def solve_program(program: Program, solver: Callable = linprog) -> Solution:
     if result.status != 0:
         raise RuntimeError(f"solver status {result.status}: {result.message}")
     # Check the answer against every row and bound; nan is neither within nor beyond.
-    x = result.x
-    low, high = bounds.T
+    x, (low, high) = result.x, bounds.T
     is_within = (low - FEASIBILITY <= x) & (x <= high + FEASIBILITY)
     if not (is_within.all() and (A_ub @ x <= b_ub + FEASIBILITY).all()):
         raise RuntimeError("the solver's answer breaks a constraint")
-    # A multiplier says how the least cost changes with the limit of its row, dC/db_ub. Those of
-    # the inventory rows, which hold an r, move with q: by -k, as d_b is weighted.
+    # A multiplier says how the least cost changes with the limit of its row, dC/db_ub. The limits
+    # of the inventory rows, those with an r, move with q: by -k, which is also the weight of d_b.
     row_prices = result.ineqlin.marginals  # never positive
     move_per_q = np.where(A_ub[:, 2] < 0, A_ub[:, 0], 0.0)
     return Solution(
@@ -377,7 +379,7 @@ def choose_distances(strategy: Callable, source: str, parameters: Parameters, ma
 
 
 def get_optimization_frequency(parameters: Parameters, ema_volatility: float) -> float:
-    """Seconds to the next optimization, in which the price diffuses by requote_move_bps."""
+    """How often: the seconds to the next one, in which the price diffuses by requote_move_bps."""
     if not ema_volatility * MAX_INTERVAL_S**0.5 > parameters.requote_move_bps:
         return MAX_INTERVAL_S  # calm, flat, or nan: not measured yet
     return max(MIN_INTERVAL_S, (parameters.requote_move_bps / ema_volatility) ** 2)
@@ -459,8 +461,7 @@ def block_length(x: np.ndarray) -> float:
     """
     if x.ndim > 1:
         return float(np.mean([block_length(column) for column in x.T]))
-    n = len(x)
-    K = 5  # the papers' max(5, sqrt(log10 n)), for any n below 1e25
+    n, K = len(x), 5  # K: the papers' max(5, sqrt(log10 n)), for any n below 1e25
     lags = min(math.ceil(math.sqrt(n)) + K, n - 1)
     deviations = x - x.mean()
     R = np.array([deviations[k:] @ deviations[: n - k] for k in range(lags + 1)]) / n
@@ -581,7 +582,7 @@ mid {mid_price:.9g}, best bid {best_bid:.9g}, best ask {best_ask:.9g}, inventory
 2. The linear program, solved for |q|; where q is below 0, its answers swap
    q            {inventory:.9g} / {max_inventory:g}, to the nearest 1/200: {q:g}
    d_min        {floor_bps:g} / S, up to the next 1/64: {edge}/64
-   the rows that hold it, of {rows}:{binding}
+   the rows that hold it, of {rows} with the edges:{binding}
    answer       d_b = {d_b:.6f}, d_a = {d_a:.6f}, lean s = {s:+.4f}
                 without chords and edge, s = alpha q / (alpha + beta/2) = {free_s:+.4f}
    cost         {cost:.6f} by chords, {C:.6f} by squares
@@ -601,10 +602,11 @@ def explain(row: Mapping[str, str], p: Parameters) -> str:
     q = min(max(v["inventory"] / p.max_inventory, -1.0), 1.0)
     quote = quote_by_program(p, SimpleNamespace(**v, depth_musd=D), q)
     (d_b, d_a, cost, *_), S = quote.solution, quote.base_spread.total_bps
-    q, d_min = round(q / Q_STEP) * Q_STEP, p.min_half_spread_bps / S
+    q, edge = round(q / Q_STEP) * Q_STEP, math.ceil(p.min_half_spread_bps / S / D_MIN_STEP - 1e-9)
 
-    # Which rows hold the answer? Each square stands on the highest of its chords.
-    _, A_ub, b_ub, _ = build_program(abs(q), p.alpha, p.beta, d_min)
+    # Which rows, edges below them, hold the answer? Each square stands on its highest chord.
+    _, A_ub, b_ub, _ = build_program(abs(q), p.alpha, p.beta, edge * D_MIN_STEP)
+    A_ub, b_ub = np.vstack((A_ub, -np.eye(2, 5))), np.append(b_ub, [-edge * D_MIN_STEP] * 2)
     chords = A_ub[:, :2] @ (max(d_b, d_a), min(d_b, d_a)) - b_ub
     squares = [chords[A_ub[:, k] < 0].max() for k in (2, 3, 4)]
     binding = ""
@@ -612,12 +614,11 @@ def explain(row: Mapping[str, str], p: Parameters) -> str:
         terms = zip(A_ub[k], ("d_b", "d_a", "r", "p_b", "p_a"))
         words = " ".join(f"{weight:+.4f} {name}" for weight, name in terms if weight)
         binding += f"\n                {words} <= {b_ub[k]:+.4f}"
-
     tick = 10.0 ** -(digits := len(row["best_bid"].partition(".")[2]))
     bid, ask = mid * (1 - quote.bid_bps * 1e-4), mid * (1 + quote.ask_bps * 1e-4)
     return STEPS.format(
         log=row, **v, **vars(p), **quote.base_spread._asdict(), D=D, S=S, q=q, rows=len(b_ub),
-        edge=math.ceil(d_min / D_MIN_STEP - 1e-9), binding=binding, cost=cost,
+        edge=edge, binding=binding, cost=cost,
         d_b=d_b, d_a=d_a, s=d_b - d_a, free_s=p.alpha * q / (p.alpha + p.beta / 2),
         C=cost_function(d_b, d_a, q, p.alpha, p.beta), tick=tick, digits=digits,
         bid=bid, bid_step=min(math.floor(bid / tick + 1e-9) * tick, v["best_ask"] - tick),

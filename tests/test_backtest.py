@@ -21,17 +21,17 @@ from types import SimpleNamespace
 from unittest import mock
 
 import avellaneda_stoikov
-import numpy as np
-import pytest
-from market import MID, busy_market, calm, delta, lost, ns, rough_session, snapshot, trades, write
-from matplotlib.figure import Figure
-from test_marketmaker import BUSY, LIMITS
-
 import backtest
 import feed
 import marketmaker
 from feed import ASK, BID, MS, NS
+from market import MID, busy_market, calm, delta, lost, ns, rough_session, snapshot, trades, write
 from optimize import STRATEGIES, Distances, Parameters
+from test_marketmaker import BUSY, LIMITS
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
 
 AS = avellaneda_stoikov.__file__
 
@@ -323,6 +323,15 @@ def test_impact_makes_each_fill_worse_by_the_orders_share_of_the_depth():
         nets[qty, impact] = result.metrics["net_usdt"] / qty
     for qty in (1, 0.5):  # the depth of the bid is 16
         assert nets[qty, 10] - nets[qty, 0] == near(-49_998 * 10e-4 * qty / 16)
+    hits = [trades(12_000, (ASK, -4, 2.5)), delta(13_000, {-9: 1}), trades(17_000, (ASK, -4, 3))]
+    metrics = play_fixed(calm(20_000, *hits), "--impact-bps", "10").metrics
+    assert (metrics["fills"], metrics["orders_filled"]) == (2, 1)  # in parts, of two prices
+
+
+def test_minutes_without_a_move_are_a_range():
+    regimes = play_fixed(calm(32 * 60_000), "--regimes").metrics["regimes"]
+    minutes = [regimes[name]["minutes"] for name in ("all", "range", "trend", "not classed")]
+    assert minutes == [31, 1, 0, 30]
 
 
 # ---- 4. Strategies -----------------------------------------------------------------

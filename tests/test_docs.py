@@ -15,15 +15,15 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import experiments
-import numpy as np
-import pytest
-from scipy.optimize import linprog
-
 import backtest
+import experiments
 import feed
 import marketmaker
 import optimize
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
 
 ROOT = Path(feed.__file__).parent
 MODULES = ("feed", "optimize", "marketmaker", "backtest")
@@ -131,6 +131,8 @@ def test_every_quote_of_the_sample_follows_from_the_formulas_alone_and_is_explai
         for side, price, ours in (("bid", r["bid_price"], bid), ("ask", r["ask_price"], ask)):
             assert math.isnan(price) or round(price / 0.1) == ours, row["time_ns"]
             assert re.search(rf"   {side} .*: {ours / 10:.1f}\n", explained), row["time_ns"]
+        is_at_edge = [min(d_b, d_a) < d_min + 1e-7, f" d_a <= {-d_min:.4f}\n" in explained]
+        assert is_at_edge in ([True] * 2, [False] * 2), row["time_ns"]
     assert len(rows) > 1000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def test_functions_stay_short(name, capsys):
 @pytest.mark.parametrize("pattern", BUDGETS)
 def test_files_keep_within_their_budget_of_lines(pattern):
     assert count_lines(pattern) <= BUDGETS[pattern]
+
+
+@pytest.mark.parametrize("command", ["feed numpy", "marketmaker websocket", "optimize scipy"])
+def test_a_missing_package_is_one_line_that_names_the_command(command, tmp_path):
+    program, package = command.split()
+    (tmp_path / f"{package}.py").write_text("raise ImportError(f'No module named {__name__}')")
+    words, env = [sys.executable, ROOT / f"{program}.py"], {"PYTHONPATH": str(tmp_path)}
+    told = subprocess.run(words, env=env, capture_output=True, text=True).stderr
+    assert told == f"error: No module named {package}: pip install -r requirements.txt\n"
 
 
 def test_decisions_read_no_clock():

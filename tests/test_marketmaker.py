@@ -429,8 +429,7 @@ def test_moment(moment):
 
 
 def test_time_alone_notices_a_silent_book_and_walks_no_seconds_of_which_nothing_is_known():
-    log = io.StringIO()
-    maker = warm(log=log)
+    maker = warm(log=(log := io.StringIO()))
     maker.tell(delta(12_500, {5: 1}))
     for ms in (*range(12_500, 19_000, 70), 10**12):
         maker.pass_time(ns(ms))
@@ -453,6 +452,7 @@ def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good(
     maker.tell(trades(12_700, (ASK, -3, 1)), params(12_710, alpha=2))  # bought 1 at 49,999
     maker.tell(snapshot(12_750, {-210: 0.5, -212: 0.25}, {-208: 3}))  # the mid by 104.5, from 1
     assert not maker.is_stopped
+    maker.exchange.impact_bps = 100.0  # of quotes: a taker walks the book
     maker.tell(delta(13_200))  # decides, as a whole second has passed
     assert maker.decision.reason == "drawdown limit" and maker.account.inventory == 0.25
     maker.tell(delta(13_300, {-220: 9}), *beats(14_300, 40_300))  # the rest, when it decides next
@@ -463,6 +463,8 @@ def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good(
     assert maker.account.cash == pytest.approx(-49_999 + proceeds * (1 - 10e-4), abs=1e-9)
     assert maker.decision.reason == "drawdown limit" and maker.account.inventory == 0
     assert all(order.cancel_ns < NEVER for order in maker.exchange.orders)
+    queues = dict(zip(*(maker.columns()[name].tolist() for name in ("time_ns", "ask_queue"))))
+    assert queues[ns(13_200)] > 0 and math.isnan(queues[ns(18_300)])  # cancelled: 100 ms later
 
 
 @pytest.mark.parametrize("seed, pace_bps", [(0, 0.1), (1, 2.0)])
@@ -576,8 +578,7 @@ HEADER = (
 
 
 def test_the_log_has_the_columns_of_the_design_and_a_row_for_every_decision():
-    log = io.StringIO()
-    maker = Maker(log)
+    maker = Maker(log := io.StringIO())
     maker.tell(ticker(100), snapshot(300), lost(400, "they, say"))  # at 100 nothing is known yet
     header, before, first, gone = list(csv.reader(io.StringIO(log.getvalue())))
     assert header == HEADER.split(", ")
@@ -647,6 +648,7 @@ FAULTS = """\
 --tick-size 0.3: multiple of the tick 0.3, --tick-size
 --strategy absent.py: --strategy absent.py, No such file, lp
 --strategy list.json: --strategy list.json, 'quote', quote(parameters
+--strategy lp.py: --strategy lp.py, a name that the log could not tell apart
 --log none/x.csv: none/x.csv, cannot be written
 --params /dev/zero: --params, regular file
 --url ws://x: --url, leave out --replay
@@ -664,8 +666,7 @@ def test_a_users_error_is_one_line_with_value_rule_and_remedy(fault, recording, 
     except SystemExit as stopped:  # argparse's own
         status = stopped.code
     err = capsys.readouterr().err
-    assert status == 2
-    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert (status, err[:7], err[-1], err.count("\n")) == (2, "error: ", "\n", 1), err
     assert all(word in err for word in words.split(", ")), err
 
 

@@ -6,13 +6,13 @@ import re
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import pytest
+from backtest import estimate_mean, measure_drawdown, measure_sharpe
+from feed import ASK
 from market import FAR, WALL, beats, busy_market, calm, delta, lost, snapshot, trades, write
 from test_backtest import CALM, FOUR, ROUGH, folder, near, play, play_fixed  # noqa: F401
 
-from backtest import estimate_mean, measure_drawdown, measure_sharpe
-from feed import ASK
+import numpy as np
+import pytest
 
 NAN = math.nan
 

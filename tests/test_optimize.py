@@ -7,12 +7,12 @@ from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
+import optimize
+from optimize import FIELDS, Distances, Parameters, choose_distances, solve_quote
+
 import numpy as np
 import pytest
 from scipy.optimize import linprog
-
-import optimize
-from optimize import FIELDS, Distances, Parameters, choose_distances, solve_quote
 
 H = optimize.STEP
 NAN, INF = math.nan, math.inf
@@ -126,8 +126,7 @@ def test_multipliers_are_the_derivatives_of_the_least_cost(q, alpha, d_min, smoo
         (answer.inventory_price, lambda e: least_cost(q + e, alpha, d_min, d_min)),
     ]:
         left, right = (cost(0) - cost(-step)) / step, (cost(step) - cost(0)) / step
-        assert left - 1e-6 <= price <= right + 1e-6
-        assert not smooth or right - left < 1e-6
+        assert left - 1e-6 <= price <= right + 1e-6 and (not smooth or right - left < 1e-6)
 
 
 # ---- Rounding, memory, fallback ----------------------------------------------------

@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pytest
-from exchange import LoopbackExchange, wait_until
-from simulate import simulate
-
 import feed
 import marketmaker
+from exchange import LoopbackExchange, wait_until
 from feed import MS, NS
+from simulate import simulate
+
+import numpy as np
+import pytest
 
 SPEED = 20  # seconds of the session in one of the wall
 DURATION_S = 171.37  # ends in the middle of a second
@@ -147,5 +147,4 @@ def test_a_full_disk_stops_the_recording_and_not_the_quoting(
         assert marketmaker.main([*flags, "--duration", "60"], clock_ns) == 2
     out, err = capsys.readouterr()
     assert all("r.gz stopped: No space left on device" in text for text in (out, err))
-    assert "0 malformed" in out and "stopping" not in out
-    assert makers[0].sources["lp"] > 5
+    assert "0 malformed" in out and "stopping" not in out and makers[0].sources["lp"] > 5
