@@ -892,11 +892,10 @@ def walk_forward(setting: Setting, trials: list[Trial], count: int, objective: s
     return windows, span, play(setting, notes, stop=stop)
 
 
-def format_walk(windows: list[tuple], end_ns: int, traded: np.ndarray,
-                c: Mapping[str, np.ndarray]) -> str:  # fmt: skip
+def format_walk(windows: list[tuple], end_ns: int, traded: np.ndarray, walk: Result) -> str:
     """Each window: what was chosen, net a minute in sample and out of it; the last one's end."""
     rows = [["from, UTC", "in sample", "out of it", "fills", "carried in", "chosen"]]
-    count, length = len(windows), traded.shape[1] // len(windows)
+    c, count, length = walk.columns, len(windows), traded.shape[1] // len(windows)
     at_ns = np.array([*(begin_ns for begin_ns, _, _ in windows), end_ns])
     held, known = values_at(at_ns[:-1], c["time_ns"], c["inventory"]), np.isfinite(c["mid_price"])
     mids = values_at(at_ns, c["time_ns"][known], c["mid_price"][known])
@@ -1111,13 +1110,13 @@ NEEDS = {  # flags that change nothing without one of others, and flags that exc
 EXCLUDES = {"log": SEARCH, "each": SEARCH | {"bootstrap", "regimes", "plot", "log", "out"}}
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, executor: Executor | None = None) -> None:
     """Check what was asked before the work; then play once, or search."""
     # No flag is taken and ignored.
     default, plot = build_arguments().get_default, options.plot
     given = {name for name, value in vars(options).items() if value != default(name)}
     for name in sorted(given):
-        needed, excluded = NEEDS.get(name, given), given & EXCLUDES.get(name, set())
+        needed, excluded = NEEDS.get(name, {name}), given & EXCLUDES.get(name, set())
         if excluded or given.isdisjoint(needed):
             rule = "does not go with" if excluded else "needs"
             others = " or ".join(f"--{other}" for other in sorted(excluded or needed))
@@ -1144,7 +1143,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("matplotlib is missing: pip install -r requirements.txt")
     if plot and (plot.suffix != ".png" or not (plot.parent == options.out or plot.parent.is_dir())):
         raise UserError(f"--plot {plot} cannot be written: choose a .png in a folder")
-    run_search(options, setting) if given & SEARCH else run_once(options, setting)
+    run_search(options, setting, executor) if given & SEARCH else run_once(options, setting)
 
 
 def list_recordings(path: Path) -> list[Path]:
@@ -1271,15 +1270,16 @@ def to_json(values: Any) -> bytes:
     return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1).encode() + b"\n"
 
 
-def run_search(options: argparse.Namespace, setting: Setting) -> None:
-    """--tune, --walk-forward: search, report, write."""
+def run_search(options: argparse.Namespace, setting: Setting, executor: Executor | None) -> None:
+    """--tune, --walk-forward: search, report, write. Without an executor, by our own processes."""
     grid, objective = parse_grid(options.grid or DEFAULT_GRID, setting), options.objective
     folder = options.out or Path("tuning")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trials-{setting.version}.jsonl"  # trials of different kinds never mix
     # Try what is given and what is on the grid; then, to tune, a finer grid around its best.
     points = opt.expand_grid(grid)
-    with start_workers(min(options.workers, len(points))) as pool:
+    ours = start_workers(min(options.workers, len(points)))
+    with contextlib.nullcontext(executor) if executor else ours as pool:
         stop = feed.StopSignal()
         play_all = partial(try_all, setting=setting, path=path, executor=pool, stop=stop)
         trials, finer, given = play_all([{}, *points]), [], None
@@ -1306,7 +1306,7 @@ def run_search(options: argparse.Namespace, setting: Setting) -> None:
     if options.walk_forward and not stop.is_set:  # subtle: either may have been stopped
         end_ns = setting.data.minutes_ns[span].item(-1) + MINUTE_NS
         runs = {"walk-forward": cut_into_minutes(walk)[:, span], "as given": given[:, span]}
-        texts.append("\n" + format_walk(windows, end_ns, runs["walk-forward"], walk.columns))
+        texts.append("\n" + format_walk(windows, end_ns, runs["walk-forward"], walk))
         joined = resample(runs, count, default_rng(options.seed))
         texts.append(format_bootstrap(joined, "Out of sample, windows joined"))
         rows.append((HEIGHT, partial(plot_walk, windows=windows, runs=runs)))
@@ -1391,9 +1391,9 @@ def build_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """python backtest.py; the exit status."""
-    return feed.exit_cleanly(lambda: run(build_arguments().parse_args(arguments)))
+def main(arguments: list[str] | None = None, executor: Executor | None = None) -> int:
+    """python backtest.py; the exit status. A search takes any executor's workers."""
+    return feed.exit_cleanly(lambda: run(build_arguments().parse_args(arguments), executor))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import avellaneda_stoikov
 import backtest
@@ -51,12 +50,10 @@ def run(*flags, executor=None, encoding="utf-8") -> tuple[int, str, str]:
     """Exit status, stdout and stderr of the command; a search has a thread for a worker."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
     with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
-        workers = contextlib.nullcontext(executor or thread)
-        stack.enter_context(mock.patch.object(backtest, "start_workers", lambda count: workers))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
-            status = backtest.main([str(flag) for flag in flags])
+            status = backtest.main([str(flag) for flag in flags], executor or thread)
         except SystemExit as stopped:  # argparse's own
             status = stopped.code
     return status, *(stream.buffer.getvalue().decode(encoding) for stream in (out, err))
