@@ -77,7 +77,7 @@ def trouble(exchange: LoopbackExchange, params: Path, makers: list, clock_ns: Ca
         (80, lambda: exchange.stall(7, keep=True)),  # a silence, then all at once
         (100, lambda: params.write_text('{"alpha": 3.0, "order_qty": 2.5}')),
         (103, lambda: exchange.send('{"topic":"orderbook.200.BTCUSDT"}')),
-        (117, lambda: hit(LATE_MS)),
+        *((at_s, lambda: hit(LATE_MS)) for at_s in (108, 111, 114, 117)),
         (118, exchange.reset_clients),
         (127, lambda: exchange.send(b"\xff\xfe not text")),
         (128, lambda: exchange.send('{"op":"local",\n"event":"params"}')),
