@@ -485,11 +485,12 @@ class MarketMaker:
         self.pass_time(now_ns)
         # Our orders meet it, and the book shows it.
         self.exchange.meet(message)
-        market.trades.extend(message.trades)
-        self.traded += [abs(level) * size for _, level, size, _ in message.trades]
-        while market.trades and market.trades[0][0] < message.exch_ns - MINUTE_NS:
-            market.trades.popleft()
-        if kind == feed.TICKER:
+        if kind == feed.TRADES:
+            market.trades.extend(message.trades)
+            self.traded += [abs(level) * size for _, level, size, _ in message.trades]
+            while market.trades[0][0] < message.exch_ns - MINUTE_NS:
+                market.trades.popleft()
+        elif kind == feed.TICKER:
             market.ticker_recv_ns = now_ns
         elif kind in (feed.DELTA, feed.SNAPSHOT):
             market.book_recv_ns, market.lag_ns = now_ns, now_ns - message.exch_ns
