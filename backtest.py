@@ -5,8 +5,8 @@ come from (history), what makes trading harder (frictions), and what came out (m
 pictures). It makes no decision of its own.
 
 History is a recording, or several of one market in a row, with inventory and orders carried
-along. Two concessions to simplicity: from the start of a further file to its first snapshot
-there is no quote, and a markout does not look beyond the file of its fill.
+along. Two concessions to simplicity: a further file begins with an empty book, until its first
+snapshot, and a markout does not look beyond the file of its fill.
 
 Assumptions, with the direction of their bias:
 
@@ -599,15 +599,15 @@ def format_table(metrics: dict[str, Any], result: Result) -> str:
 FEW_PERIODS = 500  # below, resampled intervals are too narrow
 MEASURES = {  # of optimize.measure_paths: label and format in the tables
     "net_usdt": ("net, USDT", "{:+.2f} ({:+.2f} to {:+.2f})"),
-    "sharpe": ("Sharpe a minute", "{:+.3f} ({:+.3f} to {:+.3f})"),
+    "sharpe": ("Sharpe a minute, by parts", "{:+.3f} ({:+.3f} to {:+.3f})"),
     "max_drawdown_usdt": ("drawdown by minute", "{:+.2f} ({:+.2f} to {:+.2f})"),
 }
 
 
 def resample(runs: Mapping[str, np.ndarray], count: int, rng: Generator) -> dict[str, Any]:
-    """Intervals of 95 % by the stationary bootstrap, for runs by the minute and the difference of
-    the first two. All are resampled at the same minutes: what the market did to both cancels.
-    """
+    """Intervals of 95 % by the stationary bootstrap (of a run's Sharpe ratio: by its ten parts),
+    for runs by the minute and the difference of the first two. All are resampled at the same
+    minutes: what the market did to both cancels."""
     x = np.column_stack([run[NET] for run in runs.values()])
     drawn, measured = opt.bootstrap(x, count, rng), opt.measure_paths(x.T)
     measures: dict[str, dict[str, tuple[float, ...]]] = {}
@@ -983,7 +983,7 @@ def plot_run(result: Result) -> list[Row]:
     """
     maker, c, coin = result.maker, result.columns, result.maker.instrument.base_coin
     minutes = (c["time_ns"] - maker.first_ns) / MINUTE_NS
-    path = np.array(maker.account.path).reshape(-1, 7)  # see Account.note
+    path = np.array(maker.account.path).reshape(-1, 7)  # see Account.add_point
     time_ns, mids, held, captured, revaluation, fees, net = path.T
     x = (time_ns - maker.first_ns) / MINUTE_NS
     loss = net[(x.searchsorted(x - CLOSE_UP, "right") - 1).clip(min=0)] - net

@@ -138,7 +138,7 @@ def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
 
 # ---- Messages and tapes ------------------------------------------------------------
 
-# Kinds of messages; those after TICKER can begin or end our quoting.
+# Kinds of messages; those after TICKER change how the market maker takes the others.
 DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = range(7)
 NO_LEVEL = -(2**62)  # the best level of an empty side; its worst is -NO_LEVEL
 Ints = Floats = Flags = np.ndarray  # int64, float64, int8

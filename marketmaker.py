@@ -529,20 +529,20 @@ class MarketMaker:
     def _change_parameters(self, note: Mapping[str, Any]) -> bool:
         """Parameters of a control line; whether they are sound, and so in force. Those under
         "overrides" are the user's, and replace all that he gave before."""
-        recorded = {**self.recorded, **note.get("parameters", {})}
-        overrides = {**note.get("overrides", self.overrides)}
-        changes, before = DEFAULTS | recorded | overrides, self.parameters
         try:
-            p = opt.change_parameters(before, changes, self.instrument.min_order, running=True)
+            recorded = {**self.recorded, **note.get("parameters", {})}
+            overrides = {**note.get("overrides", self.overrides)}
+            p = opt.change_parameters(self.parameters, DEFAULTS | recorded | overrides,
+                                      self.instrument.min_order, running=True)  # fmt: skip
             self.check_value(p)
         except (ValueError, TypeError) as error:
             self.notice = feed.printable(f"parameters refused: {error}")
             logging.warning(self.notice)
             return False
-        changed = {n: value for n, value in vars(p).items() if value != getattr(before, n)}
+        changed = {n: value for n, value in vars(p).items() if value != getattr(self.parameters, n)}
         self.notice = f"parameters changed: {opt.in_words(changed) or 'none'}"
         self.recorded, self.overrides = recorded, overrides
-        if p.min_half_spread_bps > before.min_half_spread_bps:
+        if p.min_half_spread_bps > self.parameters.min_half_spread_bps:
             self.last_good = (-NEVER, None)  # it may be nearer than the edge of now
         self.parameters = self.exchange.parameters = p  # latency and clock stay as they are
         return True

@@ -52,8 +52,8 @@ scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
 The inventory chords cover -1 <= q - s <= 1, enough since 0 <= s <= q at the minimum for every
 q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: in a rational ratio
 slopes of both could cancel over a stretch of quotes that cost the same. So the minimum is a single
-point, held by five rows: the spread's or an edge, one of each square, and one more (for alpha =
-beta and q = 0.25 of the inventory). S is factored out: one program serves every price and spread.
+point, held by five rows or more: the spread's or an edge, one of each square, and a second of one
+(of the inventory in solve_quote's example). S is factored out: one program for all spreads.
 
 The best of a search looks good even where none is, hence the statistics at the end. They read x,
 the net of n periods (rows) in N configurations (columns); SR is the Sharpe ratio of a period.
