@@ -384,7 +384,8 @@ MOMENTS = {  # what follows 12 s of a flat market, and (ms, reason, best bid) of
          delta(21_600, {0: 0})], [(16_500, "", "49999.0"), (21_600, "", "50000.0")]),
     "a loss decides at once and only once, then its end, then new parameters": (
         [lost(12_600, "a gap, they say"), lost(12_700), ticker(12_800), snapshot(12_900),
-         snapshot(13_000), params(13_100, alpha=2), params(13_150, alpha=77), delta(13_200)],
+         snapshot(13_000), params(13_100, alpha=2), params(13_150, alpha=77),
+         control(13_160, "params", parameters=5), delta(13_200)],
         [(12_600, "book lost", ""), (12_900, WARMING, BEST), (13_000, "", BEST),
          (13_100, "", BEST)]),
     "a mid as far away as requote_move_bps decides, and the next only as far again": (
