@@ -138,7 +138,7 @@ def find_instrument(told: Mapping[str, Any], ask: bool = False) -> Instrument:
 
 # ---- Messages and tapes ------------------------------------------------------------
 
-# Kinds of messages; those after TICKER change how the market maker takes the others.
+# Kinds of messages: up to SNAPSHOT of the market, then of the session.
 DELTA, TRADES, TICKER, SNAPSHOT, LOST, CONTROL, REFUSED = range(7)
 NO_LEVEL = -(2**62)  # the best level of an empty side; its worst is -NO_LEVEL
 Ints = Floats = Flags = np.ndarray  # int64, float64, int8
@@ -344,7 +344,7 @@ class Parser:
         self.problem = ""  # the newest malformed message or gap, in words
         self.last_u: int | None = None  # of the book; None: there is none to go on from,
         self.is_loss_told = False  # which is told once, until a snapshot or another connection
-        self.had_book = False  # ever: if not, a refusal or an odd price is the user's to mend
+        self.had_book = False  # a sound one came; if not, refusals and odd prices are the user's
 
     def parse(self, recv_ns: int, text: str) -> Message | None:
         """A line's message; None for what carries nothing (acks, pongs, other topics)."""

@@ -11,8 +11,8 @@ decided on at the instant at which it has been so for too long. A fill calls for
 
 After a loss both orders are cancelled. The snapshot ends it, yet no return may span the hole: the
 decision on it says "warming up". At the next whole second the mid is measured again, and the first
-message after that decides, and quotes. An outage (of a backtest, told by a note with its end) cuts
-us off: nothing is decided, sent or known, while the market goes on meeting what rests.
+message from then on decides, and quotes. An outage (of a backtest; a note tells its end) cuts us
+off: nothing is decided, sent or known, while the market goes on meeting what rests.
 
 How paper orders fill, with the direction of each rule's bias. (tests/test_marketmaker.py
 has the same rules in their plainest form, message by message: `simulate`.)
@@ -20,7 +20,7 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - An order decided at t (our clock) stands on the exchange from t + order_latency until its
     cancel arrives, as late. Only events of that time (exchange clock) can fill it, whenever we
     hear of them. At its arrival post-only and the inventory limit are judged again, on the last
-    book pushed. Realistic, but for the 100 ms or less since that push.
+    book pushed and the fills heard of. Realistic, but for the 100 ms or less since that push.
   - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
     behind us, and a trade no later than the book's last push to be in the size shown: pessimistic.
@@ -480,7 +480,7 @@ class MarketMaker:
 
     def hear(self, message: feed.Message) -> None:
         """What time brings before a message; the message itself; a decision, if one is due."""
-        market, kind, now_ns = self.market, message.kind, message.recv_ns
+        market, kind, now_ns, ends_hole = self.market, message.kind, message.recv_ns, False
         self.messages += 1
         self.pass_time(now_ns)
         # Our orders meet it, and the book shows it.
@@ -494,24 +494,22 @@ class MarketMaker:
             market.ticker_recv_ns = now_ns
         elif kind in (feed.DELTA, feed.SNAPSHOT):
             market.book_recv_ns, market.lag_ns = now_ns, now_ns - message.exch_ns
-        # Does it change the rules, or is it time, or has the mid moved?
-        if kind > feed.TICKER:
+            ends_hole = self.is_stale or bool(market.lost)
+        if kind == feed.SNAPSHOT:  # from here on the book can be trusted
+            market.lost, market.usual_lag_ns = "", market.lag_ns
+        # Does it change the rules? If not: is it time, has the mid moved, is there a book again?
+        if kind > feed.SNAPSHOT:
             is_due = self._change_rules(message)
         else:
             moved_ticks = abs(market.book.view.mid_ticks - self.mid_ticks)  # nan: not known
             band_ticks = self.mid_ticks * self.parameters.requote_move_bps * 1e-4
-            ends_silence = self.is_stale and kind == feed.DELTA
-            is_due = now_ns >= self.due_ns or moved_ticks >= band_ticks or ends_silence
+            is_due = now_ns >= self.due_ns or moved_ticks >= band_ticks or ends_hole
         if is_due:
             self.decide(now_ns)
 
     def _change_rules(self, message: feed.Message) -> bool:
-        """A snapshot, a loss, or a control line: whether it calls for a decision."""
+        """A loss, or a control line: whether it calls for a decision."""
         market, note, now_ns = self.market, message.note, message.recv_ns
-        if message.kind == feed.SNAPSHOT:  # from here on the book can be trusted
-            is_due = market.lost or self.is_stale or now_ns >= self.due_ns
-            market.lost, market.usual_lag_ns = "", market.lag_ns
-            return bool(is_due)
         if message.kind == feed.LOST and not market.lost:
             market.lost = note["reason"]
             # Until the cancels arrive the quotes stand, and what they meet is never heard.
@@ -767,7 +765,7 @@ def describe(maker: MarketMaker) -> list[tuple[str, str]]:
         ("", f"volatility {d.volatility:.2f} (EMA {d.ema_volatility:.2f}) bps/sqrt(s), "
              f"liquidity {d.liquidity:.2f} M USDT/bp"),
         ("", f"last trades {', '.join(trades) or 'none'}"),
-        ("Base spread", f"{d.base_spread_bps:.2f} bps = volatility {d.volatility_bps:.2f} + "
+        ("Base spread", f"{d.base_spread_bps:.2f} bps from volatility {d.volatility_bps:.2f} + "
                         f"liquidity {d.liquidity_bps:.2f} + depth {d.depth_bps:.2f}"),
         ("", f"no quote nearer than {p.min_half_spread_bps:g}; "
              f"a round trip: {2 * p.maker_fee_bps:g}, twice the maker fee"),
@@ -879,7 +877,7 @@ class Session:
             raise UserError("; ".join(failures))
 
     def look(self) -> None:
-        """A few times a second: the time, the parameter file, the screen."""
+        """Ten times a second: the time, the parameter file, the screen."""
         now_s, maker, source = time.monotonic(), self.maker, self.source
         if now_s < self.next_look_s:
             return

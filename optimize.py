@@ -21,11 +21,11 @@ Symbols (the README repeats this table, nothing else does):
   r, p_b, p_a                    stand for the three squares of the cost      -
   h         STEP                 step of the piecewise-linear squares         S
   alpha, beta                    weight of inventory risk, of price risk      -
-  gamma, delta, zeta             spread per volatility, liquidity, depth      -, bps
+  gamma, delta, zeta             spread per volatility, if illiquid, if thin  -, bps
 
 Base spread, from sigma; its EMA, which is late after a jump, only says how often to decide:
   S = max(min_half_spread_bps, 2 gamma sigma sqrt(tau) + delta/(1 + L/L0) + zeta/(1 + D/D0))
-Its floor keeps d_min at 1 or less; where S is below twice the edge, the edges decide. S knows no
+Its floor only keeps d_min at 1 or less; where two edges are wider than S, they decide. S knows no
 fee: a round trip costs twice the maker fee, and --min-half-spread-bps is where to ask for it.
 
 Cost of a quote:
@@ -51,8 +51,8 @@ scipy.optimize.linprog, x = (d_b, d_a, r, p_b, p_a):
 
 The inventory chords cover -1 <= q - s <= 1, enough since 0 <= s <= q at the minimum for every
 q >= 0; those of the distances cover 0 to 2. Their steps are h/sqrt(2) and h: in a rational ratio
-slopes of both could cancel over a stretch of quotes that cost the same. So the minimum is a single
-point, held by five rows or more: the spread's or an edge, one of each square, and a second of one
+slopes of both could cancel over a stretch of quotes that cost the same. So the best quote is just
+one, held by five rows or more: the spread's or an edge, one of each square, and a second of one
 (of the inventory in solve_quote's example). S is factored out: one program for all spreads.
 
 The best of a search looks good even where none is, hence the statistics at the end. They read x,

@@ -389,7 +389,7 @@ MOMENTS = {  # what follows 12 s of a flat market, and (ms, reason, best bid) of
         [(12_600, "book lost", ""), (12_900, WARMING, BEST), (13_000, "", BEST),
          (13_100, "", BEST)]),
     "a mid as far away as requote_move_bps decides, and the next only as far again": (
-        [delta(12_600, {9: 1}, {1: 0, 2: 0, 3: 0, 10: 1}), delta(12_700, {}, {10: 0, 11: 1}),
+        [delta(12_600, {9: 1}, {1: 0, 2: 0, 3: 0, 10: 1}), snapshot(12_700, {9: 1}, {11: 1}),
          delta(12_800, {19: 1}, {11: 0, 20: 1})],
         [(12_700, "", "50004.5")]),
     "a book falls silent at that very moment, though a ticker is heard": (
@@ -448,7 +448,7 @@ def test_a_mark_price_older_than_a_minute_guards_nothing():
 
 
 def test_a_drawdown_flattens_through_the_book_level_by_level_and_stops_for_good():
-    maker = warm(max_drawdown_usdt=104, maker_fee_bps=0, taker_fee_bps=10)
+    maker = warm(max_drawdown_usdt=104, maker_fee_bps=0, taker_fee_bps=10, requote_move_bps=50)
     maker.exchange.send(BID, MID - 2, 1.0, ns(12_500))
     maker.tell(trades(12_700, (ASK, -3, 1)), params(12_710, alpha=2))  # bought 1 at 49,999
     maker.tell(snapshot(12_750, {-210: 0.5, -212: 0.25}, {-208: 3}))  # the mid by 104.5, from 1
