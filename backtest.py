@@ -523,7 +523,7 @@ time to fill, s | {time_to_fill_s:.2f} | median, since arrival
 queue ahead on arrival, {coin} | {queue_at_arrival:.4f} | \
 median; {queue_at_arrival_excluded} fills where none was shown left out
 queue ahead at the fill, {coin} | {queue_at_fill:.4f} | \
-median, before the trade that filled us; {queue_at_fill_excluded} left out
+median, just before the fill; {queue_at_fill_excluded} left out
 
 Quotes and inventory, averages over time
 time with a bid | {bid_uptime:.1%}

@@ -145,7 +145,7 @@ Ints = Floats = Flags = np.ndarray  # int64, float64, int8
 
 
 class View(NamedTuple):
-    """What is known of the market after a message. nan = not known yet, or a book with a fault."""
+    """What is known of the market after a message. NO_LEVEL: an empty side; nan: not known yet."""
 
     best_bid: int = NO_LEVEL  # levels: side x price tick
     best_ask: int = NO_LEVEL
@@ -263,7 +263,7 @@ class Book:
         self.view = View(last_price=self.view.last_price, mark_price=self.view.mark_price)
 
     def show(self, levels: array, sizes: array, n_bids: int) -> None:
-        """Set the rows of a message, bids first; of two for one level the later wins."""
+        """The parser's way: set rows, bids first; of two for one level the later wins."""
         self.sizes[levels] = sizes
         best, worst = list(self.view[:2]), list(self.view[2:4])  # of bids and asks
         for i, rows in enumerate((levels[:n_bids], levels[n_bids:])):
@@ -277,7 +277,7 @@ class Book:
         self.view = View(*best, *worst, *self.view[4:])
 
     def apply(self, message: Message) -> None:
-        """What a message shows; what is known after it, it says itself."""
+        """Everybody else's way: what a message shows, and what it says is known after it."""
         if message.kind == SNAPSHOT:
             self.clear()
         if message.kind in (DELTA, SNAPSHOT):
@@ -821,10 +821,10 @@ def clock_text(time_ns: int) -> str:
 
 def add_market_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that every command on a market shares; None where one is not given."""
-    parser.add_argument("--symbol", type=str.upper, help="as Bybit writes it (BTCUSDT)")
-    parser.add_argument("--category", choices=("linear", "spot"), help="(linear)")
-    parser.add_argument("--depth", type=int, choices=DEPTHS, help="levels a side (default 200)")
-    parser.add_argument("--tick-size", help="price step, USDT (else Bybit's or the built-in one)")
+    parser.add_argument("--symbol", type=str.upper, help="(the recording's, else BTCUSDT)")
+    parser.add_argument("--category", choices=("linear", "spot"), help="(as above, linear)")
+    parser.add_argument("--depth", type=int, choices=DEPTHS, help="levels a side (as above, 200)")
+    parser.add_argument("--tick-size", help="price step, USDT (as above, Bybit's or built in)")
     parser.add_argument("--lot-size", help="quantity step, base coin (as above)")
 
 

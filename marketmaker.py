@@ -20,7 +20,7 @@ has the same rules in their plainest form, message by message: `simulate`.)
   - An order decided at t (our clock) stands on the exchange from t + order_latency until its
     cancel arrives, as late. Only events of that time (exchange clock) can fill it, whenever we
     hear of them. At its arrival post-only and the inventory limit are judged again, on the last
-    book pushed and the fills heard of. Realistic, but for the 100 ms or less since that push.
+    book pushed and the fills heard of. Realistic, but for the time since that push.
   - `queue`: behind the displayed size at arrival. Trades at our price eat it; a smaller
     displayed size shortens it; what is left of a trade fills us. Cancels are taken to be
     behind us, and a trade no later than the book's last push to be in the size shown: pessimistic.
@@ -73,7 +73,7 @@ DECIMALS = 12  # of quantities: no lot is finer
 DEFAULTS = asdict(Parameters())
 WINDOW_S = 60  # of the volatility and the liquidity
 WARMUP_RETURNS = 10  # of 1 s before the first quote
-LATE_NS = 10 * NS  # no trade is heard of later than this
+LATE_NS = 10 * NS  # a trade that is heard of later than this is left out
 SAMPLE, SAMPLE_SPEED = Path(__file__).parent / "data" / "sample.jsonl.gz", 10.0
 MAX_LAG_NS = 2 * NS  # of receive after exchange time; more is warned of
 
@@ -1011,14 +1011,16 @@ def add_parameter_flags(parser: argparse.ArgumentParser) -> None:
     """--params, and a flag for every parameter, with unit and range; unset means the default."""
     add = parser.add_argument_group("parameters").add_argument
     add("--params", type=Path, metavar="FILE.json",
-        help="parameters; read again when edited, but at --speed max")  # fmt: skip
+        help="parameters; marketmaker.py reads edits, but at --speed max")  # fmt: skip
     for name, parameter in opt.FIELDS.items():
+        if name == "feed_latency_ms":
+            continue  # a flag of data/archive.py
         flag, rule = "--" + name.replace("_", "-"), parameter.metadata
         choices = "|".join(rule.get("choices", ()))
         span = "" if choices else f", {rule['low']:g} to {rule['high']:g}"
         default = "off" if parameter.default is None else parameter.default
         add(flag, type=str if choices else float, metavar=choices or "X",
-            help=f"{rule['help']}{span} (default {default})")  # fmt: skip
+            help=f"{rule['help']}{span} (default {default})".replace("0 to inf", "above 0"))
 
 
 def build_arguments() -> argparse.ArgumentParser:

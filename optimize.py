@@ -25,7 +25,7 @@ Symbols (the README repeats this table, nothing else does):
 
 Base spread, from sigma; its EMA, which is late after a jump, only says how often to decide:
   S = max(min_half_spread_bps, 2 gamma sigma sqrt(tau) + delta/(1 + L/L0) + zeta/(1 + D/D0))
-Its floor only keeps d_min at 1 or less; where two edges are wider than S, they decide. S knows no
+Its floor only keeps d_min at 1 or less; the width is more than S where the edges say so. S knows no
 fee: a round trip costs twice the maker fee, and --min-half-spread-bps is where to ask for it.
 
 Cost of a quote:
@@ -179,7 +179,7 @@ def change_parameters(parameters: Parameters, changes: Mapping[str, Any], lot_si
         for name, least, what in (
             ("default_spread_bps", 2 * half, f"twice min_half_spread_bps = {half:g}"),
             ("max_inventory", p.order_qty, f"order_qty = {p.order_qty:g}"),
-            ("order_qty", lot_size * (1 - 1e-9), f"one lot of {lot_size:g}"),
+            ("order_qty", lot_size * (1 - 1e-9), f"the least order, {lot_size:g}"),
         ):
             if getattr(p, name) < least:
                 faults[name] = f"must be at least {what}: raise"
@@ -630,7 +630,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """python optimize.py --explain LOG.csv ROW; an error is one line, with status 2."""
     parser = argparse.ArgumentParser(description="One quote of a decision log, made by hand.")
     parser.add_argument("--explain", nargs="+", required=True, metavar=("LOG.csv", "ROW"),
-                        help="a decision log, and which of its decisions (default 1)")  # fmt: skip
+                        help="a decision log, and which of its decisions, from 1 on")  # fmt: skip
     parser.add_argument("--params", type=Path, metavar="FILE.json", help="its parameters")
     options = parser.parse_args(arguments)
     try:

@@ -126,6 +126,7 @@ def plot_queue(ax: Any, fill: mm.Fill, tape: feed.Tape) -> Told:
 
 def main() -> int:
     """Draw all of them; the exit status."""
+    feed.Arguments(prog="pictures.py", description="Draws data/*.png anew.").parse_args()
     with ProcessPoolExecutor() as pool:
         experiments.make_paths(pool)
 

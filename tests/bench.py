@@ -1,6 +1,6 @@
 """make bench: what a replay, the live path and hours of history cost.
 
-    python tests/bench.py [replay] [live] [day]     all of them: some five minutes
+    python tests/bench.py [replay] [live] [day]     all of them: two to three minutes
 
 Figures are ratios within one run where they can be, since machines differ. The loopback
 exchange runs in a process of its own and sends prebuilt frames as fast as the socket takes

@@ -264,7 +264,7 @@ REFUSED = [
     ("clock_offset_ms", 86_400_001, "must lie in -86400000 to 86400000: lower"),
     ("order_qty", 0, "must be above 0: raise"),
     ("max_drawdown_usdt", -1, "must be above 0: raise"),
-    ("order_qty", 0.0009, "must be at least one lot of 0.001: raise"),
+    ("order_qty", 0.0009, "must be at least the least order, 0.001: raise"),
     ("default_spread_bps", 0.9, "must be at least twice min_half_spread_bps = 0.5: raise"),
     ("max_inventory", 0.009, "must be at least order_qty = 0.01: raise"),
     ("fill_model", "hope", "is none of queue, touch, through: set"),
