@@ -12,7 +12,7 @@ Assumptions, with the direction of their bias:
 
   - Fills, queue and latency follow the rules in marketmaker.py's docstring.
   - `--participation` is our share of what a trade leaves after the queue; 1: optimistic.
-  - There is no impact by default: optimistic. `--impact-bps X` makes the price of each fill worse
+  - There is no impact by default: optimistic. `--impact-bps X` makes a quote's fill worse in price
     by X x (order / depth of its side near the mid): a rough stand-in, to see what it would cost.
   - `--outages N` draws windows in which we hear nothing and cannot cancel: what rests is hit.
   - Archives (data/archive.py) are heard after a constant; real latency has tails: optimistic.

@@ -110,7 +110,7 @@ _fixed = partial(_number, fixed=True)  # it cannot change while the program runs
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that can be turned, with its unit and range. (The flag: --order-qty.)"""
+    """Everything that can be turned, with unit and range. Flags are named alike: --order-qty."""
 
     alpha: float = _number(1.0, 0, 10, "weight of inventory risk: leans up to q")
     beta: float = _number(1.0, 0.1, 10, "weight of price risk: resists the lean")
