@@ -53,13 +53,13 @@ import feed
 import marketmaker as mm
 import optimize as opt
 from feed import ASK, BID, NS, Tape, UserError, clock_text
+from marketmaker import MINUTE_NS
 from optimize import FIELDS, Parameters
 
 import numpy as np
 from numpy.random import Generator, default_rng
 from scipy.special import stdtrit
 
-MINUTE_NS = 60 * NS
 CACHE = Path(__file__).parent / "data" / "cache"  # of tapes; may be deleted at any time
 CACHE_VERSION = 3  # of a tape's columns; what another version wrote is not read
 Stamp = tuple[str, int, int, int]  # of a file: path, size, times of its last changes in ns

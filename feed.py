@@ -268,8 +268,7 @@ class Book:
         best, worst = list(self.view[:2]), list(self.view[2:4])  # of bids and asks
         for i, rows in enumerate((levels[:n_bids], levels[n_bids:])):
             best[i], worst[i] = max([best[i], *rows]), min([worst[i], *rows])
-            # A deleted row counts at first; only if it became an end, the new end is searched for.
-            # subtle: `or None`, for the ask at tick 1 is level -1.
+            # A deleted end is searched for anew. subtle: `or None`, as the ask at tick 1 is -1.
             if rows and not (self.sizes[best[i]] and self.sizes[worst[i]]):
                 held = self.sizes[worst[i] : best[i] + 1 or None].nonzero()[0] + worst[i]
                 best[i] = held.item(-1) if len(held) else NO_LEVEL
@@ -309,6 +308,7 @@ class Book:
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 DECODER = json.JSONDecoder(parse_constant=int)  # int("NaN") fails: JSON knows no NaN
+HIT_SIDE = {"Buy": ASK, "Sell": BID}  # the side that a taker hits
 
 
 def level_of(text: str, tick: Decimal, side: int) -> int:
@@ -424,7 +424,7 @@ class Parser:
                 self.counts["block trades"] += 1
                 continue
             exch_ns = exchange_time(trade["T"], recv_ns)
-            level = self.levels[{"Buy": ASK, "Sell": BID}[trade["S"]]](trade["p"])  # the side hit
+            level = self.levels[HIT_SIDE[trade["S"]]](trade["p"])
             size = must_be(float, self.sizes(trade["v"]), LEAST, MOST)
             trades.append((exch_ns, level, size, trade.get("RPI") is True))
         return Message(TRADES, recv_ns, exch_ns, trades=trades, view=view) if trades else None

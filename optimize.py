@@ -605,8 +605,8 @@ def explain(row: Mapping[str, str], p: Parameters) -> str:
     q, edge = round(q / Q_STEP) * Q_STEP, math.ceil(p.min_half_spread_bps / S / D_MIN_STEP - 1e-9)
 
     # Which rows, edges below them, hold the answer? Each square stands on its highest chord.
-    _, A_ub, b_ub, _ = build_program(abs(q), p.alpha, p.beta, edge * D_MIN_STEP)
-    A_ub, b_ub = np.vstack((A_ub, -np.eye(2, 5))), np.append(b_ub, [-edge * D_MIN_STEP] * 2)
+    _, A_ub, b_ub, bounds = build_program(abs(q), p.alpha, p.beta, edge * D_MIN_STEP)
+    A_ub, b_ub = np.vstack((A_ub, -np.eye(2, 5))), np.append(b_ub, -bounds[:2, 0])
     chords = A_ub[:, :2] @ (max(d_b, d_a), min(d_b, d_a)) - b_ub
     squares = [chords[A_ub[:, k] < 0].max() for k in (2, 3, 4)]
     binding = ""

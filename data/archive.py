@@ -240,7 +240,7 @@ def parse_trade(line: str, columns: list[str], day: Day, tick: Decimal) -> tuple
         raise ValueError("a text that does not fit TRADE")
     # Spot counts ms, linear seconds. A double holds our time to 0.3 us: whole us are exact.
     time_us = round(float(row["timestamp"]) * (1e3 if day.category == "spot" else 1e6))
-    feed.level_of(price, tick, {"Buy": feed.ASK, "Sell": feed.BID}[side])
+    feed.level_of(price, tick, feed.HIT_SIDE[side])
     if not feed.size_of(size) or time_us // 1000 // DAY_MS != day.number:
         raise ValueError("a trade of nothing, or of another day")
     return time_us, side, price, size, number, row.get("rpi", "").lower() in ("1", "true")
